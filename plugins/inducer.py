@@ -1,0 +1,144 @@
+"""Inducer-tuning: every query brings a virtual key and value of its own.
+
+    P_k = Q + MLP_k(Q)                  the key of query i's inducer                 (eq. 5)
+    lambda = sigmoid(scale <Q, P_k> - lse)      its softmax weight among the real keys   (eq. 7)
+    y = f Wo + bo + sum_h lambda^h tanh(Q^h W1^h + b1^h) W2^h + b2             (eqs 8, 9, 11)
+
+Chen et al. 2022, arXiv:2210.14469. f is the unchanged attention output, lse the logsumexp of its
+masked and scaled scores. The value branch is added after the output projection (eq. 9), b2 once
+per token. The paper leaves the activation open; its code uses tanh.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+
+Init = Literal["zero", "paper"]
+
+
+class Inducer(nn.Module):
+    """The gated value branch, to be added to the attention's output.
+
+    Args:
+        heads, head_width, width: H, d and D of the site.
+        key_rank, value_rank: inner widths r_k (0: P_k = Q) and r_v of the two MLPs.
+        scale: the factor of the model's own scores.
+        dropout: probability, on lambda.
+        init: ``zero`` or ``paper``, see Parameters.
+
+    Shape:
+        query (B, H, n, d) before a rotary encoding, which leaves <Q, P_k> as it is;
+        lse (B, H, n) -> (B, n, D)
+    Parameters:
+        key_w1 (H, d, r_k)  key_b1 (H, r_k)  key_w2 (H, r_k, d)  key_b2 (H, d)
+        value_w1 (H, d, r_v)  value_b1 (H, r_v)  value_w2 (H, r_v, D)  value_b2 (D,)
+        zero: w1 Kaiming-uniform with a = sqrt(5), all else 0: the spliced model starts equal
+        paper: 0.01 * fmod(N(0, 1), 2) everywhere, as in the authors' code: it starts nearly equal
+    Cost: H (2 d r_k + r_k + d) + H (d r_v + r_v + r_v D) + D parameters.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_width: int,
+        width: int,
+        key_rank: int,
+        value_rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        init: Init = "zero",
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.key_rank = key_rank
+        self.dropout = surgery.Dropout(dropout)
+        if key_rank:
+            self.key_w1 = _weight(heads, head_width, key_rank)
+            self.key_b1 = _weight(heads, key_rank)
+            self.key_w2 = _weight(heads, key_rank, head_width)
+            self.key_b2 = _weight(heads, head_width)
+        self.value_w1 = _weight(heads, head_width, value_rank)
+        self.value_b1 = _weight(heads, value_rank)
+        self.value_w2 = _weight(heads, value_rank, width)
+        self.value_b2 = _weight(width)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if init == "paper":
+                    parameter.copy_(torch.randn_like(parameter).fmod(2.0) * 0.01)
+                elif name.endswith("w1"):  # as nn.Linear starts: U(-1/sqrt(d), 1/sqrt(d))
+                    parameter.uniform_(-1 / math.sqrt(head_width), 1 / math.sqrt(head_width))
+
+    def gate(self, query: Tensor, lse: Tensor) -> Tensor:
+        """lambda (B, H, n): the softmax weight of each query's inducer, in at least float32."""
+        key = query  # (B, H, n, d)
+        if self.key_rank:
+            hidden = torch.tanh(query @ self.key_w1 + self.key_b1.unsqueeze(-2))  # (B, H, n, r_k)
+            key = query + hidden @ self.key_w2 + self.key_b2.unsqueeze(-2)
+        score = (query.to(lse.dtype) * key.to(lse.dtype)).sum(-1) * self.scale  # (B, H, n)
+        # A query that may see no key at all has lse = -inf (or the lowest number, from an additive
+        # mask): it is padding, and gets nothing.
+        nothing = lse < torch.finfo(lse.dtype).min / 2
+        return torch.sigmoid(score - lse.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0)
+
+    def forward(self, query: Tensor, lse: Tensor) -> Tensor:
+        gate = self.dropout(self.gate(query, lse))  # (B, H, n)
+        hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)
+        hidden = (gate.unsqueeze(-1) * hidden).to(hidden.dtype)
+        hidden = hidden.transpose(1, 2).flatten(-2)  # (B, n, H r_v): one matrix product for all
+        return hidden @ self.value_w2.flatten(0, 1) + self.value_b2  # (B, n, D)
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape))
+
+
+@dataclass(frozen=True)
+class InducerTuning(surgery.Method):
+    """Inducer-tuning of attention.
+
+    Args:
+        key_rank: inner width of MLP_k, 0 for P_k = Q (the paper's Extension).
+        value_rank: inner width of MLP_v.
+        dropout: probability, on lambda (the authors use the attention's dropout, 0.1).
+        init: ``zero`` starts exactly at the base model, ``paper`` as the authors' code does.
+
+    Start: exact; with ``init="paper"`` none (close to the base, not equal).
+    """
+
+    name = "inducer"
+
+    key_rank: int = 10
+    value_rank: int = 15
+    dropout: float = 0.0
+    init: Init = "zero"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.key_rank, int) and self.key_rank >= 0
+        self.require(whole, "key_rank", "an integer >= 0")
+        whole = isinstance(self.value_rank, int) and self.value_rank >= 1
+        self.require(whole, "value_rank", "an integer >= 1")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self.require(self.init in ("zero", "paper"), "init", "'zero' or 'paper'")
+
+    @property
+    def start(self) -> surgery.Start:
+        return "exact" if self.init == "zero" else "none"
+
+    def splice(self, site: surgery.Site) -> None:
+        inducer = Inducer(
+            site.heads, site.head_width, site.width, self.key_rank, self.value_rank,
+            site.scale, self.dropout, self.init,
+        )  # fmt: skip
+        site.port("output").add(inducer, name=self.name, reads=("query_unrotated", "lse"))
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    register(InducerTuning)

@@ -1,0 +1,119 @@
+"""LoRA: low-rank updates of frozen projections.
+
+    y = x W + b + (alpha / rank) * (drop(x) A B + c)
+
+Hu et al. 2021, arXiv:2106.09685, eq. 3. The trainable bias c is an option of the inducer paper's
+code (Chen et al. 2022, arXiv:2210.14469), which scales it likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import surgery
+
+PROJECTIONS = {
+    "attention": ("query", "key", "value", "output"),
+    "ffn": ("up", "gate", "output"),
+}
+
+
+class LowRank(nn.Module):
+    """The second term of the equation; the splice adds it to the port.
+
+    Args:
+        d_in, d_out: widths of the projection that it updates.
+        rank: inner width r.
+        alpha: numerator of the scale.
+        dropout: probability, on the input of A.
+        bias: whether c is there.
+
+    Shape:
+        x (B, n, d_in) -> (B, n, d_out)
+    Parameters:
+        a.weight (rank, d_in)   Kaiming-uniform with a = sqrt(5), as in the authors' loralib
+        b.weight (d_out, rank)  zeros, so the spliced model starts equal to the base
+        b.bias   (d_out,)       zeros, if ``bias``
+    Cost: rank * (d_in + d_out) [+ d_out] parameters.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, rank: int, alpha: float, dropout: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.dropout = surgery.Dropout(dropout)
+        self.a = nn.Linear(d_in, rank, bias=False)
+        self.b = nn.Linear(rank, d_out, bias=bias)
+        nn.init.kaiming_uniform_(self.a.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.b.weight)
+        if bias:
+            nn.init.zeros_(self.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(self.dropout(x)))  # (B, n, d_out)
+        return out * self.scale
+
+
+@dataclass(frozen=True)
+class LoRA(surgery.Method):
+    """Add a low-rank update to projections of attention or FFN.
+
+    On a fused projection it reaches only the columns of the ports that are named.
+
+    Args:
+        rank: inner width r, at least 1.
+        alpha: numerator of the scale alpha / rank.
+        ports: which projections: query, key, value, output (attention); up, gate, output (FFN).
+        dropout: probability, on the input of A.
+        bias: whether a trainable bias, scaled like the product, is added.
+
+    Start: exact. Mergeable.
+    """
+
+    name = "lora"
+
+    rank: int = 8
+    alpha: float = 16.0
+    ports: tuple[str, ...] = ("query", "value")
+    dropout: float = 0.0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ports", tuple(self.ports))
+        self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
+        self.require(self.alpha > 0, "alpha", "a number > 0")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        known = sorted({port for ports in PROJECTIONS.values() for port in ports})
+        self.require(bool(self.ports), "ports", f"some of {known}")
+        for port in self.ports:
+            if port not in known:
+                raise surgery.PortError(
+                    f"method 'lora': no projection port {port!r}. {surgery.suggest(port, known)}"
+                    f"Ports with a projection: {', '.join(known)}."
+                )
+
+    def suits(self, site: surgery.Site) -> bool:
+        own = set(PROJECTIONS[site.kind]) - {"output"}
+        return bool(own & set(self.ports)) or set(self.ports) == {"output"}
+
+    def splice(self, site: surgery.Site) -> None:
+        for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
+            if port.in_width is None:
+                raise surgery.PortError(
+                    f"method 'lora' at {site.path}: port {port.name!r} has no projection to update."
+                )
+            update = LowRank(
+                port.in_width, port.width, self.rank, self.alpha, self.dropout, self.bias
+            )
+            port.add(update, name=self.name)
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    register(LoRA)
+
+

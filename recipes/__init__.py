@@ -1,0 +1,1 @@
+"""Recipes: what `surgery train` runs. Data and scripts, not a library."""

@@ -1,0 +1,63 @@
+"""Model surgery: parameter-efficient methods spliced into any transformer, in place.
+
+    import surgery
+    sites = surgery.locate(model)
+    surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)
+    surgery.freeze_base(model)
+    ...                                     # train and generate as before
+    surgery.save(model, "adapter/")
+    surgery.remove(model)                   # bit for bit the model that it was
+"""
+
+from surgery.dropout import Dropout
+from surgery.errors import (
+    CaptureError,
+    MethodError,
+    PortError,
+    SiteError,
+    SpliceError,
+    StoreError,
+    SurgeryError,
+    suggest,
+)
+from surgery.hookspecs import Register, hookimpl
+from surgery.locate import locate
+from surgery.method import Method, Start
+from surgery.registry import method, methods
+from surgery.sites import Port, Site, Sites
+from surgery.splice import disabled, remove, splice, variants
+from surgery.store import load, save
+from surgery.train import freeze_base, spliced_parameters, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "Dropout",
+    "Method",
+    "MethodError",
+    "Port",
+    "PortError",
+    "Register",
+    "Site",
+    "SiteError",
+    "Sites",
+    "SpliceError",
+    "Start",
+    "StoreError",
+    "SurgeryError",
+    "disabled",
+    "freeze_base",
+    "hookimpl",
+    "load",
+    "locate",
+    "method",
+    "methods",
+    "remove",
+    "save",
+    "splice",
+    "spliced_parameters",
+    "suggest",
+    "summary",
+    "variants",
+]

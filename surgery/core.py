@@ -1,0 +1,231 @@
+"""The attention core: one call that gives ``(context, lse)``, both with exact gradients.
+
+    S = scale * Q K^T + M        context = softmax(S) V        lse = logsumexp(S, -1)
+
+The prefix and inducer families need nothing else of an attention call (Chen et al. 2022,
+arXiv:2210.14469, eqs 7-9). PyTorch's ``scaled_dot_product_attention`` (SDPA) keeps ``lse`` to
+itself, so where SDPA would run its fused CPU kernel we call that very kernel, which returns it.
+
+Backward. With P = softmax(S), the gradient that reaches the scores is
+
+    dS = P o (dO V^T - rowsum(dO o O) + dlse)
+
+and the fused backward computes rowsum(dO o O) from the O that it is given. Appending one column,
+-1 to O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting
+the column off again leaves the exact gradients.
+
+Where no fused kernel serves (float64 weights dropout, CUDA for now, a mask that needs gradient)
+the context comes from SDPA itself, so its bits and its random draws stay those of the base model,
+and ``lse`` from the scores, densely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+_aten = torch.ops.aten
+_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention that also returns its logsumexp.
+
+    The arguments are those of ``torch.nn.functional.scaled_dot_product_attention``, and so are
+    the bits of the context.
+
+    Shape:
+        query (B, H, n, d), key (B, G, m, d), value (B, G, m, d), G = H unless ``enable_gqa``
+        -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
+    Cost: a fused kernel call; densely, one more product of queries and keys.
+    """
+    if _fused_on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # SDPA hands its kernels an additive mask too, so the bits stay the same.
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                attn_mask.logical_not(), float("-inf")
+            )
+        return cast(
+            "tuple[Tensor, Tensor]",
+            _FlashCPU.apply(query, key, value, attn_mask, is_causal, scale),
+        )
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return context, dense_lse(query, key, attn_mask, is_causal, scale)
+
+
+def dense_lse(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """``logsumexp(scale * Q K^T + M, -1)`` from the scores themselves, in at least float32.
+
+    Shape: query (B, H, n, d), key (B, G, m, d) with G dividing H -> (B, H, n)
+    Cost: memory and time O(n m) per head.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    groups = query.shape[-3] // key.shape[-3]
+    queries = query.to(wide).unflatten(-3, (key.shape[-3], groups))  # (B, G, H/G, n, d)
+    scores = queries @ key.to(wide).unsqueeze(-3).mT * _scale(query, scale)  # (B, G, H/G, n, m)
+    scores = scores.flatten(-4, -3)  # (B, H, n, m)
+    if is_causal:  # aligned to the upper left corner, as SDPA does it
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(allowed.logical_not(), float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(attn_mask.logical_not(), float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return logsumexp(scores)
+
+
+def logsumexp(scores: Tensor) -> Tensor:
+    """Logsumexp over the last axis in at least float32; -inf, without NaN gradients, if all are.
+
+    Shape: (..., n, m) -> (..., n)
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    lse = scores.masked_fill(empty, 0.0).logsumexp(-1)
+    return lse.masked_fill(empty.squeeze(-1), float("-inf"))
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    # Not ``** -0.5``: in float64 its last bit differs from the one that SDPA uses.
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _fused_on_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> bool:
+    """Would SDPA run its flash kernel for this call on the CPU?"""
+    if query.device.type != "cpu":
+        return False
+    if key.shape[-3] != query.shape[-3]:  # the kernel's backward knows no grouped heads
+        return False
+    choice = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+
+
+class _FlashCPU(torch.autograd.Function):
+    """The fused CPU kernel with its logsumexp as a second, differentiable, output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        context, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, mask, context, lse)
+        ctx.is_causal, ctx.scale = is_causal, _scale(query, scale)
+        if mask is not None:  # the kernel calls the logsumexp of no score at all 0
+            lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+        return context, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, context, lse = ctx.saved_tensors
+        grad_context, grad_lse = grads
+        width = query.shape[-1]
+        query, key, value = (F.pad(x, (0, 1)) for x in (query, key, value))  # (B, H, ., d + 1)
+        context = F.pad(context, (0, 1), value=-1.0)
+        column = grad_lse.to(grad_context.dtype).unsqueeze(-1)
+        grad_context = torch.cat([grad_context, column], -1)
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_context,
+            query,
+            key,
+            value,
+            context,
+            lse,
+            0.0,
+            ctx.is_causal,
+            attn_mask=mask,
+            scale=ctx.scale,
+        )
+        return *(g[..., :width] for g in gradients), None, None, None
+
+
+class _ReadLse(TorchFunctionMode):
+    """While active, the first SDPA or softmax call inside leaves its logsumexp in ``lse``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lse: Tensor | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            context, self.lse = attention(*args, **kwargs)
+            return context
+        if func in _SOFTMAX and self.lse is None:
+            self.lse = logsumexp(args[0])
+        return func(*args, **kwargs)
+
+
+def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
+    """An attention function that also returns the logsumexp of the scores it normalised.
+
+    ``function(module, query, key, value, mask, ...)`` may use SDPA or a softmax of its own; a
+    learned sink that it appends to its scores counts, as it takes part in the softmax.
+
+    Returns:
+        a function that returns what ``function`` does, and lse (B, H, n).
+    """
+
+    def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        with _ReadLse() as watch:
+            result = function(module, query, *args, **kwargs)
+        if watch.lse is None:
+            raise RuntimeError(
+                f"{name} shows neither a softmax nor an SDPA call, so its logsumexp cannot be had. "
+                "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
+                "do not read 'lse' (lora, FFN adapters)."
+            )
+        # Some wrappers fold a group of heads into the query axis; the order stays the same.
+        return result, watch.lse.reshape(query.shape[:-1])
+
+    name = getattr(function, "__name__", "attention")
+    both.__name__ = f"{name}_with_lse"
+    return both

@@ -1,0 +1,81 @@
+"""Edits of a graph: the verbs ``insert``, ``add`` and ``replace`` as pure functions on nodes.
+
+Each takes nodes of one graph, puts new ones behind them, and lets all later readers of the edited
+value read the new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from surgery.errors import PortError
+
+
+def rewrite(
+    node: fx.Node, reads: Sequence[fx.Node], make: Callable[[fx.Graph], fx.Node]
+) -> fx.Node:
+    """Put what ``make`` builds behind ``node`` and ``reads``; readers of ``node`` read it instead.
+
+    Raises:
+        PortError: something reads ``node`` before all of ``reads`` are there.
+    """
+    graph = node.graph
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    last = max([node, *reads], key=lambda n: order[n])
+    users = list(node.users)
+    early = [u for u in users if order[u] <= order[last] and u is not last]
+    if early or last in users:
+        raise PortError(
+            f"an edit of {node.name!r} reads {last.name!r}, which is computed only after "
+            f"{(early or [last])[0].name!r} has used {node.name!r}. Read ports that come earlier."
+        )
+    before = set(graph.nodes)
+    with graph.inserting_after(_behind(last)):
+        new = make(graph)
+    created = set(graph.nodes) - before
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in created)
+    return new
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    """Placeholders stay together at the top, so behind one means behind them all."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
+
+
+def chain(graph: fx.Graph, *steps: tuple[Any, tuple[Any, ...]]) -> fx.Node:
+    """Nodes one behind the other; ``...`` among the arguments stands for the step before."""
+    node: Any = None
+    for target, args in steps:
+        filled = tuple(node if a is ... else a for a in args)
+        make = graph.call_module if isinstance(target, str) else graph.call_function
+        if node is None:
+            node = make(target, filled)
+        else:
+            with graph.inserting_after(node):
+                node = make(target, filled)
+    return node  # type: ignore[no-any-return]
+
+
+def add(y: Tensor, delta: Tensor) -> Tensor:
+    """``y + delta``, in the dtype of ``y``."""
+    return y + delta.to(y.dtype)
+
+
+def add_columns(y: Tensor, delta: Tensor, columns: Tensor) -> Tensor:
+    """``y`` with ``delta`` added to some of its columns (a port inside a fused projection)."""
+    return y.index_add(-1, columns, delta.to(y.dtype))
+
+
+def take_columns(y: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of ``y``."""
+    return y.index_select(-1, columns)
+
+
+def put_columns(y: Tensor, new: Tensor, columns: Tensor) -> Tensor:
+    """``y`` with some of its columns replaced."""
+    return y.index_copy(-1, columns, new.to(y.dtype))

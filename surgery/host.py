@@ -1,0 +1,223 @@
+"""Host: a module that stays the object it was while its forward runs a rewritten graph.
+
+The object keeps its place, parameters, hooks and attributes; its class becomes a generated
+subclass of the same name whose ``forward`` picks the graph for the call at hand. A graph is one
+path through the original forward, so calls of another structure get another *variant*, captured
+when first met. ``uninstall`` puts the class back: bit for bit the module that it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery import huggingface
+from surgery.capture import Captured, capture, capturing
+from surgery.errors import SpliceError
+from surgery.patterns import Pattern, find_patterns
+from surgery.sites import Edit, HostPlan
+from surgery.variant import GuardFlipped, Variant, apply_edit
+
+_STATE = "_surgery"
+_MANY = 24  # variants of one host, after which its user is told
+_lock = threading.RLock()
+
+
+@dataclass
+class Operation:
+    """What one splice did to one host."""
+
+    name: str
+    edits: list[Edit]
+    children: list[str]  # the child of each edit, as it is called on the host
+
+
+@dataclass
+class HostState:
+    """What a host needs beside the module itself."""
+
+    path: str
+    through: frozenset[str]
+    operations: dict[str, Operation] = field(default_factory=dict)
+    off: frozenset[str] = frozenset()
+    variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+
+    def refresh(self) -> None:
+        """To be called when the operations, or which of them are off, have changed."""
+        self.active = tuple(name for name in self.operations if name not in self.off)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "variants": {}}  # they refer to this very module: capture anew
+
+
+def state_of(module: nn.Module) -> HostState | None:
+    """The state of a host; None for any other module."""
+    return vars(module).get(_STATE)
+
+
+def hosts(model: nn.Module) -> dict[str, nn.Module]:
+    """The hosts in a model, by path."""
+    return {path: m for path, m in model.named_modules() if _STATE in vars(m)}
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a host had before it became one."""
+    return type(module)._surgery_original if _STATE in vars(module) else type(module)  # type: ignore[attr-defined,no-any-return]
+
+
+@functools.cache
+def _host_class(original: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: HostState = self.__dict__[_STATE]
+        if not state.active or capturing():
+            return original.forward(self, *args, **kwargs)
+        return run(self, state, args, kwargs)
+
+    def unspliced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _rebuild, (original,), self.__dict__
+
+    body = {
+        "forward": forward,
+        "_unspliced_forward": unspliced,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_surgery_original": original,
+    }
+    return type(original.__name__, (original,), body)
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    host_class = _host_class(original)
+    return host_class.__new__(host_class)
+
+
+def install(module: nn.Module, plan: HostPlan) -> HostState:
+    """Make ``module`` a host, if it is none yet.
+
+    Raises:
+        SpliceError: something else has replaced the module's forward on the instance.
+    """
+    state = state_of(module)
+    if state is not None:
+        return state
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        raise SpliceError(
+            f"{plan.path}: something has set a forward on this {type(module).__name__} object "
+            "itself, which would hide the spliced one. Undo that first, splice, then redo it."
+        )
+    state = HostState(plan.path, plan.through)
+    module.__class__ = _host_class(type(module))
+    vars(module)[_STATE] = state
+    if "_old_forward" in vars(module):  # accelerate's hooks call what they found
+        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+    return state
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give a host its own class back."""
+    original = original_class(module)
+    del vars(module)[_STATE]
+    module.__class__ = original
+    if "_old_forward" in vars(module):
+        vars(module)["_old_forward"] = types.MethodType(original.forward, module)
+
+
+def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """Run the variant for this call, capturing it if it is new."""
+    key, inputs = signature(args, kwargs, state.active)
+    for variant in state.variants.get(key, ()):
+        if variant.matches(module, inputs):
+            try:
+                return variant.run(module, module, *inputs)
+            except GuardFlipped:
+                continue
+    variant = new_variant(module, state, key, args, kwargs)
+    return variant.run(module, module, *inputs)
+
+
+def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
+    """The structure of a call, and the inputs of its graph (see ``capture.leaves``).
+
+    Two calls of one structure differ only in values of tensors, numbers and opaque objects.
+    """
+    inputs: list[Any] = []
+    seen: dict[int, int] = {}
+
+    def describe(x: Any) -> Any:
+        kind = type(x)
+        if x is None or kind is bool or kind is str:
+            return x
+        if kind is tuple or kind is list:
+            return (kind, *[describe(y) for y in x])
+        if kind is dict:
+            return (kind, *[(k, describe(v)) for k, v in x.items()])
+        if kind is torch.dtype or kind is torch.device or isinstance(x, type):
+            return x
+        if kind is int or kind is float:
+            inputs.append(x)
+            return kind
+        known = seen.get(id(x))
+        if known is not None:
+            return known
+        seen[id(x)] = len(inputs)
+        inputs.append(x)
+        if isinstance(x, Tensor):
+            return (x.dim(), x.dtype, x.device)
+        return kind
+
+    return (active, describe(args), describe(kwargs)), inputs
+
+
+def new_variant(
+    module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any
+) -> Variant:
+    """Capture the host's own forward for this call and apply what has been spliced."""
+    with _lock:
+        captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
+        for name in state.active:
+            operation = state.operations[name]
+            for edit, child in zip(operation.edits, operation.children, strict=True):
+                apply_edit(patterns, edit, child, module)
+        variant = finish(captured)
+        known = state.variants.setdefault(key, [])
+        known.insert(0, variant)
+        total = sum(map(len, state.variants.values()))
+        if total == _MANY:
+            warnings.warn(
+                f"{state.path}: {total} variants of one host so far; each new one costs a capture. "
+                f"The latest differs in: {variant.guards or key}. See surgery.variants(model).",
+                stacklevel=2,
+            )
+        return variant
+
+
+def capture_host(
+    module: nn.Module, path: str, through: frozenset[str], args: Any, kwargs: Any
+) -> tuple[Captured, list[Pattern]]:
+    """The unedited graph of a host for one call, and the patterns in it."""
+    forward = original_class(module).forward
+    captured = capture(module, forward, args, kwargs, through, huggingface.attention_patch, path)
+    captured.ambient += [(question, question()) for question in huggingface.questions(module)]
+    return captured, find_patterns(captured.graph, module)
+
+
+def finish(captured: Captured) -> Variant:
+    """Compile a graph, and let go of its example values."""
+    variant = Variant(captured)
+    for node in variant.graph.nodes:
+        node.meta.pop("value", None)
+    return variant

@@ -1,0 +1,98 @@
+"""All knowledge of transformers: its choice of attention function, and what it calls its inputs.
+
+transformers is imported only if the process has imported it already; without it every function
+here answers "nothing special".
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _loaded() -> bool:
+    return "transformers.modeling_utils" in sys.modules
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Is this a transformers model?"""
+    if not _loaded():
+        return False
+    from transformers.modeling_utils import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def attention_patch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[Any]:
+    """Replacements that make transformers hand out ``wrap(function)`` as attention function."""
+    if not _loaded():
+        return []
+    from transformers.modeling_utils import AttentionInterface
+
+    def choose(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_interface(interface: Any, implementation: str, default: Any) -> Any:
+            return wrap(original(interface, implementation, default))
+
+        return get_interface
+
+    return [(AttentionInterface, "get_interface", choose)]
+
+
+def questions(module: nn.Module) -> list[Callable[[], Any]]:
+    """What else decides which graph a module needs: its choice of attention function."""
+    configs: dict[int, Any] = {}
+    for part in module.modules():
+        config = vars(part).get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            configs[id(config)] = config
+    return [_implementation(config) for config in configs.values()]
+
+
+def _implementation(config: Any) -> Callable[[], Any]:
+    if "_attn_implementation_internal" in vars(config):
+        data = vars(config)
+        return lambda: data.get("_attn_implementation_internal")
+    return lambda: config._attn_implementation
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs for a transformers model, made from its config; None if we cannot tell."""
+    if not is_pretrained(model):
+        return None
+    config: Any = model.config
+    device = next(model.parameters()).device
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        top = int(getattr(text, "vocab_size", 8))
+        ids = (torch.arange(14, device=device).reshape(2, 7) * 5 + 3) % top  # (B, n)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :5]
+        return inputs
+    if name == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", 32)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = getattr(vision, "num_channels", 3)
+        pixels = torch.linspace(-1, 1, 2 * channels * height * width, device=device)
+        dtype = next(model.parameters()).dtype
+        return {"pixel_values": pixels.reshape(2, channels, height, width).to(dtype)}
+    return None
+
+
+def fresh_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters that ``from_pretrained`` had no weights for (a new head, say)."""
+    if not is_pretrained(model):
+        return []
+    loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+    return [n for n, _ in model.named_parameters() if n not in loaded] if loaded else []
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """What the model was loaded from."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -1,0 +1,213 @@
+"""Locate: the attention and FFN sites of any model, by dataflow.
+
+One run of the model on small example inputs shows every site (patterns.py). A site's *host* is
+the smallest module that contains it whole, output projection included; inside it only the modules
+on the way to the site are traced through. Names of modules and classes play no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery import huggingface
+from surgery.dataflow import causal, op_name, value
+from surgery.errors import SiteError
+from surgery.observe import Call, Observation, observe
+from surgery.patterns import Pattern, find_patterns, joins_residual
+from surgery.sites import HostPlan, Port, Site, Sites
+
+
+def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
+    """Find every attention and FFN of a model.
+
+    Args:
+        model: any ``nn.Module``. It runs once, in evaluation mode, and is not changed: no hook
+            fires, no random number is drawn, no gradient is left behind.
+        example_inputs: what to call it with: a dict of keyword arguments, a tuple of positional
+            ones, or one tensor. For a transformers model it can be left out.
+
+    Returns:
+        the sites, in the order of the computation. ``print`` them.
+
+    Raises:
+        SiteError: there is no site, or no example input could be made.
+    """
+    args, kwargs = _call(model, example_inputs)
+    observation = observe(model, args, kwargs, huggingface.attention_patch)
+    patterns = _unique(observation, model)
+    if not patterns:
+        raise SiteError(
+            f"no site in {type(model).__name__}: no attention (query-key product, softmax, values) "
+            "and no FFN (projection, nonlinearity, projection, residual) runs on these inputs. "
+            "Pass example_inputs= that reach them."
+        )
+    groups = _groups(patterns, observation)
+    sites = [
+        _site(pattern, group, observation.calls[group.path], model)
+        for pattern in patterns
+        for group in groups
+        if pattern in group.patterns
+    ]
+    return Sites(sites, type(model).__name__)
+
+
+def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None:
+        example_inputs = huggingface.example_inputs(model)
+    if example_inputs is None:
+        raise SiteError(
+            f"{type(model).__name__} does not tell what its inputs look like. Pass example_inputs=: "
+            "a dict of keyword arguments, a tuple of positional ones, or a tensor."
+        )
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def _unique(observation: Observation, model: nn.Module) -> list[Pattern]:
+    """Each site once, however often the model calls it."""
+    found: dict[tuple[str, str], Pattern] = {}
+    for pattern in find_patterns(observation.graph, model):
+        if pattern.kind == "ffn" and not joins_residual(pattern, model):
+            continue
+        found.setdefault((pattern.kind, pattern.key), pattern)
+    return list(found.values())
+
+
+@dataclass
+class _Group:
+    """Sites that share a host."""
+
+    path: str
+    patterns: list[Pattern] = field(default_factory=list)
+
+    def through(self) -> frozenset[str]:
+        """The modules strictly below the host that own a part of a site, and those above them."""
+        paths = set()
+        for owner in {owner for p in self.patterns for owner in _owners(p)}:
+            while owner != self.path:
+                paths.add(owner)
+                owner = owner.rpartition(".")[0]
+        return frozenset(paths)
+
+
+def _owners(pattern: Pattern) -> set[str]:
+    return {str(node.meta["owner"]) for node in pattern.nodes}
+
+
+def _groups(patterns: list[Pattern], observation: Observation) -> list[_Group]:
+    """Hosts for all sites; two that overlap become one."""
+    groups: dict[str, _Group] = {}
+    for pattern in patterns:
+        path = _common([*_owners(pattern)])
+        while path not in observation.calls:  # a container that is never called itself
+            path = path.rpartition(".")[0]
+        groups.setdefault(path, _Group(path)).patterns.append(pattern)
+    merged = True
+    while merged:
+        merged = False
+        for outer in list(groups.values()):
+            for inner in list(groups.values()):
+                if inner is not outer and inner.path in outer.through():
+                    outer.patterns += groups.pop(inner.path).patterns
+                    merged = True
+    return list(groups.values())
+
+
+def _common(paths: list[str]) -> str:
+    """The longest module path that all paths lie at or below."""
+    split = [path.split(".") if path else [] for path in paths]
+    shared: list[str] = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return ".".join(shared)
+
+
+def _below(path: str, host: str) -> str:
+    """``path`` relative to ``host``; ordinals such as ``#1`` stay."""
+    return path.removeprefix(host).removeprefix(".") if host else path
+
+
+def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site:
+    through = frozenset(_below(p, group.path) for p in group.through())
+    plan = HostPlan(group.path, through, call.args, call.kwargs)
+    ports = pattern.ports
+    tensor = value(ports["output"].node)
+    anchor = _weight(pattern, model)
+    options: dict[str, Any] = {}
+    if pattern.kind == "attention":
+        heads, keys = value(ports["query_heads"].node), value(ports["key_heads"].node)
+        grouped = keys.dim() > 3
+        options = {
+            "heads": heads.shape[-3] if heads.dim() > 3 else 0,
+            "kv_heads": keys.shape[-3] if grouped else 0,
+            "head_width": heads.shape[-1],
+            "value_width": value(ports["value_heads"].node).shape[-1],
+            "scale": pattern.scale if pattern.scale is not None else heads.shape[-1] ** -0.5,
+            "cross": _is_cross(pattern),
+            "causal": _is_causal(pattern),
+        }
+    site = Site(
+        path=group.path,
+        key=_below(pattern.key, group.path),
+        kind=pattern.kind,  # type: ignore[arg-type]
+        width=tensor.shape[-1],
+        dtype=anchor.dtype,
+        device=anchor.device,
+        host=plan,
+        **options,
+    )
+    for name, port in ports.items():
+        made = port.projection
+        site.ports[name] = Port(name, port.width, made.in_width if made else None, site)
+    if pattern.kind == "attention":
+        site.ports["lse"] = Port("lse", 1, None, site)
+    return site
+
+
+def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
+    """A parameter of the site: what is inserted follows its dtype and device."""
+    for port in pattern.ports.values():
+        if port.projection is not None and port.projection.node.op == "call_module":
+            module = model.get_submodule(str(port.projection.node.target))
+            for parameter in module.parameters():
+                if parameter.is_floating_point():
+                    return parameter
+    out: Tensor = value(pattern.ports["output"].node)
+    return out
+
+
+def _is_cross(pattern: Pattern) -> bool:
+    made = [pattern.ports[n].projection for n in ("query", "key") if n in pattern.ports]
+    if len(made) < 2 or made[0] is None or made[1] is None:
+        return False
+    return made[0].source is not made[1].source and (
+        value(made[0].source).shape[-2] != value(made[1].source).shape[-2]
+        or not _related(made[0].source, made[1].source)
+    )
+
+
+def _related(a: fx.Node, b: fx.Node) -> bool:
+    return bool(set(a.all_input_nodes) & set(b.all_input_nodes)) or a in b.all_input_nodes
+
+
+def _is_causal(pattern: Pattern) -> bool:
+    core, ports = pattern.core, pattern.ports
+    if "weights" in ports:
+        return causal(value(ports["weights"].node))
+    if "mask" in ports:
+        mask: Tensor = value(ports["mask"].node)
+        return causal(mask if mask.dtype == torch.bool else (mask > -1e4).to(torch.int8))
+    flags = dict(core.kwargs)
+    if op_name(core) == "scaled_dot_product_attention":
+        positional = core.args[5] if len(core.args) > 5 else False
+        return bool(flags.get("is_causal", positional))
+    flag = flags.get("is_causal")
+    return bool(getattr(core.meta.get("module"), "is_causal", True) if flag is None else flag)

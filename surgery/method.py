@@ -1,0 +1,57 @@
+"""Method: the base class of every parameter-efficient method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from surgery.errors import MethodError
+
+if TYPE_CHECKING:
+    from surgery.sites import Site
+
+Start = Literal["exact", "gated", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A parameter-efficient method: a frozen dataclass of its hyperparameters.
+
+    A subclass sets ``name``, says which sites it is for, and writes :meth:`splice`:
+
+    * ``name``: what ``surgery.method(name, ...)`` and recipes call it.
+    * ``kinds``: the kinds of site that it is for, or :meth:`suits` for a finer choice.
+    * :attr:`start`: what a fresh splice does to the model. ``exact`` leaves every output bit
+      (a zero-initialised residual), ``gated`` too, through a gate that starts at zero, ``none``
+      changes outputs. ``surgery.splice`` verifies what is declared.
+
+    Check hyperparameters in ``__post_init__`` with :meth:`require`.
+    """
+
+    name: ClassVar[str] = ""
+    kinds: ClassVar[tuple[str, ...]] = ("attention",)
+
+    @property
+    def start(self) -> Start:
+        """What a fresh splice does to the outputs: ``exact``, ``gated`` or ``none``."""
+        return "exact"
+
+    def suits(self, site: Site) -> bool:
+        """Is this method for that site?"""
+        return site.kind in self.kinds
+
+    def splice(self, site: Site) -> None:
+        """Insert modules at the ports of ``site``. Called once per site, in the order of the list."""
+        raise MethodError(f"method {type(self).__name__} does not implement splice(site).")
+
+    def require(self, condition: bool, option: str, wish: str) -> None:
+        """Raise unless ``condition`` holds of the value of ``option``."""
+        if not condition:
+            raise MethodError(
+                f"method {self.name!r}: {option}={getattr(self, option)!r} is not possible. "
+                f"It must be {wish}."
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The hyperparameters, as plain data for a saved adapter."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,221 @@
+"""Observe: one run of a whole model becomes one flat ``torch.fx.Graph``, module by module.
+
+The graph is for reading, not for running: sizes are the numbers that this run had. It shows what
+capture cannot see from inside one host: which modules a site spans, and what becomes of its
+output. Childless modules are single nodes unless a softmax or an attention call is inside them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from surgery.capture import AttentionPatch, detached_copy, map_leaves, quiet_random, snapshot
+from surgery.patching import patched
+
+_CORE = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
+
+
+@dataclass
+class Call:
+    """The arguments that a module was first called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Observation:
+    """The flat graph of one forward, and with what each module was called.
+
+    Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in :class:`surgery.capture.Captured`.
+    """
+
+    graph: fx.Graph
+    calls: dict[str, Call] = field(default_factory=dict)
+
+
+class _Observer(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.observation = Observation(self.graph)
+        self.paths = {id(m): p for p, m in reversed(list(model.named_modules()))}
+        self.paths[id(model)] = ""
+        self.parameters = {id(t): n for n, t in model.named_parameters()}
+        self.parameters |= {id(t): n for n, t in model.named_buffers()}
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []  # an id is unique only while its tensor lives
+        self.owner = [""]
+        self.calls = [0]  # which call of its owner a node belongs to
+        self.n_calls = 0
+        self.trail: list[fx.Node] = []
+        self.hidden = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.hidden and func.__name__ not in ("__get__", "size", "dim", "__len__"):
+            self.record("call_function", func, args, kwargs or {}, result)
+        elif not self.hidden and isinstance(result, Tensor):
+            self.record("call_function", func, args, kwargs or {}, result)
+        return result
+
+    def record(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node | None:
+        if not _tensors(result):
+            return None
+        node = self.graph.create_node(op, target, self.named(args), self.named(kwargs))
+        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        self.alive.append(result)
+        self.trail.append(node)
+        self.define(node, result)
+        return node
+
+    def define(self, node: fx.Node, result: Any) -> None:
+        if isinstance(result, Tensor):
+            self.nodes[id(result)] = node
+        elif isinstance(result, (tuple, list)):
+            for index, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, index))
+                    part.meta.update(value=item, owner=self.owner[-1], call=self.calls[-1])
+                    self.trail.append(part)
+                    self.nodes[id(item)] = part
+
+    def named(self, structure: Any) -> Any:
+        """``structure`` with tensors replaced by the nodes that made them."""
+        if isinstance(structure, Tensor):
+            return self.node_of(structure)
+        if isinstance(structure, (tuple, list)):
+            return tuple(self.named(x) for x in structure)
+        if isinstance(structure, dict):
+            return {str(k): self.named(v) for k, v in structure.items()}
+        return None if isinstance(structure, nn.Module) else structure
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        node = self.nodes.get(id(tensor))
+        if node is None:
+            name = self.parameters.get(id(tensor))
+            node = (
+                self.graph.placeholder(f"input_{len(self.nodes)}")
+                if name is None
+                else self.graph.create_node("get_attr", name)
+            )
+            node.meta.update(value=tensor, owner="", call=0)
+            self.nodes[id(tensor)] = node
+            self.alive.append(tensor)
+            self.trail.append(node)
+        return node
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.paths.get(id(module))
+        if path is None or self.hidden:
+            return _original_forward(module)(*args, **kwargs)
+        if path not in self.observation.calls:
+            self.observation.calls[path] = Call(*map_leaves((args, kwargs), snapshot))
+        start = len(self.trail)
+        self.n_calls += 1
+        self.owner.append(path)
+        self.calls.append(self.n_calls)
+        try:
+            result = _original_forward(module)(*args, **kwargs)
+        finally:
+            self.owner.pop()
+            self.calls.pop()
+        if not any(module.children()) and _tensors(result):
+            self.collapse(start, path, args, kwargs, result)
+        return result
+
+    def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Make one node of everything that a childless module did."""
+        inside = self.trail[start:]
+        if any(_name(node) in _CORE for node in inside):
+            return
+        inputs = self.named(args), self.named(kwargs)
+        node = self.graph.create_node("call_module", path, *inputs)
+        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        self.alive.append(result)
+        self.define(node, result)
+        for old in reversed(inside):
+            if not old.users and old.op not in ("placeholder", "get_attr"):
+                self.graph.erase_node(old)
+        self.trail[start:] = [n for n in self.trail[start:] if not n._erased]
+        self.trail.append(node)
+
+    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            was, self.hidden = self.hidden, True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.hidden = was
+            if not self.hidden:
+                node = self.record("call_function", function, args, kwargs, result)
+                if node is not None:
+                    node.meta["attention"] = True
+                    node.meta["module"] = args[0]
+            return result
+
+        return wrapped
+
+
+def observe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attention_patch: AttentionPatch | None = None,
+) -> Observation:
+    """Run ``model(*args, **kwargs)`` once, in evaluation mode and without a trace, and record it.
+
+    Hooks do not fire, no random number is drawn, no gradient or training flag changes.
+    """
+    observer = _Observer(model)
+
+    def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
+
+    replacements: list[Any] = [(nn.Module, "__call__", module_call)]
+    if attention_patch is not None:
+        replacements += attention_patch(observer.attend)
+    with evaluating(model), quiet_random(model), torch.no_grad():
+        with patched(*replacements), observer:
+            args, kwargs = detached_copy((args, kwargs))
+            model(*args, **kwargs)
+    return observer.observation
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without calling anybody's ``train`` method; the flags come back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the base model, also where a host has taken its place."""
+    unspliced = getattr(module, "_unspliced_forward", None)
+    return module.forward if unspliced is None else unspliced
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _tensors(structure: Any) -> bool:
+    if isinstance(structure, (tuple, list)):
+        return any(_tensors(x) for x in structure)
+    return isinstance(structure, Tensor)

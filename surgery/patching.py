@@ -1,0 +1,43 @@
+"""Temporary replacement of attributes, for the time of a capture and in one thread only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_MISSING = object()
+_lock = threading.RLock()
+
+
+@contextmanager
+def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
+    """Set ``owner.name = make(original)`` for each ``(owner, name, make)``; undo it at the end.
+
+    The replacements are seen by the calling thread alone: every other one gets the originals.
+    """
+    me = threading.get_ident()
+    saved: list[tuple[Any, str, Any]] = []
+    with _lock:
+        try:
+            for owner, name, make in replacements:
+                own = vars(owner).get(name, _MISSING)
+                original = getattr(owner, name)
+                saved.append((owner, name, own))
+                setattr(owner, name, _for_thread(me, make(original), original))
+            yield
+        finally:
+            for owner, name, own in reversed(saved):
+                if own is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, own)
+
+
+def _for_thread(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -> Any:
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        function = new if threading.get_ident() == thread else old
+        return function(*args, **kwargs)
+
+    return chosen

@@ -1,0 +1,144 @@
+"""A ``torch.fx`` proxy that carries the example value of its node.
+
+Python asks a traced value for answers that a graph does not have: is it true, how many elements,
+is it a Tensor. The value beside the node answers; an answer that could differ in another call is
+recorded as a *guard*, so that the graph is used only where it would be the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+# What is fixed by the structure of a call (see host.py): read as a constant, no guard.
+_CONSTANT_ATTRIBUTES = frozenset(
+    "dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized is_nested "
+    "is_xpu is_mps itemsize names".split()
+)
+_CONSTANT_METHODS = frozenset(
+    "dim ndimension is_floating_point is_complex get_device element_size type is_signed".split()
+)
+
+
+class ValueProxy(fx.Proxy):
+    """A node and the value that it had for the example inputs."""
+
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
+        object.__setattr__(self, "node", node)
+        object.__setattr__(self, "tracer", tracer)
+        object.__setattr__(self, "value", value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(object.__getattribute__(self, "value"))
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        attribute = getattr(value, name)  # raises the AttributeError that the value would
+        if isinstance(value, torch.Tensor):
+            if name in _CONSTANT_ATTRIBUTES:
+                return attribute
+            if callable(attribute) and not isinstance(attribute, torch.Tensor):
+                return _Method(self, name)
+        elif callable(attribute) and not isinstance(attribute, type):
+            return _Method(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        self.tracer.create_proxy("call_function", setattr, (self, name, new), {})
+
+    def __setitem__(self, key: Any, new: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, new), {})
+
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, key), {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(list(self.value))
+        return iter([self[i] for i in range(len(self))])
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(list(self)[::-1])
+
+    def keys(self) -> Any:
+        return self.value.keys()
+
+    def __len__(self) -> int:
+        if isinstance(self.value, torch.Tensor):
+            return int(self.shape[0])
+        return len(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self, bool))
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self, operator.index))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, float))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self.value), "") if not spec else format(self.value, spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class _Method:
+    """A bound method of a proxied value, not called yet."""
+
+    def __init__(self, owner: ValueProxy, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if self.name in _CONSTANT_METHODS and not args and not kwargs:
+            if isinstance(owner.value, torch.Tensor):
+                return getattr(owner.value, self.name)()
+        if self.name == "type" and args:
+            args = (fixed(args[0]), *args[1:])
+        return owner.tracer.create_proxy("call_method", self.name, (owner, *args), kwargs)
+
+
+def fixed(x: Any) -> Any:
+    """``x`` with every proxy in it, however nested, replaced by its value."""
+    kind = type(x)  # not isinstance: a proxy answers that for its value
+    if kind is ValueProxy:
+        return x.value
+    if kind is slice:
+        return slice(fixed(x.start), fixed(x.stop), fixed(x.step))
+    if issubclass(kind, tuple) and kind is not torch.Size:
+        parts = [fixed(y) for y in x]
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    if kind is list:
+        return [fixed(y) for y in x]
+    if issubclass(kind, dict) and any(type(v) is ValueProxy for v in x.values()):
+        changed = copy.copy(x)
+        changed.update((k, fixed(v)) for k, v in x.items())
+        return changed
+    if kind is dict:
+        return {k: fixed(v) for k, v in x.items()}
+    return x
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a callable that came in as an argument (as a node of a graph)."""
+    return function(*args, **kwargs)

@@ -1,0 +1,236 @@
+"""Sites: where a model can be operated on, and the ports that each of them has.
+
+Shape legend, the same letters everywhere:
+
+    B batch    n query length    m key length (cache included)    D model width
+    H heads    G kv heads        d head width    F FFN width      r rank    P prefix length
+
+Ports of an attention site:
+
+    input                          (B, n, D)     what its query projection reads
+    query key value                (B, n, H d), (B, m, G d)   projections, before the heads are split
+    query_heads                    (B, H, n, d)  into the attention call: after rotary encoding
+    key_heads value_heads          (B, G, m, d)  likewise, and after the KV cache
+    query_unrotated                (B, H, n, d)  query heads before a rotary encoding (after q-norm)
+    mask weights                   what is allowed in, and what comes out where it is computed
+    context                        heads mixed, before the output projection
+    lse                            (B, H, n)     logsumexp of the masked, scaled scores
+    output                         (B, n, D)     after the output projection
+
+Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n, F), ``activation``
+(B, n, F; what the last projection reads), ``output`` (B, n, D).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from surgery.errors import PortError, SiteError, suggest
+
+Kind = Literal["attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One insertion, as data: it is applied again to every graph of its host."""
+
+    site: str
+    port: str
+    verb: Literal["insert", "add", "replace"]
+    child: str
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """The module whose forward is rewritten, and with what it was called when it was seen."""
+
+    path: str
+    through: frozenset[str]
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named value inside a site, and the verbs that edit it.
+
+    Attributes:
+        name: one of the names in the legend of this module.
+        width: size of its last axis.
+        in_width: width of what its projection reads; None if no projection makes it.
+    """
+
+    name: str
+    width: int
+    in_width: int | None
+    site: Site = field(repr=False, compare=False)
+
+    def insert(self, module: nn.Module, name: str) -> None:
+        """``y := module(y)``."""
+        self.site._edit(self, "insert", module, name, ())
+
+    def add(self, module: nn.Module, name: str, reads: tuple[str, ...] | None = None) -> None:
+        """``y := y + module(*reads)``; ``reads`` is what the port's own projection reads."""
+        if reads is None:
+            reads = (f"{self.name}.source",) if self.in_width else (self.name,)
+        self.site._edit(self, "add", module, name, reads)
+
+    def replace(self, module: nn.Module, name: str, reads: tuple[str, ...]) -> None:
+        """``y := module(*reads)``; name the port itself among ``reads`` to keep its value."""
+        self.site._edit(self, "replace", module, name, reads)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention or FFN of a model.
+
+    Attributes:
+        path: the module that contains it whole, output projection included (its host).
+        key: tells it from other sites of the same host.
+        kind: ``attention`` or ``ffn``.
+        layer: the first number in its path, None if there is none.
+        cross: does it attend to another sequence?  causal: does no query see later keys?
+        heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
+        width: the model width D.
+        scale: the factor of the scores, where it could be read.
+        dtype, device: what inserted modules are cast to.
+    """
+
+    path: str
+    key: str
+    kind: Kind
+    width: int
+    ports: dict[str, Port] = field(default_factory=dict)
+    cross: bool = False
+    causal: bool = False
+    heads: int = 0
+    kv_heads: int = 0
+    head_width: int = 0
+    value_width: int = 0
+    scale: float | None = None
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    host: HostPlan | None = field(default=None, repr=False)
+    edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What tells it from every other site of its model."""
+        return (self.path, self.key, self.kind)
+
+    @property
+    def layer(self) -> int | None:
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
+        return int(number.group(1)) if number else None
+
+    @property
+    def description(self) -> str:
+        if self.kind == "ffn":
+            return "gated FFN" if "gate" in self.ports else "FFN"
+        return ("causal " if self.causal else "") + ("cross" if self.cross else "self") + "-attention"
+
+    def port(self, name: str) -> Port:
+        """The port of that name.
+
+        Raises:
+            PortError: this site has no such port; it names those that there are.
+        """
+        if name not in self.ports:
+            raise PortError(
+                f"{self.description} at {self.path}: no port {name!r}. "
+                f"{suggest(name, self.ports)}Ports here: {', '.join(self.ports)}."
+            )
+        return self.ports[name]
+
+    def select(self, names: tuple[str, ...]) -> list[Port]:
+        """The ports of these names, in this order."""
+        return [self.port(name) for name in names]
+
+    def open(self) -> Site:
+        """A copy that a method may edit; the edits gather in its ``edits``."""
+        copy = dataclasses.replace(self, edits=[], ports={})
+        copy.ports.update({n: dataclasses.replace(p, site=copy) for n, p in self.ports.items()})
+        return copy
+
+    def _edit(
+        self, port: Port, verb: Any, module: nn.Module, name: str, reads: tuple[str, ...]
+    ) -> None:
+        if self.edits is None:
+            raise PortError(
+                f"port {port.name!r} at {self.path} can be edited only inside Method.splice(site). "
+                "Call surgery.splice(model, method, at=sites)."
+            )
+        for read in reads:
+            self.port(read.removesuffix(".source"))
+        module.to(device=self.device, dtype=self.dtype)
+        self.edits.append((Edit(self.key, port.name, verb, f"{name}_{port.name}", reads), module))
+
+
+class Sites:
+    """The sites of a model, in the order of its computation. Selections are Sites again."""
+
+    def __init__(self, sites: list[Site], model: str = "") -> None:
+        self._sites, self._model = list(sites), model
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, index: int) -> Site:
+        return self._sites[index]
+
+    @property
+    def attention(self) -> Sites:
+        """The attention sites."""
+        return self.where(lambda site: site.kind == "attention")
+
+    @property
+    def ffn(self) -> Sites:
+        """The feed-forward sites."""
+        return self.where(lambda site: site.kind == "ffn")
+
+    def layers(self, start: int, stop: int) -> Sites:
+        """The sites whose layer number is in ``range(start, stop)``."""
+        return self.where(lambda site: site.layer is not None and start <= site.layer < stop)
+
+    def matching(self, regex: str) -> Sites:
+        """The sites whose path matches ``regex`` somewhere."""
+        return self.where(lambda site: re.search(regex, site.path) is not None)
+
+    def where(self, keep: Any) -> Sites:
+        """The sites for which ``keep(site)`` is true."""
+        return Sites([site for site in self if keep(site)], self._model)
+
+    def expect(self, n: int) -> Sites:
+        """These sites, if there are ``n`` of them.
+
+        Raises:
+            SiteError: there are more, or fewer; it lists what there is.
+        """
+        if len(self) != n:
+            raise SiteError(f"expected {n} sites in {self._model}, found {len(self)}:\n{self}")
+        return self
+
+    def __add__(self, other: Sites) -> Sites:
+        return Sites([*{s.identity: s for s in [*self, *other]}.values()], self._model)
+
+    def __repr__(self) -> str:
+        rows = [("site", "what", "heads", "kv", "d", "width", "ports")]
+        for s in self:
+            numbers = (s.heads, s.kv_heads, s.head_width) if s.kind == "attention" else ("", "", "")
+            ports = " ".join(s.ports)
+            rows.append((s.path or "(root)", s.description, *map(str, numbers), str(s.width), ports))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+        head = f"{len(self)} sites in {self._model}: {len(self.attention)} attention, {len(self.ffn)} FFN"
+        return "\n".join([head, *lines])

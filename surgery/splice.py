@@ -1,0 +1,343 @@
+"""Splice methods into a model, remove them, and switch them off: all or nothing, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SiteError, SpliceError, suggest
+from surgery.host import (
+    HostState,
+    Operation,
+    capture_host,
+    finish,
+    hosts,
+    install,
+    signature,
+    state_of,
+    uninstall,
+)
+from surgery.locate import locate
+from surgery.method import Method
+from surgery.observe import evaluating
+from surgery.sites import Edit, Site, Sites
+from surgery.variant import Variant, apply_edit, require_applied
+from surgery.verify import verify_reach, verify_start
+
+_RECORD = "_surgery_record"
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """One inserted module: where, by which method, and under which path in the model."""
+
+    site: Site
+    method: Method
+    edit: Edit
+    path: str
+    parameters: int
+
+
+@dataclass
+class Report:
+    """What ``surgery.splice`` did. Print it.
+
+    Attributes:
+        name: of the splice.  methods: in the order in which they were applied.
+        inserted: every inserted module.
+        change: for each host, the largest change of an output that was measured: 0.0 means that
+            every bit is as before, None that there were no values to measure (``meta`` device).
+    """
+
+    name: str
+    methods: tuple[Method, ...]
+    inserted: list[Inserted] = field(default_factory=list)
+    change: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def start(self) -> str:
+        """The start state, as declared: ``exact`` only if every method's is."""
+        declared = [method.start for method in self.methods]
+        return next((s for s in ("none", "gated") if s in declared), "exact")
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that something was inserted at."""
+        return Sites(list({i.site.identity: i.site for i in self.inserted}.values()), self.name)
+
+    def __repr__(self) -> str:
+        total = sum(i.parameters for i in self.inserted)
+        measured = [c for c in self.change.values() if c is not None]
+        if not measured:
+            state = "not measured"
+        else:
+            state = "outputs unchanged" if max(measured) == 0 else f"outputs moved by up to {max(measured):.2g}"
+        lines = [
+            f"spliced {self.name!r}: {len(self.inserted)} modules at {len(self.sites)} sites, "
+            f"{total:,} parameters; start {self.start}, {state}"
+        ]
+        width = max((len(i.path) for i in self.inserted), default=0)
+        for i in self.inserted:
+            reads = f" reading {', '.join(i.edit.reads)}" if i.edit.reads else ""
+            lines.append(
+                f"  {i.path:<{width}}  {i.parameters:>9,}  {i.edit.verb} at {i.edit.port}{reads}"
+            )
+        return "\n".join(lines)
+
+
+def records(model: nn.Module) -> dict[str, Report]:
+    """The splices of a model, by name, in order."""
+    found: dict[str, Report] = vars(model).get(_RECORD, {})
+    return found
+
+
+def splice(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    at: Sites | Site | None = None,
+    example_inputs: Any = None,
+    name: str = "default",
+) -> Report:
+    """Splice methods into a model. It stays the object it is; either all is done or nothing.
+
+    Args:
+        model: any ``nn.Module``; it may be spliced already, under other names.
+        methods: one method or a list; a later one sees each port as the earlier ones left it.
+        at: where; by default every site that a method is for.
+        example_inputs: as for :func:`surgery.locate`; not needed if ``at`` is given.
+        name: of this splice, for ``remove``, ``disabled`` and ``save``.
+
+    Returns:
+        what was inserted where, and the start state as it was verified.
+
+    Raises:
+        SpliceError: the name is taken, or what was spliced does not do what its method declares.
+        SiteError: a method is for none of the sites.
+        PortError: a port is missing.
+        CaptureError: a forward cannot be captured; the line is named.
+    """
+    chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
+    _check(model, chosen, name)
+    if at is None:
+        at = locate(model, example_inputs)
+    sites = [at] if isinstance(at, Site) else list(at)
+    todo = _todo(model, chosen, sites)
+    report = Report(name, chosen)
+    undo: list[Any] = []
+    try:
+        with evaluating(model):
+            for path, pairs in todo.items():
+                _operate(model, path, pairs, report, undo)
+        _verify_starts(report)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    vars(model).setdefault(_RECORD, {})[name] = report
+    return report
+
+
+def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
+    for method in methods:
+        if not isinstance(method, Method):
+            raise SpliceError(
+                f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
+            )
+    if not methods:
+        raise SpliceError("no method was given. Pass one, or a list of them.")
+    if not name.isidentifier():
+        raise SpliceError(f"name={name!r} must be an identifier: it becomes part of module names.")
+    if name in records(model):
+        free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in records(model))
+        raise SpliceError(
+            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass another, "
+            f"say name={free!r}, or surgery.remove(model, {name!r}) first."
+        )
+
+
+def _todo(
+    model: nn.Module, methods: tuple[Method, ...], sites: list[Site]
+) -> dict[str, list[tuple[Method, Site]]]:
+    todo: dict[str, list[tuple[Method, Site]]] = {}
+    for method in methods:
+        suitable = [site for site in sites if method.suits(site)]
+        if not suitable:
+            there = sorted({site.description for site in sites}) or ["nothing"]
+            raise SiteError(
+                f"method {method.name!r} is for no site of these {len(sites)} ({', '.join(there)}). "
+                "Choose other sites with at=, or other options."
+            )
+        for site in suitable:
+            if site.host is None:
+                raise SiteError(f"{site.path}: this site was not made by surgery.locate.")
+            todo.setdefault(site.path, []).append((method, site))
+    for path in todo:
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            raise SiteError(
+                f"{type(model).__name__} has no module {path!r}: these sites were located in "
+                "another model. Call surgery.locate on this one."
+            ) from error
+    return todo
+
+
+def _operate(
+    model: nn.Module,
+    path: str,
+    pairs: list[tuple[Method, Site]],
+    report: Report,
+    undo: list[Any],
+) -> None:
+    """Build, insert and verify one host; each change leaves its undoing in ``undo``."""
+    module = model.get_submodule(path)
+    plan = pairs[0][1].host
+    assert plan is not None
+    known = state_of(module)
+    through = plan.through if known is None else known.through
+    captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
+    if known is not None:
+        for earlier in (known.operations[n] for n in known.active):
+            for edit, child in zip(earlier.edits, earlier.children, strict=True):
+                apply_edit(patterns, edit, child, module)
+    operation = Operation(report.name, [], [])
+    new: list[tuple[str, nn.Module]] = []
+    inserted: list[Inserted] = []
+    for method, site in pairs:
+        opened = site.open()
+        method.splice(opened)
+        if not opened.edits:
+            raise SpliceError(f"method {method.name!r} at {path}: it inserted nothing.")
+        for edit, child_module in opened.edits:
+            child = _free_name(module, edit.child, report.name, [c for c, _ in new])
+            ports = next((p.ports for p in patterns if p.key == edit.site), {})
+            if edit.port in ports and ports[edit.port].columns is not None:
+                index = torch.tensor(ports[edit.port].columns, device=site.device)
+                child_module.register_buffer("_columns", index, persistent=False)
+            new.append((child, child_module))
+            operation.edits.append(edit)
+            operation.children.append(child)
+            count = sum(p.numel() for p in child_module.parameters())
+            full = f"{path}.{child}" if path else child
+            inserted.append(Inserted(_lean(site), method, edit, full, count))
+
+    undo.append(lambda: _take_out(module, report.name, [c for c, _ in new]))
+    state = install(module, plan)
+    for child, child_module in new:
+        child_module.train(module.training)
+        module.add_module(child, child_module)
+    for edit, child in zip(operation.edits, operation.children, strict=True):
+        require_applied(apply_edit(patterns, edit, child, module), edit, path)
+    state.operations[report.name] = operation
+    state.refresh()
+    variant = finish(captured)
+    key, _ = signature(plan.args, plan.kwargs, state.active)
+    state.variants = {key: [variant]}
+    report.change[path] = verify_start(module, variant, plan.args, plan.kwargs)
+    verify_reach(module, state, variant, operation.children, plan.args, plan.kwargs)
+    report.inserted += inserted
+
+
+def _lean(site: Site) -> Site:
+    """The site without its example inputs, to be kept."""
+    assert site.host is not None
+    return dataclasses.replace(site, host=dataclasses.replace(site.host, args=(), kwargs={}))
+
+
+def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:
+    """The name of an inserted child: ``lora_query``, with the splice's name unless default."""
+    child = child if name == "default" else f"{name}_{child}"
+    candidates = [child, *(f"{child}_{i}" for i in range(2, 99))]
+    return next(c for c in candidates if c not in taken and not hasattr(module, c))
+
+
+def _verify_starts(report: Report) -> None:
+    wrong = {p: c for p, c in report.change.items() if c}
+    if report.start == "exact" and wrong:
+        path, change = max(wrong.items(), key=lambda item: item[1])
+        raise SpliceError(
+            f"methods {[m.name for m in report.methods]} declare start 'exact', but outputs of "
+            f"{len(wrong)} hosts moved, by {change:.2g} at {path}. Zero-initialise what is added, "
+            "or declare start 'none'."
+        )
+
+
+def _take_out(module: nn.Module, name: str, children: list[str]) -> None:
+    for child in children:
+        if child in module._modules:
+            delattr(module, child)
+    state = state_of(module)
+    if state is None:
+        return
+    state.operations.pop(name, None)
+    state.off -= {name}
+    state.refresh()
+    state.variants = {}
+    if not state.operations:
+        uninstall(module)
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take out one splice, or all: bit for bit the model that it was.
+
+    What was trained of the base itself (see ``freeze_base``) stays as trained.
+
+    Raises:
+        SpliceError: nothing is spliced under that name.
+    """
+    names = list(records(model)) if name is None else [name]
+    _known(model, names)
+    for host in list(hosts(model).values()):
+        state = state_of(host)
+        for each in names:
+            if state is not None and each in state.operations:
+                _take_out(host, each, state.operations[each].children)
+    for each in names:
+        del records(model)[each]
+    if not records(model):
+        del vars(model)[_RECORD]
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
+    """Run the model without one splice, or without any, inside a ``with`` block."""
+    names = frozenset(records(model)) if name is None else frozenset({name})
+    _known(model, list(names))
+    states = [state for h in hosts(model).values() if (state := state_of(h))]
+    before = [state.off for state in states]
+    try:
+        for state in states:
+            state.off |= names
+            state.refresh()
+        yield model
+    finally:
+        for state, off in zip(states, before, strict=True):
+            state.off = off
+            state.refresh()
+
+
+def _known(model: nn.Module, names: list[str]) -> None:
+    there = list(records(model))
+    for name in names or [""]:
+        if name not in there:
+            what = f"named {name!r} " if name else ""
+            raise SpliceError(
+                f"nothing {what}is spliced into this {type(model).__name__}. {suggest(name, there)}"
+                f"Splices here: {', '.join(there) or 'none'}."
+            )
+
+
+def variants(model: nn.Module) -> dict[str, list[Variant]]:
+    """The graphs that each host of a model has so far: print their ``code`` or ``graph``."""
+    return {
+        path: [v for group in state.variants.values() for v in group]
+        for path, host in hosts(model).items()
+        if (state := state_of(host)) is not None
+    }

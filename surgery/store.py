@@ -1,0 +1,259 @@
+"""Store: a saved adapter is one JSON of what was done and one safetensors file of tensors.
+
+    surgery.json                    methods, options, sites, versions, what the base looked like
+    surgery-<digest>.safetensors    inserted tensors, and those of the base that were trained along
+
+The tensors are written first and the JSON, which names them by digest, takes its place last, in
+one step: an interrupted save leaves the old adapter whole. ``load`` replays the splice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from surgery import huggingface
+from surgery.errors import SpliceError, StoreError
+from surgery.locate import locate
+from surgery.registry import method
+from surgery.sites import Site, Sites
+from surgery.splice import records, remove, splice
+from surgery.train import kept_parameters, spliced_parameters
+
+_FORMAT = 1
+_JSON = "surgery.json"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Save every splice of a model, and what of its base was trained along, into ``folder``.
+
+    Returns:
+        the folder.
+
+    Raises:
+        SpliceError: nothing is spliced.
+    """
+    if not records(model):
+        raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
+    own = dict(model.named_parameters())
+    tensors = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
+    tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
+    tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
+    data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"surgery-{digest[:12]}.safetensors"
+    description = {
+        "format": _FORMAT,
+        "tensors": file,
+        "sha256": digest,
+        "versions": {"surgery": _version(), "torch": str(torch.__version__)},
+        "base": {
+            "class": type(model).__name__,
+            "name": huggingface.name_or_path(model),
+            "fingerprint": fingerprint(model),
+        },
+        "kept": kept_parameters(model),
+        "splices": [_describe(report) for report in records(model).values()],
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _write(target / file, data)
+    _write(target / _JSON, json.dumps(description, indent=1).encode())
+    for old in target.glob("surgery-*.safetensors"):
+        if old.name != file:
+            old.unlink()
+    return target
+
+
+def load(
+    model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None
+) -> nn.Module:
+    """Splice a saved adapter into a base model, in place.
+
+    Args:
+        model: the base; its sites must have the shapes that the adapter was made for.
+        folder: where ``save`` put it.
+        example_inputs: as for :func:`surgery.locate`.
+
+    Returns:
+        the model.
+
+    Raises:
+        StoreError: files are missing or damaged, or the base does not fit. Nothing has changed.
+    """
+    description, tensors = read(folder)
+    sites = locate(model, example_inputs)
+    plans = [_match(saved, sites, folder) for saved in description["splices"]]
+    _check_kept(model, tensors, folder)
+    done: list[str] = []
+    try:
+        for saved, at in plans:
+            methods = [method(m["name"], **m["options"]) for m in saved["methods"]]
+            report = splice(model, methods, at=at, name=saved["name"])
+            done.append(saved["name"])
+            made = [i.path for i in report.inserted]
+            if made != saved["modules"]:
+                raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
+        _fill(model, tensors, folder)
+    except BaseException:
+        for name in reversed(done):
+            remove(model, name)
+        raise
+    vars(model)["_surgery_kept"] = list(description["kept"])
+    return model
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the tensors of a saved adapter, checked for damage."""
+    path = Path(folder) / _JSON
+    if not path.is_file():
+        raise StoreError(f"{folder}: no {_JSON} here, so this is no adapter saved by surgery.save.")
+    try:
+        description = json.loads(path.read_bytes())
+        file, digest = description["tensors"], description["sha256"]
+        number, _ = description["format"], description["splices"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}). Save the adapter again.") from error
+    if number != _FORMAT:
+        raise StoreError(
+            f"{path} has format {number}, this surgery reads {_FORMAT}. Install the version "
+            f"{description.get('versions', {}).get('surgery')} that wrote it."
+        )
+    tensors = Path(folder) / file
+    if not tensors.is_file():
+        raise StoreError(f"{tensors} is missing. Copy the whole folder, or save again.")
+    data = tensors.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise StoreError(
+            f"{tensors} is damaged or truncated: {len(data):,} bytes, and not those that {_JSON} "
+            "was written for. Copy it again, or save again."
+        )
+    try:
+        return description, load_tensors(data)
+    except SafetensorError as error:
+        raise StoreError(f"{tensors} is damaged ({error}).") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the names and shapes of the base's parameters."""
+    inserted = {name for name, _ in spliced_parameters(model)}
+    shapes = [f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if n not in inserted]
+    return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()[:16]
+
+
+def _describe(report: Any) -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "methods": [{"name": m.name, "options": m.options()} for m in report.methods],
+        "sites": [_shape(site) for site in report.sites],
+        "modules": [i.path for i in report.inserted],
+    }
+
+
+def _shape(site: Site) -> dict[str, Any]:
+    numbers = ("width", "heads", "kv_heads", "head_width", "value_width")
+    return {"path": site.path, "key": site.key, "kind": site.kind} | {
+        n: getattr(site, n) for n in numbers
+    }
+
+
+def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
+    """The sites of this model that a saved splice was made at."""
+    known = {(s.path, s.key, s.kind): s for s in sites}
+    chosen: list[Site] = []
+    wrong: list[str] = []
+    for shape in saved["sites"]:
+        site = known.get((shape["path"], shape["key"], shape["kind"]))
+        if site is None:
+            wrong.append(f"{shape['path']}: no such {shape['kind']} site")
+            continue
+        own = _shape(site)
+        differing = [k for k in shape if shape[k] != own[k]]
+        if differing:
+            what = ", ".join(f"{k} {shape[k]} in the adapter, {own[k]} here" for k in differing)
+            wrong.append(f"{site.path}: {what}")
+        chosen.append(site)
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise StoreError(
+            f"the adapter in {folder} does not fit this model:\n  "
+            + "\n  ".join(wrong[:5])
+            + more
+            + "\nLoad it into the base that it was made for (see 'base' in surgery.json)."
+        )
+    return saved, Sites(chosen)
+
+
+def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+    own = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        name = key.removeprefix("kept.")
+        if key.startswith("kept.") and (name not in own or own[name].shape != tensor.shape):
+            here = tuple(own[name].shape) if name in own else "not there"
+            raise StoreError(_misfit(folder, name, tuple(tensor.shape), here))
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+    own: dict[str, Tensor] = dict(model.named_parameters())
+    wanted = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
+    wanted |= {f"inserted.{n}": b for n, b in _buffers(model)}
+    wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
+    missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    if missing or unexpected:
+        raise StoreError(
+            f"the adapter in {folder} lacks {missing[:5]} and has unexpected {unexpected[:5]}."
+        )
+    for key, target in wanted.items():
+        if target.shape != tensors[key].shape:
+            raise StoreError(_misfit(folder, key, tuple(tensors[key].shape), tuple(target.shape)))
+    with torch.no_grad():
+        for key, target in wanted.items():
+            target.copy_(tensors[key])
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Persistent buffers of inserted modules."""
+    found = []
+    for report in records(model).values():
+        for inserted in report.inserted:
+            module = model.get_submodule(inserted.path)
+            named = dict(module.named_buffers())
+            found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
+    return found
+
+
+def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
+    return (
+        f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
+        "here. Load it into the base that it was made for (see 'base' in surgery.json)."
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _version() -> str:
+    from surgery import __version__
+
+    return __version__

@@ -1,0 +1,150 @@
+"""Training: what is trained, what is frozen, and how much that is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery import huggingface
+from surgery.errors import SpliceError, suggest
+from surgery.splice import Report, records
+
+_KEPT = "_surgery_kept"
+_log = logging.getLogger("surgery")
+
+
+def spliced_parameters(
+    model: nn.Module, name: str | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The inserted parameters of one splice, or of all, with their names in the model."""
+    for report in records(model).values():
+        if name is None or report.name == name:
+            for inserted in report.inserted:
+                for own, parameter in model.get_submodule(inserted.path).named_parameters():
+                    yield f"{inserted.path}.{own}", parameter
+
+
+def kept_parameters(model: nn.Module) -> list[str]:
+    """Names of base parameters that ``freeze_base`` left trainable."""
+    names: list[str] = vars(model).get(_KEPT, [])
+    return names
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What ``freeze_base`` did: which base parameters stay trainable, and which of them are fresh."""
+
+    kept: tuple[str, ...]
+    fresh: tuple[str, ...]
+    frozen: int
+
+    def __repr__(self) -> str:
+        text = f"froze {self.frozen:,} parameters of the base"
+        if self.fresh:
+            text += f"; still trained, because no weights were loaded for them: {', '.join(self.fresh)}"
+        asked = [n for n in self.kept if n not in self.fresh]
+        return text + (f"; still trained, as asked: {', '.join(asked)}" if asked else "")
+
+
+def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) -> Frozen:
+    """Train only what was inserted, and what is kept beside it.
+
+    Args:
+        model: a spliced model.
+        keep: names of modules or parameters of the base that stay trainable. They are saved along.
+        fresh: also keep what ``from_pretrained`` found no weights for, such as a new
+            classification head. It says so.
+
+    Raises:
+        SpliceError: nothing is spliced, or a name in ``keep`` fits nothing.
+    """
+    if not records(model):
+        raise SpliceError(
+            f"nothing is spliced into this {type(model).__name__}, so nothing would be trained. "
+            "Call surgery.splice first."
+        )
+    inserted = {name for name, _ in spliced_parameters(model)}
+    base = [name for name, _ in model.named_parameters() if name not in inserted]
+    kept: dict[str, None] = {}
+    for wish in keep:
+        found = [name for name in base if name == wish or name.startswith(wish + ".")]
+        if not found:
+            parts = {".".join(n.split(".")[:i]) for n in base for i in range(1, n.count(".") + 2)}
+            raise SpliceError(
+                f"keep={wish!r}: no module or parameter of that name. {suggest(wish, parts)}"
+            )
+        kept.update(dict.fromkeys(found))
+    new = [n for n in huggingface.fresh_parameters(model) if n in base] if fresh else []
+    kept.update(dict.fromkeys(new))
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in inserted or name in kept)
+        frozen += 0 if parameter.requires_grad else parameter.numel()
+    vars(model)[_KEPT] = list(kept)
+    result = Frozen(tuple(kept), tuple(new), frozen)
+    if new:
+        _log.warning("surgery: %r", result)
+    return result
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sites, methods and parameter counts of a spliced model. Print it.
+
+    Attributes:
+        reports: the splices.  base: parameters of the base.  inserted: parameters inserted.
+        trainable: parameters that require gradient now.  kept: those of the base among them.
+    """
+
+    model: str
+    reports: tuple[Report, ...]
+    base: int
+    inserted: int
+    trainable: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, inserted ones included."""
+        return self.base + self.inserted
+
+    @property
+    def percent(self) -> float:
+        """Inserted parameters, as the papers count: per cent of the base's."""
+        return 100 * self.inserted / self.base
+
+    def __repr__(self) -> str:
+        lines = [self.model]
+        for report in self.reports:
+            lines.append(f"  {report.name}: start {report.start}")
+            for method in report.methods:
+                own = [i for i in report.inserted if i.method is method]
+                sites = {i.site.identity for i in own}
+                kinds = sorted({i.site.description for i in own})
+                lines.append(
+                    f"    {method}\n      at {len(sites)} sites ({', '.join(kinds)}), "
+                    f"{len(own)} modules, {sum(i.parameters for i in own):,} parameters"
+                )
+        lines += [
+            f"  inserted  {self.inserted:>14,}  {self.percent:.4f} % of the base's {self.base:,}",
+            f"  trainable {self.trainable:>14,}  {100 * self.trainable / self.total:.4f} % of all "
+            f"{self.total:,}" + (f", {self.kept:,} of them the base's own" if self.kept else ""),
+        ]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Sites, methods, trainable and total parameters of a model."""
+    inserted = dict(spliced_parameters(model))
+    base = [p for n, p in model.named_parameters() if n not in inserted]
+    return Summary(
+        model=type(model).__name__,
+        reports=tuple(records(model).values()),
+        base=sum(p.numel() for p in base),
+        inserted=sum(p.numel() for p in inserted.values()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        kept=sum(p.numel() for p in base if p.requires_grad),
+    )

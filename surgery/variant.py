@@ -1,0 +1,247 @@
+"""Variant: one captured and edited graph of a host, compiled, with the guards that choose it."""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from surgery.capture import Captured, Guard, is_pure
+from surgery.core import attention, logsumexp, with_lse
+from surgery.edit import add, add_columns, chain, put_columns, rewrite, take_columns
+from surgery.errors import PortError, SpliceError
+from surgery.patterns import Pattern, PortNode
+from surgery.sites import Edit
+
+_count = 0
+
+
+class GuardFlipped(Exception):
+    """A branch inside a graph would be taken differently; nothing has happened yet."""
+
+
+class Variant:
+    """A compiled graph of a host.
+
+    Attributes:
+        graph: the ``torch.fx.Graph``; print it, or its ``code``.
+        code: the Python source that runs.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self.graph = captured.graph
+        self.reads = [(vars(m), name, expected) for m, name, expected in captured.reads]
+        self.ambient = captured.ambient
+        early = [g for g in captured.guards if _early(g.node)]
+        self._early = _guard_function(captured.graph, early)
+        self.guards = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.guards]
+        late = [g for g in captured.guards if g not in early]
+        for guard in late:
+            _check_inside(captured.graph, guard)
+        _drop_unused(captured.graph)
+        captured.graph.lint()
+        self.run, self.code = compile_graph(captured.graph)
+
+    def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
+        """Is this the graph of what the host's own forward would do with ``inputs`` now?"""
+        for attributes, name, expected in self.reads:
+            if attributes.get(name, expected) != expected:
+                return False
+        for question, expected in self.ambient:
+            if question() != expected:
+                return False
+        return self._early is None or bool(self._early(host, host, *inputs))
+
+
+def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Module) -> bool:
+    """Apply one edit to a graph, wherever its site occurs.
+
+    Returns:
+        False if the port is not computed in this graph (keys that come from a cache).
+    """
+    done = False
+    for pattern in patterns:
+        if pattern.key == edit.site and edit.port in pattern.ports:
+            _edit(pattern, edit, child, root)
+            done = True
+    return done
+
+
+def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
+    port = pattern.ports[edit.port]
+    reads = tuple(_read(pattern, name) for name in edit.reads)
+    columns = port.columns is not None
+    if columns:
+        index = f"{child}._columns"
+
+    def make(graph: fx.Graph) -> fx.Node:
+        y: Any = port.node
+        at = graph.get_attr(index) if columns else None
+        if columns:
+            with graph.inserting_after(at):
+                return steps(graph, y, at)
+        return steps(graph, y, at)
+
+    def steps(graph: fx.Graph, y: Any, at: Any) -> fx.Node:
+        if edit.verb == "add":
+            how = (add_columns, (y, ..., at)) if columns else (add, (y, ...))
+            return chain(graph, (child, reads), how)
+        if not columns:
+            return chain(graph, (child, reads or (y,)))
+        put = (put_columns, (y, ..., at))
+        if reads:
+            return chain(graph, (child, reads), put)
+        return chain(graph, (take_columns, (y, at)), (child, (...,)), put)
+
+    new = rewrite(port.node, reads, make)
+    new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
+    old = port.node
+    for other in pattern.ports.values():
+        if other.node is old:
+            other.node = new
+
+
+def _read(pattern: Pattern, name: str) -> fx.Node:
+    if name == "lse" and "lse" not in pattern.ports:
+        pattern.ports["lse"] = PortNode(_expose_lse(pattern))
+    port = pattern.ports[name.removesuffix(".source")]
+    if name.endswith(".source") and port.projection is not None:
+        return port.projection.source
+    return port.node
+
+
+def _expose_lse(pattern: Pattern) -> fx.Node:
+    """Make the attention of a pattern also give its logsumexp; the context keeps its bits."""
+    core = pattern.core
+    graph = core.graph
+    if pattern.softmax_input is not None:
+        with graph.inserting_after(pattern.softmax_input):
+            return graph.call_function(logsumexp, (pattern.softmax_input,))
+    with graph.inserting_after(core):
+        whole = core.meta.get("attention")
+        both = (
+            graph.call_function(with_lse(core.target), core.args, dict(core.kwargs))  # type: ignore[arg-type]
+            if whole
+            else graph.call_function(attention, core.args, dict(core.kwargs))
+        )
+    with graph.inserting_after(both):
+        lse = graph.call_function(_second, (both,))
+        first = graph.call_function(_first, (both,))
+    first.meta.update(core.meta)
+    core.replace_all_uses_with(first)
+    for port in pattern.ports.values():
+        if port.node is core:
+            port.node = first
+    graph.erase_node(core)
+    pattern.core = first
+    return lse
+
+
+def _first(pair: tuple[Any, Any]) -> Any:
+    return pair[0]
+
+
+def _second(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
+
+
+def _early(node: fx.Node) -> bool:
+    """Can this be evaluated before the graph runs?"""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if not is_pure(current):
+            return False
+        if current.op != "placeholder":
+            fresh = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
+    return True
+
+
+def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., Any] | None:
+    if not guards:
+        return None
+    small = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = {g.node for g in guards}
+    for node in reversed(list(graph.nodes)):
+        if node in needed and node.op != "placeholder":
+            needed.update(node.all_input_nodes)
+    for node in graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = small.node_copy(node, lambda n: copies[n])
+    asked = [(g.convert, g.expected) for g in guards]
+
+    def hold(*values: Any) -> bool:
+        pairs = zip(asked, values, strict=True)
+        return all(convert(v) == expected for (convert, expected), v in pairs)
+
+    small.output(small.call_function(hold, tuple(copies[g.node] for g in guards)))
+    return compile_graph(small)[0]
+
+
+def _check_inside(graph: fx.Graph, guard: Guard) -> None:
+    """A branch that depends on tensors: look at it again where it was decided.
+
+    While nothing irreversible has happened the host can still turn to another graph; behind a
+    cache update it cannot, and says so.
+    """
+    node = guard.node
+    order = list(graph.nodes)
+    touched = any(_changes_something(n) for n in order[: order.index(node)])
+
+    def check(value: Any) -> None:
+        if guard.convert(value) != guard.expected:
+            if touched:
+                raise SpliceError(
+                    f"the branch at {guard.where} depends on values that are known only after the "
+                    "KV cache has changed, and it would now be taken differently. Keep the module "
+                    "that branches whole with the is_leaf hook."
+                )
+            raise GuardFlipped
+
+    with graph.inserting_after(node):
+        graph.call_function(check, (node,)).meta["keep"] = True
+
+
+def _changes_something(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if name in ("setitem", "setattr") or (name.endswith("_") and not name.endswith("__")):
+        return True
+    owner = node.args[0] if node.op == "call_method" and node.args else None
+    opaque = isinstance(owner, fx.Node) and not isinstance(owner.meta.get("value"), Tensor)
+    return opaque and not is_pure(node)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Remove what was recorded only for an answer in Python (sizes, attributes)."""
+    for node in reversed(list(graph.nodes)):
+        unused = not node.users and node.op in ("call_function", "get_attr", "call_method")
+        if unused and (node.op == "get_attr" or is_pure(node) or node.target in (_first, _second)):
+            graph.erase_node(node)
+
+
+def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """``forward(self, host, *inputs)`` for a graph, with source that tracebacks can show."""
+    global _count
+    _count += 1
+    generated = graph.python_code("self")
+    name = f"<surgery graph {_count}>"
+    linecache.cache[name] = (len(generated.src), None, generated.src.splitlines(True), name)
+    namespace = dict(generated.globals)
+    exec(compile(generated.src, name, "exec"), namespace)
+    return namespace["forward"], generated.src
+
+
+def require_applied(done: bool, edit: Edit, path: str) -> None:
+    """Raise if an edit found no place in the graph that it was made for."""
+    if not done:
+        raise PortError(
+            f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed in "
+            "this forward, so nothing was inserted. Choose another port."
+        )

@@ -1,0 +1,122 @@
+"""Verify: what a splice did, tried out on one host with the inputs it was seen with.
+
+    start    outputs of the spliced forward against the original's: equal bits, or how far off
+    reach    with the inserted parameters moved off their start, a gradient reaches every one of
+             them, and every inserted module gets one that is not zero
+
+It runs before ``surgery.splice`` returns; a splice that does not do what its method declares, or
+does nothing, is undone and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.capture import detached_copy, leaves, silenced
+from surgery.errors import SpliceError
+from surgery.host import HostState, original_class
+from surgery.variant import Variant
+
+
+def verify_start(
+    module: nn.Module, variant: Variant, args: Any, kwargs: Any
+) -> float | None:
+    """The largest difference that the splice makes to an output: 0.0 means equal bits.
+
+    None where there are no values to compare (the ``meta`` device).
+    """
+    with silenced(module), torch.no_grad():
+        given = detached_copy((args, kwargs))
+        base = original_class(module).forward(module, *given[0], **given[1])
+        given = detached_copy((args, kwargs))
+        spliced = variant.run(module, module, *leaves(given))
+    return difference(base, spliced)
+
+
+def verify_reach(
+    module: nn.Module, state: HostState, variant: Variant, children: list[str], args: Any, kwargs: Any
+) -> None:
+    """Raise unless a gradient reaches every inserted parameter of ``children``.
+
+    Raises:
+        SpliceError: a parameter is not used, or a module cannot change the output.
+    """
+    named = [
+        (child, name, parameter)
+        for child in children
+        for name, parameter in module.get_submodule(child).named_parameters()
+    ]
+    parameters = [parameter for _, _, parameter in named]
+    if not parameters or parameters[0].is_meta:
+        return
+    before = [(p.detach().clone(), p.requires_grad) for p in parameters]
+    try:
+        with silenced(module), torch.enable_grad():
+            torch.manual_seed(0)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+                with torch.no_grad():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            given = detached_copy((args, kwargs))
+            output = variant.run(module, module, *leaves(given))
+            loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))
+            if not loss.requires_grad:
+                _dead(state, children)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for parameter, (old, wanted) in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+                parameter.requires_grad_(wanted)
+    for (child, name, _), gradient in zip(named, gradients, strict=True):
+        if gradient is None:
+            raise SpliceError(
+                f"{state.path}: no gradient reaches {child}.{name}. The inserted module does not "
+                "use it; remove the parameter or use it in forward."
+            )
+    for child in children:
+        mine = [g for (c, _, _), g in zip(named, gradients, strict=True) if c == child]
+        if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
+            _dead(state, [child])
+
+
+def _dead(state: HostState, children: list[str]) -> None:
+    raise SpliceError(
+        f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
+        "its parameters stand. The port that it edits is not used here; choose another."
+    )
+
+
+def difference(a: Any, b: Any) -> float | None:
+    """The largest absolute difference of two nested outputs; 0.0 if all bits are equal."""
+    largest = 0.0
+    for x, y in zip(floats(a), floats(b), strict=True):
+        if x.is_meta:
+            return None
+        if not torch.equal(x, y):
+            gap = (x.double() - y.double()).abs()
+            worst = gap[gap.isfinite()].max().item() if bool(gap.isfinite().any()) else 0.0
+            same = bool(((x == y) | (x.isnan() & y.isnan())).all())
+            largest = max(largest, 0.0 if same else worst)
+    return largest
+
+
+def floats(structure: Any) -> Iterator[Tensor]:
+    """The floating-point tensors of a nested output."""
+    if isinstance(structure, Tensor):
+        if structure.is_floating_point():
+            yield structure
+    elif isinstance(structure, (tuple, list)):
+        for item in structure:
+            yield from floats(item)
+    elif isinstance(structure, dict):
+        for item in structure.values():
+            yield from floats(item)
+
+
+def _random_sum(tensor: Tensor) -> Tensor:
+    return (tensor.float() * torch.randn(tensor.shape, device=tensor.device)).sum()
