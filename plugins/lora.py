@@ -115,5 +115,3 @@ class LoRA(surgery.Method):
 @surgery.hookimpl
 def register_methods(register: surgery.Register) -> None:
     register(LoRA)
-
-

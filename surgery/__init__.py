@@ -1,12 +1,12 @@
 """Model surgery: parameter-efficient methods spliced into any transformer, in place.
 
-    import surgery
-    sites = surgery.locate(model)
-    surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)
-    surgery.freeze_base(model)
-    ...                                     # train and generate as before
-    surgery.save(model, "adapter/")
-    surgery.remove(model)                   # bit for bit the model that it was
+import surgery
+sites = surgery.locate(model)
+surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)
+surgery.freeze_base(model)
+...                                     # train and generate as before
+surgery.save(model, "adapter/")
+surgery.remove(model)                   # bit for bit the model that it was
 """
 
 from surgery.dropout import Dropout

@@ -63,7 +63,7 @@ def attention(
             )
         return cast(
             "tuple[Tensor, Tensor]",
-            _FlashCPU.apply(query, key, value, attn_mask, is_causal, scale),
+            _FlashCPU.apply(query, key, value, attn_mask, is_causal, scale),  # type: ignore[no-untyped-call]
         )
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -85,7 +85,7 @@ def dense_lse(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[-3] // key.shape[-3]
-    queries = query.to(wide).unflatten(-3, (key.shape[-3], groups))  # (B, G, H/G, n, d)
+    queries = torch.unflatten(query.to(wide), -3, (key.shape[-3], groups))  # (B, G, H/G, n, d)
     scores = queries @ key.to(wide).unsqueeze(-3).mT * _scale(query, scale)  # (B, G, H/G, n, m)
     scores = scores.flatten(-4, -3)  # (B, H, n, m)
     if is_causal:  # aligned to the upper left corner, as SDPA does it

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import huggingface
-from surgery.capture import Captured, capture, capturing
-from surgery.errors import SpliceError
+from surgery.capture import capture
+from surgery.errors import CaptureError, SpliceError
 from surgery.patterns import Pattern, find_patterns
+from surgery.quiet import capturing
+from surgery.registry import registry
 from surgery.sites import Edit, HostPlan
+from surgery.tracer import Captured
 from surgery.variant import GuardFlipped, Variant, apply_edit
 
 _STATE = "_surgery"
@@ -70,7 +73,7 @@ def hosts(model: nn.Module) -> dict[str, nn.Module]:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a host had before it became one."""
-    return type(module)._surgery_original if _STATE in vars(module) else type(module)  # type: ignore[attr-defined,no-any-return]
+    return type(module)._surgery_original if _STATE in vars(module) else type(module)  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -101,7 +104,7 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
-    host_class = _host_class(original)
+    host_class = _host_class(original)  # type: ignore[arg-type]
     return host_class.__new__(host_class)
 
 
@@ -120,7 +123,7 @@ def install(module: nn.Module, plan: HostPlan) -> HostState:
             "itself, which would hide the spliced one. Undo that first, splice, then redo it."
         )
     state = HostState(plan.path, plan.through)
-    module.__class__ = _host_class(type(module))
+    module.__class__ = _host_class(type(module))  # type: ignore[arg-type]
     vars(module)[_STATE] = state
     if "_old_forward" in vars(module):  # accelerate's hooks call what they found
         vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
@@ -146,6 +149,12 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
             except GuardFlipped:
                 continue
     variant = new_variant(module, state, key, args, kwargs)
+    if not variant.matches(module, inputs):
+        raise CaptureError(
+            f"{state.path}: a graph just captured does not fit its own call, so every call would "
+            f"be captured anew. It relies on: {variant.guards}. Keep the module that decides "
+            "this whole with the is_leaf hook."
+        )
     return variant.run(module, module, *inputs)
 
 
@@ -182,9 +191,7 @@ def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, lis
     return (active, describe(args), describe(kwargs)), inputs
 
 
-def new_variant(
-    module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any
-) -> Variant:
+def new_variant(module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any) -> Variant:
     """Capture the host's own forward for this call and apply what has been spliced."""
     with _lock:
         captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
@@ -210,7 +217,16 @@ def capture_host(
 ) -> tuple[Captured, list[Pattern]]:
     """The unedited graph of a host for one call, and the patterns in it."""
     forward = original_class(module).forward
-    captured = capture(module, forward, args, kwargs, through, huggingface.attention_patch, path)
+    captured = capture(
+        module,
+        forward,
+        args,
+        kwargs,
+        through,
+        huggingface.attention_patch,
+        path,
+        registry().is_leaf,
+    )
     captured.ambient += [(question, question()) for question in huggingface.questions(module)]
     return captured, find_patterns(captured.graph, module)
 

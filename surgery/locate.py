@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import huggingface
-from surgery.dataflow import causal, op_name, value
+from surgery.dataflow import op_name, value
 from surgery.errors import SiteError
+from surgery.layout import causal
 from surgery.observe import Call, Observation, observe
 from surgery.patterns import Pattern, find_patterns, joins_residual
 from surgery.sites import HostPlan, Port, Site, Sites
@@ -42,8 +43,8 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     patterns = _unique(observation, model)
     if not patterns:
         raise SiteError(
-            f"no site in {type(model).__name__}: no attention (query-key product, softmax, values) "
-            "and no FFN (projection, nonlinearity, projection, residual) runs on these inputs. "
+            f"no site in {type(model).__name__}: no attention (query-key product, softmax) "
+            "and no FFN (projection, nonlinearity, projection, residual) runs here. "
             "Pass example_inputs= that reach them."
         )
     groups = _groups(patterns, observation)

@@ -41,7 +41,7 @@ class Method:
         return site.kind in self.kinds
 
     def splice(self, site: Site) -> None:
-        """Insert modules at the ports of ``site``. Called once per site, in the order of the list."""
+        """Insert modules at ports of ``site``. Called once per site, in the order of the list."""
         raise MethodError(f"method {type(self).__name__} does not implement splice(site).")
 
     def require(self, condition: bool, option: str, wish: str) -> None:

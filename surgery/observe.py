@@ -8,8 +8,7 @@ output. Childless modules are single nodes unless a softmax or an attention call
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from surgery.capture import AttentionPatch, detached_copy, map_leaves, quiet_random, snapshot
 from surgery.patching import patched
+from surgery.quiet import evaluating, quiet_random
+from surgery.tracer import AttentionPatch
+from surgery.values import detached_copy, map_leaves, snapshot
 
 _CORE = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
@@ -63,9 +64,9 @@ class _Observer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.hidden and func.__name__ not in ("__get__", "size", "dim", "__len__"):
-            self.record("call_function", func, args, kwargs or {}, result)
-        elif not self.hidden and isinstance(result, Tensor):
+        if (not self.hidden and func.__name__ not in ("__get__", "size", "dim", "__len__")) or (
+            not self.hidden and isinstance(result, Tensor)
+        ):
             self.record("call_function", func, args, kwargs or {}, result)
         return result
 
@@ -190,19 +191,6 @@ def observe(
             args, kwargs = detached_copy((args, kwargs))
             model(*args, **kwargs)
     return observer.observation
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without calling anybody's ``train`` method; the flags come back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -9,85 +9,27 @@ name its ports. A pattern's ``key`` is the same in both, so a site is found agai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from surgery.dataflow import (
-    ACTIVATIONS,
-    PRODUCTS,
-    VIEWS,
-    Projection,
-    before_rotation,
-    columns,
-    flow,
-    is_activation,
-    is_parameter,
-    op_name,
-    projection,
-    scalars_between,
-    value,
-    walk_back,
-    walk_on,
-)
+from surgery.attention_pattern import attention_pattern
+from surgery.dataflow import projection
+from surgery.ffn_pattern import ffn_pattern, joins_residual
+from surgery.pattern import Pattern, PortNode
 
-# What may stand between scores and softmax, and between softmax and its product with the values.
-_SCORE_OPS = VIEWS | {
-    "add", "iadd", "radd", "sub", "mul", "imul", "rmul", "div", "truediv", "itruediv", "masked_fill", "where", "tanh",
-    "clamp", "max", "min", "cat", "dropout", "nan_to_num", "amax", "float", "bias_add", "logsumexp",
-    "maximum", "masked_fill_", "add_", "softmax",
-}  # fmt: skip
-_PROJECTED_OPS = VIEWS | {
-    "add", "radd", "iadd", "sub", "mul", "rmul", "imul", "div", "truediv", "neg", "cat", "stack", "where", "module",
-    "dropout", "repeat", "repeat_interleave", "update", "rsqrt", "pow", "mean", "norm", "normalize",
-    "layer_norm", "rms_norm", "view_as_complex", "view_as_real", "addcmul", "pad", "clamp", "einsum",
-    "matmul", "zeros_like", "empty_like", "getattr", "rsub", "sqrt", "index_put", "copy",
-}  # fmt: skip
-_CONTEXT_OPS = VIEWS | {"mul", "rmul", "dropout", "cat", "where", "masked_fill", "module", "repeat", "layer_norm", "rms_norm"}
-_FFN_OPS = (
-    ACTIVATIONS
-    | VIEWS
-    | {"mul", "rmul", "dropout", "module", "clamp", "add", "radd", "sub", "div", "truediv", "rsub", "addcmul", "layer_norm"}
-)
-_RESIDUAL_OPS = VIEWS | {"mul", "rmul", "dropout", "module", "layer_norm", "rms_norm", "div", "where", "truediv"}
-
-
-@dataclass
-class PortNode:
-    """A port in one graph: the node that holds its value, and the projection that makes it."""
-
-    node: fx.Node
-    projection: Projection | None = None
-    columns: list[int] | None = None  # the port's columns of ``node``; None is all of them
-
-    @property
-    def width(self) -> int:
-        return len(self.columns) if self.columns else int(value(self.node).shape[-1])
-
-
-@dataclass
-class Pattern:
-    """One attention or FFN in a graph."""
-
-    kind: str
-    key: str
-    core: fx.Node
-    ports: dict[str, PortNode]
-    nodes: list[fx.Node] = field(default_factory=list)
-    scale: float | None = None
-    softmax_input: fx.Node | None = None
+__all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
 
 
 def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
     """Every attention and FFN of a graph, in the order of the computation."""
-    attention = [p for node in graph.nodes if (p := _attention(node, root)) is not None]
+    attention = [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
         p
         for node in graph.nodes
         if (found := projection(node, root)) and node not in taken
-        if (p := _ffn(found, root)) is not None
+        if (p := ffn_pattern(found, root)) is not None
     ]
     order = {node: i for i, node in enumerate(graph.nodes)}
     patterns = sorted(attention + ffn, key=lambda p: order[p.core])
@@ -98,178 +40,3 @@ def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
         if count[place]:
             p.key += f"#{count[place]}"
     return patterns
-
-
-def _attention(node: fx.Node, root: nn.Module) -> Pattern | None:
-    if node.meta.get("attention"):
-        return _from_call(node, root, first=1)
-    name = op_name(node)
-    if name == "scaled_dot_product_attention":
-        return _from_call(node, root, first=0)
-    return _from_softmax(node, root) if name == "softmax" else None
-
-
-def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
-    names = ("query", "key", "value", "attention_mask" if first else "attn_mask")
-    given: dict[str, Any] = dict(zip(names, node.args[first:], strict=False)) | dict(node.kwargs)
-    heads = [given.get(n) for n in names[:3]]
-    if not all(isinstance(h, fx.Node) for h in heads):
-        return None
-    scale = given.get("scaling" if first else "scale")
-    context: fx.Node = node
-    ports: dict[str, PortNode] = {}
-    if first:
-        parts = {u.args[1]: u for u in node.users if op_name(u) == "getitem"}
-        context = parts.get(0, node)
-        if isinstance(value(parts.get(1)), Tensor):
-            ports["weights"] = PortNode(parts[1])
-    mask = given.get(names[3])
-    if isinstance(mask, fx.Node) and isinstance(value(mask), Tensor):
-        ports["mask"] = PortNode(mask)
-    query, key, val = (h for h in heads if isinstance(h, fx.Node))
-    return _assemble(node, root, query, key, val, context, ports, _number(scale))
-
-
-def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
-    scores = next((n for n in node.all_input_nodes if is_activation(n)), None)
-    if scores is None or value(scores).dim() < 3:
-        return None
-    product = _product_behind(scores, root)
-    if product is None:
-        return None
-    operands = [n for n in product.all_input_nodes if is_activation(n)]
-    if op_name(product) == "baddbmm":
-        operands = operands[-2:]
-    later = [node, *walk_on(node, lambda n: op_name(n) in _SCORE_OPS)]
-    mixed = next((n for n in later if op_name(n) in PRODUCTS), None)
-    if mixed is None:
-        return None
-    others = [n for n in mixed.all_input_nodes if is_activation(n) and n not in later]
-    if not others:
-        return None
-    query, key = operands[0], _untransposed(operands[1], operands[0])
-    weights = next(n for n in mixed.all_input_nodes if n in later)
-    found = _assemble(
-        node, root, query, key, others[0], mixed, {"weights": PortNode(weights)},
-        scalars_between(flow(product, scores)),
-    )  # fmt: skip
-    found.softmax_input = scores
-    found.nodes += [*flow(product, node), *flow(node, mixed)]
-    return found
-
-
-def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The product of two activations that the scores come from."""
-    queue, seen = [scores], {scores}
-    found: list[fx.Node] = []
-    while queue:
-        node = queue.pop(0)
-        if op_name(node) in PRODUCTS:
-            operands = [n for n in node.all_input_nodes if is_activation(n)]
-            if len(operands) >= 2 and not any(is_parameter(n) for n in operands):
-                found.append(node)
-            continue
-        if op_name(node) not in _SCORE_OPS or projection(node, root):
-            continue
-        for before in node.all_input_nodes:
-            if is_activation(before) and before not in seen:
-                seen.add(before)
-                queue.append(before)
-    if not found:
-        return None
-    order = {n: i for i, n in enumerate(scores.graph.nodes)}
-    return min(found, key=lambda n: order[n])
-
-
-def _untransposed(key: fx.Node, query: fx.Node) -> fx.Node:
-    """The key heads before the transposition that the product needs."""
-    if op_name(key) in ("transpose", "permute", "mT", "swapaxes"):
-        before = key.all_input_nodes[0]
-        if value(before).shape[-1] == value(query).shape[-1]:
-            return before
-    return key
-
-
-def _assemble(
-    core: fx.Node,
-    root: nn.Module,
-    query: fx.Node,
-    key: fx.Node,
-    val: fx.Node,
-    context: fx.Node,
-    ports: dict[str, PortNode],
-    scale: float | None,
-) -> Pattern:
-    ports |= {
-        "query_heads": PortNode(query),
-        "key_heads": PortNode(key),
-        "value_heads": PortNode(val),
-        "context": PortNode(context),
-    }
-    nodes = [core, context]
-    for name, heads in (("query", query), ("key", key), ("value", val)):
-        ends, _, _ = walk_back(heads, root, lambda n: op_name(n) in _PROJECTED_OPS)
-        if not ends:
-            continue
-        node, chosen = columns(ends[0].node, heads)
-        fused = len(chosen) < ends[0].width
-        exact = node is not ends[0].node or not fused
-        ports[name] = PortNode(node, ends[0], None if exact else chosen)
-        nodes += flow(ends[0].node, heads)
-        if name == "query":
-            ports["query_unrotated"] = PortNode(before_rotation(ends[0].node, query))
-    if "query" in ports and ports["query"].projection:
-        ports["input"] = PortNode(ports["query"].projection.source)
-    ports.setdefault("query_unrotated", PortNode(query))
-    onward = walk_on(context, lambda n: op_name(n) in _CONTEXT_OPS and not projection(n, root))
-    out = next((p for n in onward if (p := projection(n, root))), None)
-    if out is not None:
-        ports["output"] = PortNode(out.node, out)
-    else:  # attention without an output projection: the merged heads are its output
-        merged = [n for n in onward if op_name(n) in VIEWS and is_activation(n)]
-        ports["output"] = PortNode(merged[-1] if merged else context)
-    nodes += flow(context, ports["output"].node)
-    return Pattern("attention", str(core.meta["owner"]), core, ports, nodes, scale)
-
-
-def _ffn(down: Projection, root: nn.Module) -> Pattern | None:
-    ends, between, loose = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
-    if not ends or loose or not any(_nonlinear(n, root) for n in between):
-        return None
-    sources = {end.source for end in ends}
-    if len(sources) != 1 or ends[0].in_width != down.width:
-        return None
-    ports = {
-        "input": PortNode(ends[0].source),
-        "activation": PortNode(down.source),
-        "output": PortNode(down.node, down),
-    }
-    gated = len(ends) == 2
-    for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
-        ports[name] = PortNode(end.node, end)
-    nodes = [down.node, *(end.node for end in ends), *between]
-    where = down.node.target if down.node.op == "call_module" else down.node.meta["owner"]
-    return Pattern("ffn", str(where), down.node, ports, nodes)
-
-
-def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
-    if op_name(node) in ACTIVATIONS:
-        return True
-    if node.op != "call_module":
-        return False
-    module = root.get_submodule(str(node.target))
-    if any(True for _ in module.parameters()):
-        return False
-    return not isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten))
-
-
-def joins_residual(pattern: Pattern, root: nn.Module) -> bool:
-    """Is the output of an FFN added to something? (To be asked of a flat graph.)"""
-    start = pattern.ports["output"].node
-    onward = walk_on(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
-    return any(op_name(n) in ("add", "iadd", "radd") for n in onward)
-
-
-def _number(x: Any) -> float | None:
-    x = value(x) if isinstance(x, fx.Node) else x
-    return float(x) if isinstance(x, (int, float)) else None

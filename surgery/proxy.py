@@ -17,16 +17,21 @@ from torch import fx
 
 # What is fixed by the structure of a call (see host.py): read as a constant, no guard.
 _CONSTANT_ATTRIBUTES = frozenset(
-    "dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized is_nested "
-    "is_xpu is_mps itemsize names".split()
+    (
+        "dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized "
+        "is_nested is_xpu is_mps itemsize names"
+    ).split()
 )
 _CONSTANT_METHODS = frozenset(
-    "dim ndimension is_floating_point is_complex get_device element_size type is_signed".split()
+    ("dim ndimension is_floating_point is_complex get_device element_size type is_signed").split()
 )
 
 
 class ValueProxy(fx.Proxy):
     """A node and the value that it had for the example inputs."""
+
+    tracer: Any
+    __getitem__: Any
 
     def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
         object.__setattr__(self, "node", node)
@@ -69,8 +74,9 @@ class ValueProxy(fx.Proxy):
     def __reversed__(self) -> Iterator[Any]:
         return iter(list(self)[::-1])
 
-    def keys(self) -> Any:
-        return self.value.keys()
+    @property
+    def keys(self) -> Any:  # fx.Proxy has a method of this name, which would hide the value's
+        return self.value.keys if isinstance(self.value, dict) else self.__getattr__("keys")
 
     def __len__(self) -> int:
         if isinstance(self.value, torch.Tensor):

@@ -114,7 +114,7 @@ def _check(cls: type[Method], plugin: str) -> None:
             "surgery.Method. Decorate it with @dataclass(frozen=True)."
         )
     if not cls.name:
-        raise MethodError(f"plugin {plugin!r}: {cls.__name__} has no name. Set `name = \"...\"`.")
+        raise MethodError(f'plugin {plugin!r}: {cls.__name__} has no name. Set `name = "..."`.')
 
 
 @functools.cache

@@ -8,10 +8,10 @@ Shape legend, the same letters everywhere:
 Ports of an attention site:
 
     input                          (B, n, D)     what its query projection reads
-    query key value                (B, n, H d), (B, m, G d)   projections, before the heads are split
+    query key value                (B, n, H d), (B, m, G d)   projections, before heads are split
     query_heads                    (B, H, n, d)  into the attention call: after rotary encoding
     key_heads value_heads          (B, G, m, d)  likewise, and after the KV cache
-    query_unrotated                (B, H, n, d)  query heads before a rotary encoding (after q-norm)
+    query_unrotated                (B, H, n, d)  query heads before a rotary encoding, after q-norm
     mask weights                   what is allowed in, and what comes out where it is computed
     context                        heads mixed, before the output projection
     lse                            (B, H, n)     logsumexp of the masked, scaled scores
@@ -117,7 +117,7 @@ class Site:
     value_width: int = 0
     scale: float | None = None
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: HostPlan | None = field(default=None, repr=False)
     edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
 
@@ -135,7 +135,9 @@ class Site:
     def description(self) -> str:
         if self.kind == "ffn":
             return "gated FFN" if "gate" in self.ports else "FFN"
-        return ("causal " if self.causal else "") + ("cross" if self.cross else "self") + "-attention"
+        return (
+            ("causal " if self.causal else "") + ("cross" if self.cross else "self") + "-attention"
+        )
 
     def port(self, name: str) -> Port:
         """The port of that name.
@@ -225,12 +227,18 @@ class Sites:
         return Sites([*{s.identity: s for s in [*self, *other]}.values()], self._model)
 
     def __repr__(self) -> str:
-        rows = [("site", "what", "heads", "kv", "d", "width", "ports")]
+        rows: list[tuple[str, ...]] = [("site", "what", "heads", "kv", "d", "width", "ports")]
         for s in self:
             numbers = (s.heads, s.kv_heads, s.head_width) if s.kind == "attention" else ("", "", "")
             ports = " ".join(s.ports)
-            rows.append((s.path or "(root)", s.description, *map(str, numbers), str(s.width), ports))
+            rows.append(
+                (s.path or "(root)", s.description, *map(str, numbers), str(s.width), ports)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
-        head = f"{len(self)} sites in {self._model}: {len(self.attention)} attention, {len(self.ffn)} FFN"
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]])
+            for row in rows
+        ]
+        count = f"{len(self.attention)} attention, {len(self.ffn)} FFN"
+        head = f"{len(self)} sites in {self._model}: {count}"
         return "\n".join([head, *lines])

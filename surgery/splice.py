@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from surgery.errors import SiteError, SpliceError, suggest
 from surgery.host import (
-    HostState,
     Operation,
     capture_host,
     finish,
@@ -25,76 +23,11 @@ from surgery.host import (
 )
 from surgery.locate import locate
 from surgery.method import Method
-from surgery.observe import evaluating
-from surgery.sites import Edit, Site, Sites
+from surgery.quiet import evaluating
+from surgery.report import RECORD, Inserted, Report, records
+from surgery.sites import Site, Sites
 from surgery.variant import Variant, apply_edit, require_applied
 from surgery.verify import verify_reach, verify_start
-
-_RECORD = "_surgery_record"
-
-
-@dataclass(frozen=True)
-class Inserted:
-    """One inserted module: where, by which method, and under which path in the model."""
-
-    site: Site
-    method: Method
-    edit: Edit
-    path: str
-    parameters: int
-
-
-@dataclass
-class Report:
-    """What ``surgery.splice`` did. Print it.
-
-    Attributes:
-        name: of the splice.  methods: in the order in which they were applied.
-        inserted: every inserted module.
-        change: for each host, the largest change of an output that was measured: 0.0 means that
-            every bit is as before, None that there were no values to measure (``meta`` device).
-    """
-
-    name: str
-    methods: tuple[Method, ...]
-    inserted: list[Inserted] = field(default_factory=list)
-    change: dict[str, float | None] = field(default_factory=dict)
-
-    @property
-    def start(self) -> str:
-        """The start state, as declared: ``exact`` only if every method's is."""
-        declared = [method.start for method in self.methods]
-        return next((s for s in ("none", "gated") if s in declared), "exact")
-
-    @property
-    def sites(self) -> Sites:
-        """The sites that something was inserted at."""
-        return Sites(list({i.site.identity: i.site for i in self.inserted}.values()), self.name)
-
-    def __repr__(self) -> str:
-        total = sum(i.parameters for i in self.inserted)
-        measured = [c for c in self.change.values() if c is not None]
-        if not measured:
-            state = "not measured"
-        else:
-            state = "outputs unchanged" if max(measured) == 0 else f"outputs moved by up to {max(measured):.2g}"
-        lines = [
-            f"spliced {self.name!r}: {len(self.inserted)} modules at {len(self.sites)} sites, "
-            f"{total:,} parameters; start {self.start}, {state}"
-        ]
-        width = max((len(i.path) for i in self.inserted), default=0)
-        for i in self.inserted:
-            reads = f" reading {', '.join(i.edit.reads)}" if i.edit.reads else ""
-            lines.append(
-                f"  {i.path:<{width}}  {i.parameters:>9,}  {i.edit.verb} at {i.edit.port}{reads}"
-            )
-        return "\n".join(lines)
-
-
-def records(model: nn.Module) -> dict[str, Report]:
-    """The splices of a model, by name, in order."""
-    found: dict[str, Report] = vars(model).get(_RECORD, {})
-    return found
 
 
 def splice(
@@ -139,7 +72,7 @@ def splice(
         for step in reversed(undo):
             step()
         raise
-    vars(model).setdefault(_RECORD, {})[name] = report
+    vars(model).setdefault(RECORD, {})[name] = report
     return report
 
 
@@ -301,7 +234,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in names:
         del records(model)[each]
     if not records(model):
-        del vars(model)[_RECORD]
+        del vars(model)[RECORD]
     return model
 
 

@@ -26,8 +26,9 @@ from surgery import huggingface
 from surgery.errors import SpliceError, StoreError
 from surgery.locate import locate
 from surgery.registry import method
+from surgery.report import records
 from surgery.sites import Site, Sites
-from surgery.splice import records, remove, splice
+from surgery.splice import remove, splice
 from surgery.train import kept_parameters, spliced_parameters
 
 _FORMAT = 1
@@ -46,7 +47,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     if not records(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
     own = dict(model.named_parameters())
-    tensors = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
+    tensors: dict[str, Tensor] = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
     tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
     data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
@@ -75,9 +76,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def load(
-    model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None
-) -> nn.Module:
+def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
     """Splice a saved adapter into a base model, in place.
 
     Args:
@@ -205,7 +204,7 @@ def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> No
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
-    wanted = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
+    wanted: dict[str, Tensor] = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
     wanted |= {f"inserted.{n}": b for n, b in _buffers(model)}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)

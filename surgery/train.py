@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery import huggingface
 from surgery.errors import SpliceError, suggest
-from surgery.splice import Report, records
+from surgery.report import Report, records
 
 _KEPT = "_surgery_kept"
 _log = logging.getLogger("surgery")
@@ -35,7 +35,7 @@ def kept_parameters(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What ``freeze_base`` did: which base parameters stay trainable, and which of them are fresh."""
+    """What ``freeze_base`` did: which base parameters stay trainable, which of them are fresh."""
 
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -44,7 +44,9 @@ class Frozen:
     def __repr__(self) -> str:
         text = f"froze {self.frozen:,} parameters of the base"
         if self.fresh:
-            text += f"; still trained, because no weights were loaded for them: {', '.join(self.fresh)}"
+            text += (
+                f"; still trained, because no weights were loaded for them: {', '.join(self.fresh)}"
+            )
         asked = [n for n in self.kept if n not in self.fresh]
         return text + (f"; still trained, as asked: {', '.join(asked)}" if asked else "")
 

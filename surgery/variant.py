@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.capture import Captured, Guard, is_pure
 from surgery.core import attention, logsumexp, with_lse
 from surgery.edit import add, add_columns, chain, put_columns, rewrite, take_columns
 from surgery.errors import PortError, SpliceError
+from surgery.guards import Guard, is_pure
 from surgery.patterns import Pattern, PortNode
 from surgery.sites import Edit
+from surgery.tracer import Captured
 
 _count = 0
 
@@ -242,6 +243,6 @@ def require_applied(done: bool, edit: Edit, path: str) -> None:
     """Raise if an edit found no place in the graph that it was made for."""
     if not done:
         raise PortError(
-            f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed in "
-            "this forward, so nothing was inserted. Choose another port."
+            f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed "
+            "in this forward, so nothing was inserted. Choose another port."
         )

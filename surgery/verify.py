@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.capture import detached_copy, leaves, silenced
 from surgery.errors import SpliceError
 from surgery.host import HostState, original_class
+from surgery.quiet import silenced
+from surgery.values import detached_copy, leaves
 from surgery.variant import Variant
 
 
-def verify_start(
-    module: nn.Module, variant: Variant, args: Any, kwargs: Any
-) -> float | None:
+def verify_start(module: nn.Module, variant: Variant, args: Any, kwargs: Any) -> float | None:
     """The largest difference that the splice makes to an output: 0.0 means equal bits.
 
     None where there are no values to compare (the ``meta`` device).
@@ -38,7 +37,12 @@ def verify_start(
 
 
 def verify_reach(
-    module: nn.Module, state: HostState, variant: Variant, children: list[str], args: Any, kwargs: Any
+    module: nn.Module,
+    state: HostState,
+    variant: Variant,
+    children: list[str],
+    args: Any,
+    kwargs: Any,
 ) -> None:
     """Raise unless a gradient reaches every inserted parameter of ``children``.
 

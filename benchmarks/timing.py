@@ -1,0 +1,93 @@
+"""Side-by-side timing: candidates take turns, so what disturbs the machine disturbs them all."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+console = Console(width=110)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat of one candidate."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def side_by_side(
+    candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Run every candidate ``repeats`` times, in turns, with the order reversed every other round.
+
+    Args:
+        candidates: what to time, by name.
+        repeats: rounds that count.
+        warmup: rounds before them that do not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(warmup + repeats):
+            order = list(candidates.items())[:: -1 if i % 2 else 1]
+            for name, run in order:
+                start = time.perf_counter()
+                run()
+                if i >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return {name: Timing(tuple(s)) for name, s in seconds.items()}
+
+
+def paired_ratio(a: Timing, b: Timing) -> float:
+    """The median over the rounds of ``a / b``: a slow spell hits both sides of one round."""
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+def machine() -> str:
+    """One line about the machine and the software."""
+    cpu = platform.processor() or "CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+            break
+    return (
+        f"{cpu}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def verdict(value: float, bar: float, at_least: bool = False) -> str:
+    """``met`` or ``MISSED``, as measured."""
+    return "met" if (value >= bar if at_least else value <= bar) else "MISSED"
+
+
+def show(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    """Print a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,49 @@
+"""Border: the hooks of a module that a graph passes through, as nodes of that graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import SpliceError
+from surgery.quiet import capturing
+from surgery.values import map_leaves
+
+
+def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Run the forward pre-hooks of a module that the graph passes through."""
+    if capturing():
+        return args, kwargs
+    given = (args, kwargs)
+    for key, hook in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    if module._forward_pre_hooks and _constants((args, kwargs)) != _constants(given):
+        raise SpliceError(
+            f"a forward pre-hook of {type(module).__name__} changes an argument that is no tensor, "
+            "which the spliced forward cannot follow. Put the hook on the module above."
+        )
+    return args, kwargs
+
+
+def _constants(structure: Any) -> Any:
+    return map_leaves(structure, lambda _: "tensor or object")
+
+
+def after(module: nn.Module, bound: tuple[Any, Any], output: Any) -> Any:
+    """Run the forward hooks of a module that the graph passes through."""
+    if capturing():
+        return output
+    for key, hook in module._forward_hooks.items():
+        if key in module._forward_hooks_with_kwargs:
+            changed = hook(module, *bound, output)
+        else:
+            changed = hook(module, bound[0], output)
+        output = output if changed is None else changed
+    return output

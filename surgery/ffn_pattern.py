@@ -1,0 +1,56 @@
+"""The FFN pattern: projection -> nonlinearity (-> times another projection) -> projection."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from surgery.dataflow import ACTIVATIONS, VIEWS, Projection, op_name, projection, walk_back, walk_on
+from surgery.pattern import Pattern, PortNode
+
+_FFN_OPS = (
+    ACTIVATIONS
+    | VIEWS
+    | frozenset("mul rmul dropout module clamp add radd sub rsub div truediv addcmul".split())
+    | {"layer_norm"}
+)
+_RESIDUAL_OPS = VIEWS | frozenset(
+    "mul rmul dropout module layer_norm rms_norm div truediv where".split()
+)
+
+
+def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
+    ends, between, loose = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
+    if not ends or loose or not any(_nonlinear(n, root) for n in between):
+        return None
+    sources = {end.source for end in ends}
+    if len(sources) != 1 or ends[0].in_width != down.width:
+        return None
+    ports = {
+        "input": PortNode(ends[0].source),
+        "activation": PortNode(down.source),
+        "output": PortNode(down.node, down),
+    }
+    gated = len(ends) == 2
+    for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
+        ports[name] = PortNode(end.node, end)
+    nodes = [down.node, *(end.node for end in ends), *between]
+    where = down.node.target if down.node.op == "call_module" else down.node.meta["owner"]
+    return Pattern("ffn", str(where), down.node, ports, nodes)
+
+
+def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
+    if op_name(node) in ACTIVATIONS:
+        return True
+    if node.op != "call_module":
+        return False
+    module = root.get_submodule(str(node.target))
+    if any(True for _ in module.parameters()):
+        return False
+    return not isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten))
+
+
+def joins_residual(pattern: Pattern, root: nn.Module) -> bool:
+    """Is the output of an FFN added to something? (To be asked of a flat graph.)"""
+    start = pattern.ports["output"].node
+    onward = walk_on(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
+    return any(op_name(n) in ("add", "iadd", "radd") for n in onward)

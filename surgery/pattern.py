@@ -1,0 +1,35 @@
+"""Pattern: one attention or FFN as it stands in one graph, with the nodes of its ports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from surgery.dataflow import Projection, value
+
+
+@dataclass
+class PortNode:
+    """A port in one graph: the node that holds its value, and the projection that makes it."""
+
+    node: fx.Node
+    projection: Projection | None = None
+    columns: list[int] | None = None  # the port's columns of ``node``; None is all of them
+
+    @property
+    def width(self) -> int:
+        return len(self.columns) if self.columns else int(value(self.node).shape[-1])
+
+
+@dataclass
+class Pattern:
+    """One attention or FFN in a graph."""
+
+    kind: str
+    key: str
+    core: fx.Node
+    ports: dict[str, PortNode]
+    nodes: list[fx.Node] = field(default_factory=list)
+    scale: float | None = None
+    softmax_input: fx.Node | None = None

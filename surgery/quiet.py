@@ -1,0 +1,69 @@
+"""Quiet: run parts of a model without a trace: no hook, no random number, no training flag."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.patching import patched
+
+_current = threading.local()
+
+
+@contextmanager
+def capture_running() -> Iterator[None]:
+    """Mark this thread as capturing."""
+    previous, _current.capturing = capturing(), True
+    try:
+        yield
+    finally:
+        _current.capturing = previous
+
+
+def capturing() -> bool:
+    """Is this thread capturing? Then hosts inside what is kept whole run their own forward."""
+    return getattr(_current, "capturing", False)
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """Run forwards for their values only: no hook fires, no random state moves."""
+
+    def bare(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
+
+    with capture_running(), quiet_random(module), patched((nn.Module, "__call__", bare)):
+        yield
+
+
+@contextmanager
+def quiet_random(module: nn.Module) -> Iterator[None]:
+    """Leave the random state of Python, the CPU and the devices of ``module`` as it was."""
+    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+    state = random.getstate()
+    kinds = {d.type for d in devices}
+    try:
+        kind = kinds.pop() if kinds else "cuda"
+        with torch.random.fork_rng(sorted({d.index or 0 for d in devices}), device_type=kind):
+            yield
+    finally:
+        random.setstate(state)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without calling anybody's ``train`` method; the flags come back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

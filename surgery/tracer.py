@@ -1,0 +1,267 @@
+"""The tracer: turns what a forward does with its example values into nodes of a graph.
+
+Every operation becomes a node and runs on the values beside the proxies (proxy.py). Modules that
+are not on the way to a site stay whole; those that are keep their hooks at their border.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TracerBase
+from torch.overrides import TorchFunctionMode
+
+from surgery.border import after, before
+from surgery.guards import Guard, is_pure, user_line
+from surgery.proxy import ValueProxy, fixed
+
+IsLeaf = Callable[[nn.Module, str], bool | None]
+# Something that replaces the choice of attention function: takes ``wrap(function) -> function``,
+# gives replacements for ``patched``. huggingface.py has one for transformers' registry.
+AttentionPatch = Callable[[Callable[[Callable[..., Any]], Callable[..., Any]]], list[Any]]
+
+
+@dataclass
+class Captured:
+    """The graph of one forward, with what it relied on.
+
+    Nodes carry ``meta["value"]`` (the example value) and ``meta["owner"]`` (the path, below the
+    root, of the module whose forward made them).
+    """
+
+    graph: fx.Graph
+    guards: list[Guard]
+    reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
+
+
+class Tracer(TracerBase):
+    def __init__(
+        self, root: nn.Module, through: Iterable[str], is_leaf: IsLeaf | None = None
+    ) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.root = root
+        self.through = frozenset(through)
+        self.is_leaf = is_leaf or (lambda module, path: None)
+        self.paths = {
+            id(m): p for p, m in reversed(list(root.named_modules(remove_duplicate=False)))
+        }
+        self.paths[id(root)] = ""
+        self.tensors = {id(t): n for n, t in _named_tensors(root)}
+        self.fetched: dict[str, fx.Node] = {}
+        self.root_node: fx.Node | None = None
+        self.guards: list[Guard] = []
+        self.guarded: set[fx.Node] = set()
+        self.reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+        self.ambient: dict[Callable[[], Any], Any] = {}
+        self.owner = [""]
+        self.executing = 0
+
+    # -- nodes and their values -----------------------------------------------------------
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        arguments, options = self.create_arg(args), self.create_arg(kwargs)
+        value = self.run(kind, target, args, kwargs)
+        node = self.graph.create_node(kind, target, arguments, options, name)
+        return self.wrap(node, value)
+
+    def wrap(self, node: fx.Node, value: Any) -> Any:
+        node.meta.update(value=value, owner=self.owner[-1])
+        if isinstance(value, (torch.dtype, torch.device, torch.layout, type, type(...))):
+            return value
+        if type(value) in (bool, str):  # also compared by ``is``: only the plain value will do
+            self.guard(node, type(value), value)
+            return value
+        if value is None:
+            if is_pure(node):  # read from an input: it may be something in another call
+                self.guard(node, _is_none, True)
+            return None
+        if isinstance(value, nn.Module) and id(value) in self.paths:
+            return value
+        return ValueProxy(node, self, value)
+
+    def run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = fixed(args), fixed(kwargs)
+        with self.paused(), torch.no_grad():
+            if kind == "call_module":
+                return self.root.get_submodule(target).forward(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run code for its value only: nothing that it does is recorded."""
+        self.executing += 1
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self.executing -= 1
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if isinstance(a, nn.Module):
+            return self.module_node(a)
+        if isinstance(a, Tensor):
+            return self.tensor_node(a)
+        if (
+            isinstance(a, tuple)
+            and type(a) not in (tuple, torch.Size)
+            and not hasattr(a, "_fields")
+        ):
+            return self.constant_node(a)
+        if type(a) is torch.Size:
+            return tuple(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return self.constant_node(a)
+
+    def module_node(self, module: nn.Module) -> Any:
+        path = self.paths.get(id(module))
+        if path is None:
+            return self.constant_node(module)
+        node = self.root_node
+        assert node is not None
+        for name in path.split(".") if path else ():
+            node = self.graph.call_function(getattr, (node, name))
+            node.meta.update(value=None, owner=self.owner[-1])
+        return node
+
+    def tensor_node(self, tensor: Tensor) -> fx.Node:
+        name = self.tensors.get(id(tensor))
+        if name is None:
+            return self.constant_node(tensor)
+        node = self.graph.create_node("get_attr", name)
+        node.meta.update(value=tensor, owner=self.owner[-1])
+        return node
+
+    def constant_node(self, value: Any) -> fx.Node:
+        def constant() -> Any:
+            return value
+
+        node = self.graph.call_function(constant)
+        node.meta.update(value=value, owner=self.owner[-1])
+        return node
+
+    # -- answers ---------------------------------------------------------------------------
+
+    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any]) -> Any:
+        with self.paused():
+            value = convert(proxy.value)
+        self.guard(proxy.node, convert, value)
+        return value
+
+    def guard(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
+        if node not in self.guarded:
+            self.guarded.add(node)
+            self.guards.append(Guard(node, convert, expected, user_line()))
+
+    def ask(self, question: Callable[[], Any]) -> Callable[[], Any]:
+        """Remember the answer of a question about the surroundings (gradient mode, autocast)."""
+
+        def answer(*args: Any) -> Any:
+            value = question(*args)
+            asker = sys._getframe(2).f_globals.get("__name__", "")  # behind patching's wrapper
+            if not self.executing and asker not in ("torch.autograd.grad_mode", __name__):
+                self.ambient[lambda: question(*args)] = value
+            return value
+
+        return answer
+
+    # -- modules ---------------------------------------------------------------------------
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.paths.get(id(module))
+        if self.executing or path is None:
+            return module.forward(*args, **kwargs)
+        if path not in self.through or self.is_leaf(module, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        bound = self.create_proxy("call_function", before, (module, args, kwargs), {})
+        args = tuple(bound[0][i] if any_proxy(a) else a for i, a in enumerate(args))
+        kwargs = {name: bound[1][name] if any_proxy(a) else a for name, a in kwargs.items()}
+        self.owner.append(path)
+        try:
+            output = module.forward(*args, **kwargs)
+        finally:
+            self.owner.pop()
+        return self.unpack(self.create_proxy("call_function", after, (module, bound, output), {}))
+
+    def unpack(self, proxy: Any) -> Any:
+        return tuple(proxy) if type(proxy) is ValueProxy and type(proxy.value) is tuple else proxy
+
+    def read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note that a plain attribute of a module decided what was captured."""
+        if not self.executing and id(module) in self.paths:
+            self.reads.setdefault((id(module), name), (module, name, value))
+
+
+class Recorder(TorchFunctionMode):
+    """Turns torch calls that no proxy takes part in (factories, parameters) into nodes too."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        if tracer.executing:
+            return func(*args, **kwargs)
+        if not any_proxy((args, kwargs)):
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                if func.__name__ == "__get__" or func.__name__ in ("__repr__", "__format__"):
+                    return func(*args, **kwargs)
+            if func.__name__ in ("size", "dim", "numel", "is_floating_point", "get_device"):
+                return func(*args, **kwargs)
+        if func.__name__ == "__get__":  # a property: Tensor.shape, Tensor.mT, ...
+            return getattr(args[0], func.__self__.__name__)
+        if torch.overrides.is_tensor_method_or_property(func):
+            if func.__name__ == "__setitem__":
+                return tracer.create_proxy("call_function", operator.setitem, args, kwargs)
+            if func.__name__ == "__getitem__":
+                return tracer.create_proxy("call_function", operator.getitem, args, kwargs)
+            return tracer.create_proxy("call_method", func.__name__, args, kwargs)
+        return tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def any_proxy(structure: Any) -> bool:
+    if type(structure) is ValueProxy:
+        return True
+    if isinstance(structure, (tuple, list)):
+        return any(any_proxy(x) for x in structure)
+    if isinstance(structure, dict):
+        return any(any_proxy(x) for x in structure.values())
+    if isinstance(structure, slice):
+        return any(any_proxy(x) for x in (structure.start, structure.stop, structure.step))
+    return False
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from root.named_buffers(remove_duplicate=False)
+    yield from root.named_parameters(remove_duplicate=False)

@@ -1,0 +1,84 @@
+"""Values: the leaves of nested arguments, and copies of them that can be worked on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to the leaves of nested tuples, lists and dicts; keep constants."""
+    if structure is None or isinstance(structure, (bool, str, torch.dtype, torch.device, type)):
+        return structure
+    if type(structure) in (tuple, list):
+        return type(structure)(map_leaves(x, function) for x in structure)
+    if type(structure) is dict:
+        return {k: map_leaves(v, function) for k, v in structure.items()}
+    return function(structure)
+
+
+def leaves(structure: Any) -> list[Any]:
+    """The inputs of a graph: numbers, and tensors and opaque objects once each, in order."""
+    found: dict[Any, Any] = {}
+    map_leaves(structure, lambda v: found.setdefault(identity(v, len(found)), v))
+    return list(found.values())
+
+
+def identity(value: Any, position: int) -> Any:
+    """Two numbers that are equal by chance are two inputs; one tensor given twice is one."""
+    return ("number", position) if isinstance(value, (int, float)) else id(value)
+
+
+def detached(value: Any) -> Any:
+    """An example value that can be worked on: tensors without history, opaque objects copied."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (int, float)):
+        return value
+    history = {id(t): t.detach() for t in tensors_in(value) if not t.is_leaf}
+    with torch.no_grad():  # deepcopy refuses tensors with history
+        return copy.deepcopy(value, history)
+
+
+def detached_copy(structure: Any) -> Any:
+    """:func:`detached` for nested arguments; an object that is given twice stays one object."""
+    copies: dict[int, Any] = {}
+
+    def copied(v: Any) -> Any:
+        if isinstance(v, (int, float)):
+            return v
+        if id(v) not in copies:
+            copies[id(v)] = detached(v)
+        return copies[id(v)]
+
+    return map_leaves(structure, copied)
+
+
+def snapshot(value: Any) -> Any:
+    """An opaque object as it is now, sharing its tensors: what a cache held at this moment."""
+    if isinstance(value, (Tensor, int, float, nn.Module)) or callable(value):
+        return value
+    return copy.deepcopy(value, {id(t): t for t in tensors_in(value)})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors inside an opaque object."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
+            stack.extend(vars(item).values())

@@ -1,0 +1,291 @@
+"""Tests of LoRA against dense weights, PEFT and the papers' counts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+import surgery
+
+D, H = 16, 4
+SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3}
+WIDTHS = {"hidden_size": D, "intermediate_size": 24, "num_attention_heads": H}
+IDS = torch.arange(10).reshape(2, 5) * 7 % 27 + 3
+Parts = tuple[Tensor, Tensor]  # views of a weight (in, out) and a bias (out,) of the base
+
+
+def gpt2(**options: Any) -> PreTrainedModel:
+    shape = {"n_positions": 8, "n_embd": D, "n_layer": 2, "n_head": H}
+    return GPT2LMHeadModel(GPT2Config(**shape, **{**SIZES, **options})).eval()
+
+
+def llama(**options: Any) -> PreTrainedModel:
+    shape = {"num_hidden_layers": 2, "num_key_value_heads": 2}
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return LlamaForCausalLM(LlamaConfig(**WIDTHS, **SIZES, **shape, **biases, **options)).eval()
+
+
+def roberta(**options: Any) -> PreTrainedModel:
+    shape = {"num_hidden_layers": 2, "pad_token_id": 1}
+    return RobertaModel(RobertaConfig(**WIDTHS, **SIZES, **shape, **options)).eval()
+
+
+def neox(**options: Any) -> PreTrainedModel:
+    shape = {"num_hidden_layers": 2, "max_position_embeddings": 8}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**WIDTHS, **SIZES, **shape, **options)).eval()
+
+
+def linear(module: nn.Module) -> Parts:
+    return module.weight.data.T, module.bias.data
+
+
+def gpt2_parts(model: nn.Module, layer: int) -> dict[str, list[Parts]]:
+    block = model.transformer.h[layer]
+    fused = block.attn.c_attn.weight.data, block.attn.c_attn.bias.data
+    parts = {n: [tuple(x[..., i * D : (i + 1) * D] for x in fused)] for i, n in enumerate(QKV)}
+    output = [(m.weight.data, m.bias.data) for m in (block.attn.c_proj, block.mlp.c_proj)]
+    up = [(block.mlp.c_fc.weight.data, block.mlp.c_fc.bias.data)]
+    return {**parts, "output": output, "up": up}
+
+
+def llama_parts(model: nn.Module, layer: int) -> dict[str, list[Parts]]:
+    block = model.model.layers[layer]
+    attn, mlp = block.self_attn, block.mlp
+    own = (attn.q_proj, attn.k_proj, attn.v_proj)
+    parts = {n: [linear(p)] for n, p in zip(QKV, own, strict=True)}
+    output = [linear(attn.o_proj), linear(mlp.down_proj)]
+    return {**parts, "output": output, "up": [linear(mlp.up_proj)], "gate": [linear(mlp.gate_proj)]}
+
+
+def roberta_parts(model: nn.Module, layer: int) -> dict[str, list[Parts]]:
+    block = model.encoder.layer[layer]
+    parts = {n: [linear(getattr(block.attention.self, n))] for n in QKV}
+    output = [linear(block.attention.output.dense), linear(block.output.dense)]
+    return {**parts, "output": output, "up": [linear(block.intermediate.dense)]}
+
+
+def neox_parts(model: nn.Module, layer: int) -> dict[str, list[Parts]]:
+    """Head h has columns [q_h k_h v_h] of the fused projection, d of each."""
+    block = model.gpt_neox.layers[layer]
+    fused = [x.unflatten(-1, (H, 3, D // H)) for x in linear(block.attention.query_key_value)]
+    parts = {n: [tuple(x[..., i, :] for x in fused)] for i, n in enumerate(QKV)}
+    output = [linear(block.attention.dense), linear(block.mlp.dense_4h_to_h)]
+    return {**parts, "output": output, "up": [linear(block.mlp.dense_h_to_4h)]}
+
+
+QKV = ("query", "key", "value")
+MODELS: dict[str, tuple[Callable[..., PreTrainedModel], Callable[..., dict[str, list[Parts]]]]] = {
+    "gpt2": (gpt2, gpt2_parts),
+    "llama": (llama, llama_parts),
+    "roberta": (roberta, roberta_parts),
+    "neox": (neox, neox_parts),
+}
+PORTS = [("query",), ("key",), ("value",), ("output",), ("up",), ("query", "value")]
+PORTS += [("query", "key", "value", "output", "up")]
+CASES = [(name, ports) for name in MODELS for ports in PORTS] + [("llama", ("gate",))]
+
+
+def lora(**options: Any) -> surgery.Method:
+    return surgery.method("lora", **options)
+
+
+def randomised(model: PreTrainedModel, method: surgery.Method) -> Any:
+    """Splice parameters that do something."""
+    report = surgery.splice(model, method)
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.normal_(std=0.5)
+    return report
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("name", "ports"), CASES)
+def test_lora_equals_dense_weights_on_every_port(
+    name: str, ports: tuple[str, ...], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    build, parts = MODELS[name]
+    model = build().double()
+    dense = copy.deepcopy(model)
+    report = randomised(model, lora(rank=3, alpha=12.0, ports=ports, bias=bias))
+    with torch.no_grad():
+        for inserted in report.inserted:
+            update, site = model.get_submodule(inserted.path), inserted.site
+            found = parts(dense, site.layer)[inserted.edit.port]
+            weight, shift = found[-1 if site.kind == "ffn" else 0]
+            change = 12.0 / 3 * (update.a.weight.T @ update.b.weight.T)
+            weight += change.reshape(weight.shape)
+            if bias:
+                shift += 12.0 / 3 * update.b.bias.reshape(shift.shape)
+    with torch.no_grad():
+        ours, theirs = model(input_ids=IDS)[0], dense(input_ids=IDS)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+heads_met: list[tuple[Tensor, Tensor, Tensor]] = []
+
+
+def spy(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+    """SDPA that keeps the heads that reach it."""
+    heads_met.append((q.detach(), k.detach(), v.detach()))
+    return sdpa_attention_forward(module, q, k, v, *rest, **options)
+
+
+AttentionInterface.register("spy", spy)
+AttentionMaskInterface.register("spy", sdpa_mask)
+
+
+@pytest.mark.parametrize("asked", [("query",), ("key",), ("value",), ("query", "value")])
+@pytest.mark.parametrize("build", [gpt2, neox])
+def test_only_the_asked_slices_of_a_fused_projection_change(
+    build: Callable[..., PreTrainedModel], asked: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = build(attn_implementation="spy")
+    model(input_ids=IDS)
+    heads_met.clear()
+    model(input_ids=IDS)
+    base = dict(zip(QKV, heads_met[0], strict=True))
+    randomised(model, lora(ports=asked))
+    model(input_ids=IDS)
+    heads_met.clear()
+    model(input_ids=IDS)
+    tuned = dict(zip(QKV, heads_met[0], strict=True))
+    for name in QKV:
+        if name in asked:
+            assert ((tuned[name] != base[name]).flatten(2).any(-1)).all()
+        else:
+            assert torch.equal(tuned[name], base[name])
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"), [(llama, ("q_proj", "v_proj")), (roberta, ("query", "value"))]
+)
+def test_lora_equals_peft_with_the_same_tensors(
+    build: Callable[..., PreTrainedModel], targets: tuple[str, str]
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=[*targets], init_lora_weights=False)
+    with warnings.catch_warnings():  # PEFT asks transformers for a name that is deprecated
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    report = surgery.splice(model, lora(rank=4, alpha=10.0))
+    tensors = theirs.state_dict()
+    with torch.no_grad():
+        for inserted in report.inserted:
+            target = targets[("query", "value").index(inserted.edit.port)]
+            place = f".{inserted.site.layer}."
+            a, b = (
+                next(t for n, t in tensors.items() if place in n and f"{target}.lora_{x}" in n)
+                for x in "AB"
+            )
+            update = model.get_submodule(inserted.path)
+            update.a.weight.copy_(a)
+            update.b.weight.copy_(b)
+        ours, expected = model(input_ids=IDS)[0], theirs(input_ids=IDS)[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+def gpt2_small() -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config())
+
+
+def roberta_base() -> PreTrainedModel:
+    return RobertaModel(RobertaConfig(vocab_size=50265, type_vocab_size=1))
+
+
+def qwen_half_billion() -> PreTrainedModel:
+    config = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    config.update({"num_attention_heads": 14, "num_key_value_heads": 2})
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "count"),
+    [
+        (gpt2_small, {"rank": 54, "bias": True}, 2_009_088),
+        (gpt2_small, {"rank": 54}, 1_990_656),
+        (gpt2_small, {"rank": 8}, 294_912),
+        (roberta_base, {"rank": 16}, 589_824),
+        (qwen_half_billion, {"rank": 8}, 540_672),
+    ],
+)
+def test_parameter_counts_are_those_of_the_papers(
+    build: Callable[[], PreTrainedModel], options: dict[str, Any], count: int
+) -> None:
+    with torch.device("meta"):
+        model = build()
+    surgery.splice(model, lora(**options), example_inputs={"input_ids": IDS.to("meta")})
+    assert surgery.summary(model).inserted == count
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, r"rank=0 is not possible. It must be an integer >= 1"),
+        ({"rank": 1.5}, r"rank=1.5 is not possible"),
+        ({"alpha": 0}, r"alpha=0 is not possible. It must be a number > 0"),
+        ({"dropout": -0.1}, r"dropout=-0.1 is not possible"),
+        ({"ports": ()}, r"ports=\(\) is not possible. It must be some of"),
+        ({"ports": ["qeury"]}, r"no projection port 'qeury'. Did you mean 'query'\?"),
+        ({"rnak": 4}, r"no option 'rnak'. Did you mean 'rank'\?"),
+    ],
+)
+def test_bad_options_are_named_with_what_they_must_be(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(surgery.SurgeryError, match=message):
+        lora(**options)
+
+
+def test_a_wrong_name_of_the_method_is_corrected() -> None:
+    with pytest.raises(surgery.MethodError, match=r"Did you mean 'lora'\?"):
+        surgery.method("lroa")
+
+
+def test_a_port_that_a_model_lacks_is_refused_and_nothing_changes() -> None:
+    model = gpt2()
+    with pytest.raises(surgery.PortError, match=r"transformer.h.0.mlp: no port 'gate'.*Ports here"):
+        surgery.splice(model, lora(ports=("gate",)))
+    assert type(model.transformer.h[0].mlp).__name__ == "GPT2MLP"
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_lora_learns() -> None:
+    torch.manual_seed(0)
+    model = gpt2(initializer_range=0.5)
+    surgery.splice(model, lora(rank=4, ports=("query", "value", "up", "output")))
+    surgery.freeze_base(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(60):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10

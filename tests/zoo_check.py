@@ -1,0 +1,302 @@
+"""Try surgery on the whole zoo: locate, splice, start, alive, generate, remove, for every type.
+
+    python tests/zoo_check.py [types...] [--out FILE]
+
+Each type runs in a worker process with a time limit; one JSON line per type goes to FILE, and a
+summary of the failures, the most frequent first, to the screen at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import select
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/surgery, a folder of that name
+
+import torch
+from torch import Tensor, nn
+from zoo import CannotBuild, Tiny, build, model_types, tensors
+from zoo_report import failure, summary
+
+import surgery
+
+LIMIT = 90  # seconds for one type
+ATTENTION = [surgery.method("inducer", key_rank=2, value_rank=2), surgery.method("lora", rank=2)]
+FFN = [surgery.method("lora", rank=2, ports=("up", "output"))]
+
+
+# -- one type ----------------------------------------------------------------------------------
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """Every check of one type, with each attention implementation that it has."""
+    start = time.perf_counter()
+    row: dict[str, Any] = {"type": model_type, "build": "ok", "runs": {}}
+    try:
+        tiny = build(model_type)
+    except CannotBuild as error:
+        return row | {"build": str(error)}
+    row |= {"task": tiny.task, "inputs": list(tiny.inputs), "class": type(tiny.model).__name__}
+    for implementation in ("sdpa", "eager"):
+        model = copy.deepcopy(tiny.model)
+        try:
+            model.set_attn_implementation(implementation)  # type: ignore[operator]
+            if model.config._attn_implementation != implementation:  # type: ignore[union-attr]
+                raise ValueError("it was not set")
+            _outputs(model, tiny.inputs)
+        except Exception as error:
+            row["runs"][implementation] = {"unsupported": str(error)[:200]}
+            continue
+        row["runs"][implementation] = _Check(model, tiny).all()
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+class _Check:
+    """The checks of one model; ``results`` gets "ok", a failure, or why a check was left out."""
+
+    def __init__(self, model: nn.Module, tiny: Tiny) -> None:
+        self.model, self.tiny = model, tiny
+        self.results: dict[str, Any] = {}
+        self.reports: list[Any] = []
+
+    def all(self) -> dict[str, Any]:
+        found: list[surgery.Sites] = []
+        if not self.do(
+            "locate", lambda: found.append(surgery.locate(self.model, self.tiny.inputs))
+        ):
+            return self.results
+        sites = found[0]
+        self.results |= {"n_attention": len(sites.attention), "n_ffn": len(sites.ffn)}
+        keys = list(self.model.state_dict())
+        before = {name: self.measure(name) for name in ("eval", "train", "batch1", "generate")}
+        self.splice("attention", sites.attention, ATTENTION)
+        self.splice("ffn", sites.ffn, FFN)
+        if not self.reports:
+            return self.results
+        for name, (kind, base) in before.items():
+            if kind == "skip":
+                self.results[name] = {"skip": base}
+            else:
+                self.do(name, lambda name=name, base=base: self.same(name, base))
+        self.do("alive", lambda: self.alive(before["eval"][1]))
+        self.results["variants"] = max(map(len, surgery.variants(self.model).values()), default=0)
+        self.do("remove", lambda: self.remove(keys, before["eval"][1]))
+        return self.results
+
+    def do(self, name: str, step: Callable[[], Any]) -> bool:
+        try:
+            answer = step()
+        except TimeoutError:
+            raise
+        except Exception as error:
+            self.results[name] = failure(error)
+            return False
+        self.results[name] = answer if isinstance(answer, dict) else "ok"
+        return True
+
+    def splice(self, name: str, sites: surgery.Sites, methods: list[Any]) -> None:
+        """Splice; if that fails, find out which method fails at which sites, and do the others."""
+        if not len(sites):
+            self.results[name] = {"skip": "no site"}
+            return
+
+        def at(chosen: Any, which: surgery.Sites) -> Any:
+            return surgery.splice(self.model, chosen, at=which, name=f"zoo_{name}")
+
+        if self.do(name, lambda: self.reports.append(at(methods, sites))):
+            return
+        good, bad = list(sites), defaultdict(list)
+        for site in sites:
+            for method in methods:
+                try:
+                    at(method, sites.where(lambda s, site=site: s is site))
+                    surgery.remove(self.model, f"zoo_{name}")
+                except TimeoutError:
+                    raise
+                except Exception as error:
+                    bad[method.name].append(failure(error) | {"site": f"{site.path} {site.key}"})
+                    good = [s for s in good if s is not site]
+        self.results[name]["sites"] = len(sites)
+        self.results[name]["bad"] = {m: len(f) for m, f in bad.items()}
+        self.results[name]["first"] = {m: f[0] for m, f in bad.items()}
+        if good:
+            self.do(f"{name}_rest", lambda: self.reports.append(
+                at(methods, sites.where(lambda s: any(s is g for g in good)))))  # fmt: skip
+
+    def run(self, name: str) -> list[Tensor]:
+        model, inputs = self.model, self.tiny.inputs
+        if name == "batch1":
+            return _outputs(model, self.tiny.make(1))
+        if name == "train":
+            with _training(model):
+                return _outputs(model, inputs)
+        if name == "generate":
+            given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+            torch.manual_seed(1)
+            with torch.no_grad():
+                out = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
+            return list(tensors(out))
+        return _outputs(model, inputs)
+
+    def measure(self, name: str) -> tuple[str, Any]:
+        """What the unspliced model gives; a reason to skip where that is not reproducible."""
+        can = getattr(self.model, "can_generate", lambda: False)
+        if name == "generate" and not (can() and "input_ids" in self.tiny.inputs):
+            return "skip", "not a text generator"
+        try:
+            first, second = self.run(name), self.run(name)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            return "skip", f"base fails: {type(error).__name__}: {str(error)[:120]}"
+        return ("skip", "base is not reproducible") if differ(first, second) else ("ok", first)
+
+    def same(self, name: str, base: list[Tensor]) -> None:
+        difference = differ(base, self.run(name))
+        assert not difference, difference
+
+    def alive(self, base: Any) -> dict[str, Any]:
+        """How many sites change no output when their inserted parameters move."""
+        if not isinstance(base, list):
+            return {"skip": base}
+        dead, total = [], 0
+        for report in self.reports:
+            for site in report.sites:
+                inserted = [i for i in report.inserted if i.site.identity == site.identity]
+                named = [p for i in inserted for p in self.model.get_submodule(i.path).parameters()]
+                total += 1
+                with _moved(named):
+                    if not differ(base, _outputs(self.model, self.tiny.inputs)):
+                        dead.append(f"{site.kind} {site.path} {site.key}")
+        assert not dead, f"{len(dead)} of {total} sites are dead: {dead[:4]}"
+        return {"sites": total}
+
+    def remove(self, keys: list[str], base: Any) -> None:
+        surgery.remove(self.model)
+        assert list(self.model.state_dict()) == keys, "the state_dict has other keys than before"
+        if isinstance(base, list):
+            difference = differ(base, _outputs(self.model, self.tiny.inputs))
+            assert not difference, difference
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Train mode; running statistics and flags come back."""
+    saved = [(b, b.clone()) for b in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        with torch.no_grad():
+            for buffer, old in saved:
+                if buffer.shape == old.shape:
+                    buffer.copy_(old)
+
+
+@contextmanager
+def _moved(parameters: list[nn.Parameter]) -> Iterator[None]:
+    saved = [p.detach().clone() for p in parameters]
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn(p.shape, generator=random).to(p) * 0.5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, saved, strict=True):
+                p.copy_(old)
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        output = model(**copy.deepcopy(inputs))
+    return [t.clone() for t in tensors(output)]
+
+
+def differ(a: list[Tensor], b: list[Tensor]) -> str:
+    """How two lists of tensors differ; the empty string if every bit is equal."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return f"shapes differ: {len(a)} and {len(b)} tensors"
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if not torch.equal(x, y) and not bool(((x == y) | ((x != x) & (y != y))).all()):
+            gap = (x.double() - y.double()).abs().nan_to_num(nan=float("inf")).max().item()
+            return f"tensor {i} of {len(a)} differs by {gap:.2g}"
+    return ""
+
+
+# -- all types ---------------------------------------------------------------------------------
+
+
+def worker(types: Iterable[str]) -> None:
+    """Check types in this process, one JSON line each."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"{LIMIT} s")
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, stop)
+    for model_type in types:
+        signal.alarm(LIMIT)
+        try:
+            row = check(model_type)
+        except Exception as error:
+            row = {"type": model_type, "build": "ok", "runs": {}, "crash": failure(error)}
+        signal.alarm(0)
+        print(json.dumps(row), flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Check the types given, or all."""
+    if arguments[:1] == ["--worker"]:
+        return worker(arguments[1:])
+    out = arguments.pop(arguments.index("--out") + 1) if "--out" in arguments else "zoo.jsonl"
+    types = [a for a in arguments if not a.startswith("--")] or model_types()
+    rows: list[dict[str, Any]] = []
+    with open(out, "w") as file:
+        while len(rows) < len(types):
+            for row in _batch(types[len(rows) : len(rows) + 25]):
+                rows.append(row)
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    print(summary(rows))
+    return None
+
+
+def _batch(types: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of some types, up to the first that takes its process with it."""
+    command = [sys.executable, __file__, "--worker", *types]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    for model_type in types:
+        ready, _, _ = select.select([process.stdout], [], [], LIMIT + 40)
+        line = process.stdout.readline() if ready else ""
+        if not line.startswith("{"):
+            process.kill()
+            process.wait()
+            crash = {"error": "Crash" if ready else "Hang", "message": f"exit {process.returncode}"}
+            yield {"type": model_type, "build": "ok", "runs": {}, "crash": crash}
+            return
+        yield json.loads(line)
+    process.wait()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
