@@ -83,7 +83,8 @@ class LoRA(surgery.Method):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ports", tuple(self.ports))
+        ports = (self.ports,) if isinstance(self.ports, str) else tuple(self.ports)
+        object.__setattr__(self, "ports", ports)
         self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
         self.require(self.alpha > 0, "alpha", "a number > 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")

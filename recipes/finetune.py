@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from surgery_recipes.tasks import make_task
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import surgery
 from surgery import huggingface
@@ -162,7 +162,8 @@ def _trainer(model: Any, task: Any, splits: Any, tokenizer: Any, arguments: Any)
         eval_dataset=splits["test"],
         compute_metrics=task.score,
     )
-    trainer.remove_callback(ProgressCallback)
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
     trainer.add_callback(LossInBar)
     return trainer
 

@@ -29,7 +29,8 @@ _SCORE_OPS = (
     VIEWS
     | _ARITHMETIC
     | frozenset(
-        "masked_fill masked_fill_ tanh clamp max min maximum amax nan_to_num add_ softmax".split()
+        "masked_fill masked_fill_ tanh clamp max min maximum amax nan_to_num add_ softmax "
+        "module".split()
     )
 )
 _PROJECTED_OPS = (

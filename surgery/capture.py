@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ def _capture(
         ) from error
     _refuse_leaks(tracer, path)
     tracer.graph.lint()
-    ambient = list(tracer.ambient.items())
+    ambient: list[tuple[Callable[[], Any], Any]] = [
+        (partial(ask, *args), answer) for (ask, args), answer in tracer.ambient.items()
+    ]
     return Captured(tracer.graph, tracer.guards, list(tracer.reads.values()), ambient)
 
 

@@ -182,11 +182,16 @@ class _FlashCPU(torch.autograd.Function):
 
 
 class _ReadLse(TorchFunctionMode):
-    """While active, the first SDPA or softmax call inside leaves its logsumexp in ``lse``."""
+    """While active, an SDPA call, or the first softmax, inside leaves its logsumexp in ``lse``.
+
+    Scores that had their row maximum subtracted first, for stability, count as they were before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.lse: Tensor | None = None
+        self._tops: list[Any] = []
+        self._shifted: list[tuple[Tensor, Tensor]] = []  # (scores - row maximum, scores)
 
     def __torch_function__(
         self,
@@ -200,8 +205,15 @@ class _ReadLse(TorchFunctionMode):
             context, self.lse = attention(*args, **kwargs)
             return context
         if func in _SOFTMAX and self.lse is None:
-            self.lse = logsumexp(args[0])
-        return func(*args, **kwargs)
+            before = [scores for shifted, scores in self._shifted if shifted is args[0]]
+            self.lse = logsumexp(before[0] if before else args[0])
+        result = func(*args, **kwargs)
+        name = func.__name__
+        if name in ("max", "amax"):
+            self._tops.append(getattr(result, "values", result))
+        elif name in ("sub", "__sub__") and any(args[1] is top for top in self._tops):
+            self._shifted.append((result, args[0]))
+        return result
 
 
 def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:

@@ -6,7 +6,7 @@ known by what torch calls them, modules by what they own; names of a model's par
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,19 @@ def is_parameter(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
+def from_parameters(node: fx.Node) -> bool:
+    """Is this computed from parameters and numbers alone (``1 + weight``)?"""
+    ends = [n for n in ancestors(node) if not inputs(n)]
+    return all(n.op == "get_attr" for n in ends)
+
+
+def is_row_maximum(node: Any) -> bool:
+    """Is this the maximum over the last axis, as ``max(-1, keepdim=True).values`` or ``amax``?"""
+    while isinstance(node, fx.Node) and op_name(node) in (*VIEWS, "values"):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and op_name(node) in ("max", "amax")
+
+
 def inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors flow into a node, in order.
 
@@ -118,7 +131,7 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
     source: Any = None
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        if any(p.dim() >= 2 for p in _weights(module)) and not any(True for _ in module.children()):
+        if _maps_last_axis(module, out.shape[-1]):
             source = next((n for n in node.all_input_nodes if is_activation(n)), None)
     elif op_name(node) in ("linear", "matmul", "addmm", "einsum"):
         operands = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
@@ -130,9 +143,16 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
     return Projection(node, source, value(source).shape[-1], out.shape[-1])
 
 
-def _weights(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _maps_last_axis(module: nn.Module, width: int) -> bool:
+    """Does a childless module own a matrix, one side of which is ``width``? (No convolution.)
+
+    A quantised matrix may be packed in any shape; then a module without convolution will do.
+    """
+    if any(True for _ in module.children()) or isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    own = [*module.parameters(), *module.buffers()]
+    packed = any(not t.is_floating_point() for t in own)
+    return any(t.dim() >= 2 and (packed or width in t.shape) for t in own)
 
 
 def walk_back(

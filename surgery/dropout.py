@@ -20,10 +20,10 @@ _salts = itertools.count(1)
 class Dropout(nn.Module):
     """``x * mask / (1 - p)`` in training, ``x`` otherwise, without touching the global stream.
 
-    Each call's mask is seeded by the global random state (so ``torch.manual_seed`` reproduces it),
-    by which dropout this is, and by how many masks it has drawn since that state last changed.
-    When gradient checkpointing runs a forward a second time, in the backward pass and under the
-    random state of the first time, the mask of the first time comes again.
+    A mask is seeded by the global random state (so a seeded run is reproducible), by which dropout
+    this is, and by how many masks it has drawn while that state stood still. When gradient
+    checkpointing runs a forward a second time, in the backward pass and under the random state of
+    the first time, the mask of the first time comes again.
 
     Args:
         p: probability of a zero, 0 <= p < 1.
@@ -35,8 +35,8 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
         self.salt = next(_salts)
-        self._drawn: deque[tuple[int, int]] = deque(maxlen=256)  # (state seen, seed drawn)
-        self._times = 0  # masks drawn since the state last changed
+        self._drawn: deque[tuple[int, Tensor, int]] = deque(maxlen=256)  # (state, probe, seed)
+        self._state, self._times = -1, 0  # the state last seen, masks drawn since it changed
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.is_meta:
@@ -44,22 +44,23 @@ class Dropout(nn.Module):
         if torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         generator = torch.Generator(x.device)
-        generator.manual_seed(self._seed(x.device))
+        generator.manual_seed(self._seed(x))
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
         return x * keep / (1 - self.p)
 
-    def _seed(self, device: torch.device) -> int:
-        state = _fingerprint(device)
+    def _seed(self, x: Tensor) -> int:
+        state, probe = _fingerprint(x.device), x.detach().flatten()[:16].clone()
         recomputing = torch._C._current_graph_task_id() != -1  # inside a backward pass
         if recomputing:
-            for entry in reversed(self._drawn):
-                if entry[0] == state:
-                    self._drawn.remove(entry)
-                    return entry[1]
-        unchanged = bool(self._drawn) and self._drawn[-1][0] == state
-        self._times = self._times + 1 if unchanged else 0
+            same = [entry for entry in reversed(self._drawn) if entry[0] == state]
+            same.sort(key=lambda entry: not torch.equal(entry[1], probe))  # the same input first
+            if same:
+                self._drawn = deque((e for e in self._drawn if e is not same[0]), maxlen=256)
+                return same[0][2]
+        self._times = self._times + 1 if state == self._state else 0
+        self._state = state
         seed = zlib.crc32(f"{state} {self.salt} {self._times}".encode())
-        self._drawn.append((state, seed))
+        self._drawn.append((state, probe, seed))
         return seed
 
     def extra_repr(self) -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from surgery.dataflow import ACTIVATIONS, VIEWS, Projection, op_name, projection, walk_back, walk_on
+from surgery.dataflow import (
+    ACTIVATIONS,
+    VIEWS,
+    Projection,
+    flow,
+    op_name,
+    projection,
+    walk_back,
+    walk_on,
+)
 from surgery.pattern import Pattern, PortNode
 
 _FFN_OPS = (
@@ -31,11 +40,17 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
         "output": PortNode(down.node, down),
     }
     gated = len(ends) == 2
+    if gated:  # the gate is the one that goes through the nonlinearity
+        ends = sorted(ends, key=lambda e: not _bends(e.node, down.source, root))
     for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
         ports[name] = PortNode(end.node, end)
     nodes = [down.node, *(end.node for end in ends), *between]
     where = down.node.target if down.node.op == "call_module" else down.node.meta["owner"]
     return Pattern("ffn", str(where), down.node, ports, nodes)
+
+
+def _bends(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
+    return any(_nonlinear(node, root) for node in flow(start, end)[1:])
 
 
 def _nonlinear(node: fx.Node, root: nn.Module) -> bool:

@@ -42,6 +42,11 @@ def attention_patch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
     return [(AttentionInterface, "get_interface", choose)]
 
 
+def is_own_hook(hook: Callable[..., Any]) -> bool:
+    """Is this a forward hook by which transformers itself collects its outputs?"""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def questions(module: nn.Module) -> list[Callable[[], Any]]:
     """What else decides which graph a module needs: its choice of attention function."""
     configs: dict[int, Any] = {}
@@ -70,7 +75,9 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         top = int(getattr(text, "vocab_size", 8))
         ids = (torch.arange(14, device=device).reshape(2, 7) * 5 + 3) % top  # (B, n)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = {"input_ids": ids}
+        if device.type != "meta":  # where a mask has no values to look at
+            inputs["attention_mask"] = torch.ones_like(ids)
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids[:, :5]
         return inputs

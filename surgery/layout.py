@@ -13,6 +13,7 @@ from surgery.dataflow import (
     VIEWS,
     ancestors,
     flow,
+    from_parameters,
     handed_on,
     inputs,
     is_activation,
@@ -93,16 +94,21 @@ def before_rotation(start: fx.Node, end: fx.Node) -> fx.Node:
         return end
     furthest, waist = 0, start
     for i, node in enumerate(region[:mixing]):
-        if furthest <= i:
+        if furthest <= i and _like_heads(value(node), value(end)):
             waist = node
         furthest = max([furthest, *(position[u] for u in node.users if u in position)])
-    shape, heads = value(waist).shape, value(end).shape
-    return waist if len(shape) == len(heads) and shape[-1] == heads[-1] else end
+    return waist if _like_heads(value(waist), value(end)) else end
+
+
+def _like_heads(x: Any, heads: Tensor) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.shape == heads.shape
 
 
 def _mixes(node: fx.Node, position: dict[fx.Node, int]) -> bool:
-    others = [n for n in node.all_input_nodes if n not in position and is_activation(n)]
-    return op_name(node) in ("mul", "einsum", "where", "matmul", "addcmul") and bool(others)
+    others = [n for n in node.all_input_nodes if n not in position and not from_parameters(n)]
+    return op_name(node) in ("mul", "einsum", "where", "matmul", "addcmul") and any(
+        map(is_activation, others)
+    )
 
 
 def causal(weights: Tensor) -> bool:

@@ -39,7 +39,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         SiteError: there is no site, or no example input could be made.
     """
     args, kwargs = _call(model, example_inputs)
-    observation = observe(model, args, kwargs, huggingface.attention_patch)
+    observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
     patterns = _unique(observation, model)
     if not patterns:
         raise SiteError(
@@ -47,7 +47,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
             "and no FFN (projection, nonlinearity, projection, residual) runs here. "
             "Pass example_inputs= that reach them."
         )
-    groups = _groups(patterns, observation)
+    groups = _groups(patterns, observation, model)
     sites = [
         _site(pattern, group, observation.calls[group.path], model)
         for pattern in patterns
@@ -62,7 +62,7 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
         example_inputs = huggingface.example_inputs(model)
     if example_inputs is None:
         raise SiteError(
-            f"{type(model).__name__} does not tell what its inputs look like. Pass example_inputs=: "
+            f"{type(model).__name__} does not tell what its inputs are. Pass example_inputs=: "
             "a dict of keyword arguments, a tuple of positional ones, or a tensor."
         )
     if isinstance(example_inputs, Mapping):
@@ -101,12 +101,13 @@ def _owners(pattern: Pattern) -> set[str]:
     return {str(node.meta["owner"]) for node in pattern.nodes}
 
 
-def _groups(patterns: list[Pattern], observation: Observation) -> list[_Group]:
+def _groups(patterns: list[Pattern], observation: Observation, model: nn.Module) -> list[_Group]:
     """Hosts for all sites; two that overlap become one."""
     groups: dict[str, _Group] = {}
     for pattern in patterns:
         path = _common([*_owners(pattern)])
-        while path not in observation.calls:  # a container that is never called itself
+        # Not a container that is never called itself, nor one that would call what is inserted.
+        while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
         groups.setdefault(path, _Group(path)).patterns.append(pattern)
     merged = True

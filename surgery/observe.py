@@ -44,8 +44,9 @@ class Observation:
 
 
 class _Observer(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keeps_hook: Callable[[Any], bool]) -> None:
         super().__init__()
+        self.keeps_hook = keeps_hook
         self.graph = fx.Graph()
         self.observation = Observation(self.graph)
         self.paths = {id(m): p for p, m in reversed(list(model.named_modules()))}
@@ -131,6 +132,9 @@ class _Observer(TorchFunctionMode):
         finally:
             self.owner.pop()
             self.calls.pop()
+        for hook in module._forward_hooks.values():
+            if self.keeps_hook(hook):  # the model itself relies on it
+                hook(module, args, result)
         if not any(module.children()) and _tensors(result):
             self.collapse(start, path, args, kwargs, result)
         return result
@@ -173,12 +177,14 @@ def observe(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     attention_patch: AttentionPatch | None = None,
+    keeps_hook: Callable[[Any], bool] = lambda hook: False,
 ) -> Observation:
     """Run ``model(*args, **kwargs)`` once, in evaluation mode and without a trace, and record it.
 
-    Hooks do not fire, no random number is drawn, no gradient or training flag changes.
+    No hook fires but those that ``keeps_hook`` calls a part of the model; no random number is
+    drawn, no gradient or training flag changes.
     """
-    observer = _Observer(model)
+    observer = _Observer(model, keeps_hook)
 
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)

@@ -70,7 +70,8 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     for key in content:
         if key not in fields:
             raise RecipeError(
-                f"{where}: unknown key {key!r}. {suggest(str(key), fields)}Keys: {', '.join(fields)}."
+                f"{where}: unknown key {key!r}. {suggest(str(key), fields)}"
+                f"Keys: {', '.join(fields)}."
             )
     for key in ("model", "task"):
         if key not in content:

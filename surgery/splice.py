@@ -27,7 +27,7 @@ from surgery.quiet import evaluating
 from surgery.report import RECORD, Inserted, Report, records
 from surgery.sites import Site, Sites
 from surgery.variant import Variant, apply_edit, require_applied
-from surgery.verify import verify_reach, verify_start
+from surgery.verify import present_outputs, verify_reach, verify_start
 
 
 def splice(
@@ -89,8 +89,8 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
     if name in records(model):
         free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in records(model))
         raise SpliceError(
-            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass another, "
-            f"say name={free!r}, or surgery.remove(model, {name!r}) first."
+            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
+            f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
         )
 
 
@@ -103,8 +103,8 @@ def _todo(
         if not suitable:
             there = sorted({site.description for site in sites}) or ["nothing"]
             raise SiteError(
-                f"method {method.name!r} is for no site of these {len(sites)} ({', '.join(there)}). "
-                "Choose other sites with at=, or other options."
+                f"method {method.name!r} is for none of these {len(sites)} sites "
+                f"({', '.join(there)}). Choose other sites with at=, or other options."
             )
         for site in suitable:
             if site.host is None:
@@ -132,6 +132,7 @@ def _operate(
     module = model.get_submodule(path)
     plan = pairs[0][1].host
     assert plan is not None
+    base = present_outputs(module, plan.args, plan.kwargs)
     known = state_of(module)
     through = plan.through if known is None else known.through
     captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
@@ -172,7 +173,7 @@ def _operate(
     variant = finish(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.variants = {key: [variant]}
-    report.change[path] = verify_start(module, variant, plan.args, plan.kwargs)
+    report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
     verify_reach(module, state, variant, operation.children, plan.args, plan.kwargs)
     report.inserted += inserted
 

@@ -61,7 +61,7 @@ class Tracer(TracerBase):
         self.guards: list[Guard] = []
         self.guarded: set[fx.Node] = set()
         self.reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
-        self.ambient: dict[Callable[[], Any], Any] = {}
+        self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owner = [""]
         self.executing = 0
 
@@ -183,7 +183,7 @@ class Tracer(TracerBase):
             value = question(*args)
             asker = sys._getframe(2).f_globals.get("__name__", "")  # behind patching's wrapper
             if not self.executing and asker not in ("torch.autograd.grad_mode", __name__):
-                self.ambient[lambda: question(*args)] = value
+                self.ambient.setdefault((question, args), value)
             return value
 
         return answer

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgery.core import attention, logsumexp, with_lse
+from surgery.dataflow import inputs, is_row_maximum, op_name
 from surgery.edit import add, add_columns, chain, put_columns, rewrite, take_columns
 from surgery.errors import PortError, SpliceError
 from surgery.guards import Guard, is_pure
@@ -117,9 +118,12 @@ def _expose_lse(pattern: Pattern) -> fx.Node:
     """Make the attention of a pattern also give its logsumexp; the context keeps its bits."""
     core = pattern.core
     graph = core.graph
-    if pattern.softmax_input is not None:
-        with graph.inserting_after(pattern.softmax_input):
-            return graph.call_function(logsumexp, (pattern.softmax_input,))
+    scores = pattern.softmax_input
+    if scores is not None:
+        if op_name(scores) == "sub" and is_row_maximum(scores.args[1]):  # subtracted for stability
+            scores = inputs(scores)[0]
+        with graph.inserting_after(scores):
+            return graph.call_function(logsumexp, (scores,))
     with graph.inserting_after(core):
         whole = core.meta.get("attention")
         both = (

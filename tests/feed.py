@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from shrink import FIRST_TEXT, VOCAB
 from torch import Tensor, nn
+
+from tests.shrink import FIRST_TEXT, VOCAB
 
 TOKENS = 8
 Feed = Callable[[int], dict[str, Any]]
@@ -46,7 +47,7 @@ def _companions(known: Any, wanted: list[str], model: nn.Module) -> list[str]:
     """What usually comes along with the wanted inputs."""
     config: Any = model.config
     names = []
-    if "input_ids" in wanted:
+    if {"input_ids", "inputs"} & set(wanted):
         names += ["attention_mask", "bbox", "visual_feats", "visual_pos", "visual_embeds"]
         names += ["mm_token_type_ids", "xpath_tags_seq", "xpath_subs_seq"]
     if wanted[0] != "input_ids" and "flattened_patches" in known:
@@ -54,8 +55,6 @@ def _companions(known: Any, wanted: list[str], model: nn.Module) -> list[str]:
     if "pixel_values" in wanted:
         names += ["image_grid_thw", "image_sizes", "pixel_attention_mask", "spatial_shapes"]
         names += ["image_position_ids", "pixel_position_ids"]
-    if "inputs" in wanted:
-        names += ["attention_mask"]
     if "states" in wanted:
         names += ["actions", "rewards", "returns_to_go", "timesteps"]
     if "past_values" in wanted:
@@ -82,12 +81,8 @@ _FORMS = ("plain", "swapped", "frames", "patches", "padded patches", "long", "fe
 def _feed(model: nn.Module, names: list[str], form: str) -> Feed:
     def make(batch: int) -> dict[str, Any]:
         made = _Maker(model, batch, form)
-        out = {}
-        for name in names:
-            value = made.value(name)
-            if value is not None:
-                out[name] = value
-        return made.with_placeholders(out)
+        values = {name: made.value(name) for name in names}
+        return made.with_placeholders({k: v for k, v in values.items() if v is not None})
 
     return make
 
@@ -143,8 +138,6 @@ class _Maker:
                 return torch.ones(b, TOKENS, dtype=torch.long) if self.form != "features" else None
             case "pixel_values" | "inputs" | "pixel_values_videos":
                 return self.pixels()
-            case "pixel_mask":
-                return None
             case "input_features" | "input_values" | "audio_values" | "audio_features":
                 return self.sound(name)
             case "decoder_input_values":
@@ -163,13 +156,6 @@ class _Maker:
                 return self.floats(b, TOKENS, f("hidden_size", "d_model", default=32))
             case "audio_mel":
                 return self.sound(name)
-            case (
-                "input_features_mask"
-                | "feature_attention_mask"
-                | "audio_mel_mask"
-                | "image_embeds_position_mask"
-            ):
-                return None
             case "image_grid_thw" | "grid_thw" | "video_grid_thw" | "image_grid_hws":
                 side = self.side()
                 return torch.tensor([[1, side, side]] * b)

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from feed import feeds
-from shrink import SHRINKS, Shrink, small_config
 from torch import Tensor, nn
+
+from tests.feed import feeds
+from tests.shrink import SHRINKS, Shrink, small_config
 
 MOST_PARAMETERS = 60_000_000
 TASKS = [

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/surgery, a fo
 
 import torch
 from torch import Tensor, nn
-from zoo import CannotBuild, Tiny, build, model_types, tensors
-from zoo_report import failure, summary
 
 import surgery
+from tests.zoo import CannotBuild, Tiny, build, model_types, tensors
+from tests.zoo_report import failure, summary
 
 LIMIT = 90  # seconds for one type
 ATTENTION = [surgery.method("inducer", key_rank=2, value_rank=2), surgery.method("lora", rank=2)]
@@ -144,6 +144,7 @@ class _Check:
                 return _outputs(model, inputs)
         if name == "generate":
             given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+            given = copy.deepcopy(given)  # some generate functions write into their inputs
             torch.manual_seed(1)
             with torch.no_grad():
                 out = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
@@ -263,8 +264,6 @@ def worker(types: Iterable[str]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Check the types given, or all."""
-    if arguments[:1] == ["--worker"]:
-        return worker(arguments[1:])
     out = arguments.pop(arguments.index("--out") + 1) if "--out" in arguments else "zoo.jsonl"
     types = [a for a in arguments if not a.startswith("--")] or model_types()
     rows: list[dict[str, Any]] = []
@@ -275,7 +274,6 @@ def main(arguments: list[str]) -> None:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     print(summary(rows))
-    return None
 
 
 def _batch(types: list[str]) -> Iterator[dict[str, Any]]:
@@ -288,7 +286,9 @@ def _batch(types: list[str]) -> Iterator[dict[str, Any]]:
     for model_type in types:
         ready, _, _ = select.select([process.stdout], [], [], LIMIT + 40)
         line = process.stdout.readline() if ready else ""
-        if not line.startswith("{"):
+        while line and not line.startswith("{"):  # something that a library prints
+            line = process.stdout.readline()
+        if not line:
             process.kill()
             process.wait()
             crash = {"error": "Crash" if ready else "Hang", "message": f"exit {process.returncode}"}
@@ -299,4 +299,4 @@ def _batch(types: list[str]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    worker(sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Plugins come in through one door, one by one; a broken one does not stop the others."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+from torch import nn
+
+import surgery
+from surgery.registry import Registry, registry
+
+
+def plugin(name: str, method_name: str) -> None:
+    """Put a plugin module where an entry point can import it."""
+
+    @dataclass(frozen=True)
+    class Made(surgery.Method):
+        """A method."""
+
+        name = method_name
+
+    module: Any = types.ModuleType(name)
+    module.register_methods = surgery.hookimpl(lambda register: register(Made))
+    sys.modules[name] = module
+
+
+def point(name: str, value: str) -> EntryPoint:
+    return EntryPoint(name, value, "surgery")
+
+
+def test_hook_register_methods_brings_the_built_ins_in() -> None:
+    assert {"lora", "inducer"} <= set(surgery.methods())
+    assert type(surgery.method("lora")) is surgery.methods()["lora"]
+
+
+def test_one_that_fails_to_import_is_reported_and_the_others_go_on() -> None:
+    plugin("plugin_good", "good")
+    made = Registry()
+    with pytest.warns(RuntimeWarning, match="'bad' .* could not be loaded: ModuleNotFoundError"):
+        made.load([point("bad", "plugin_missing"), point("good", "plugin_good")])
+    assert set(made.methods()) == {"good"}
+    with pytest.raises(surgery.MethodError, match="could not be loaded"):
+        made.method("bad", {})
+
+
+def test_two_plugins_of_one_name_and_two_methods_of_one_name_are_told() -> None:
+    plugin("plugin_one", "same")
+    plugin("plugin_two", "same")
+    made = Registry()
+    with pytest.warns(RuntimeWarning, match="two plugins are called 'x'"):
+        made.load([point("x", "plugin_one"), point("x", "plugin_two")])
+    with pytest.warns(RuntimeWarning, match="'x' and 'y' both offer a method 'same'"):
+        made.load([point("y", "plugin_two")])
+    assert set(made.methods()) == {"same"}
+
+
+def test_hook_is_leaf_keeps_a_module_whole() -> None:
+    from surgery.capture import capture
+
+    class Inner(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x + 1
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Any) -> Any:
+            return self.inner(x) * 2
+
+    import torch
+
+    class Whole:
+        @surgery.hookimpl
+        def is_leaf(self, module: nn.Module, path: str) -> bool | None:
+            return True if isinstance(module, Inner) else None
+
+    made = Registry()
+    outer, args = Outer(), (torch.ones(2),)
+    opened = capture(outer, Outer.forward, args, {}, {"inner"}, is_leaf=made.is_leaf)
+    assert "call_module" not in {n.op for n in opened.graph.nodes}
+    made.add(Whole(), "whole")
+    kept = capture(outer, Outer.forward, args, {}, {"inner"}, is_leaf=made.is_leaf)
+    assert "call_module" in {n.op for n in kept.graph.nodes}
+
+
+def test_the_registry_is_made_once() -> None:
+    assert registry() is registry()
