@@ -1,6 +1,6 @@
 """What a spliced host costs: GPT-2 small with nothing but identities in it, against the original.
 
-Run: python benchmarks/overhead.py [--threads 1] [--repeats 40] [--profile]
+Run: python benchmarks/overhead.py [--threads N] [--repeats 40] [--profile]
 Bars: forward <= 1.02 times the original, a decoded token <= 1.05, splice <= 2 s.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import cProfile
+import os
 import pstats
 import time
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def profiled(title: str, run: Callable[[], object], times: int) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--repeats", type=int, default=30)
     options.add_argument("--profile", action="store_true")
     args = options.parse_args()

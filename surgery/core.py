@@ -10,8 +10,8 @@ Backward. With P = softmax(S), the gradient that reaches the scores is
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse)
 
-and the fused backward computes rowsum(dO o O) from the O that it is given. Appending one column,
--1 to O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting
+and the fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1 to O
+and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting
 the column off again leaves the exact gradients.
 
 Where no fused kernel serves (float64 weights dropout, CUDA for now, a mask that needs gradient)
@@ -162,10 +162,11 @@ class _FlashCPU(torch.autograd.Function):
         query, key, value, mask, context, lse = ctx.saved_tensors
         grad_context, grad_lse = grads
         width = query.shape[-1]
-        query, key, value = (F.pad(x, (0, 1)) for x in (query, key, value))  # (B, H, ., d + 1)
-        context = F.pad(context, (0, 1), value=-1.0)
+        extra = 8 - width % 8  # one column would do; the kernel likes widths that 8 divides
+        query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
+        context = F.pad(context, (0, extra), value=-1.0)
         column = grad_lse.to(grad_context.dtype).unsqueeze(-1)
-        grad_context = torch.cat([grad_context, column], -1)
+        grad_context = F.pad(torch.cat([grad_context, column], -1), (0, extra - 1))
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_context,
             query,
