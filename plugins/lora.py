@@ -99,7 +99,8 @@ class LoRA(surgery.Method):
 
     def suits(self, site: surgery.Site) -> bool:
         own = set(PROJECTIONS[site.kind]) - {"output"}
-        return bool(own & set(self.ports)) or set(self.ports) == {"output"}
+        asked = bool(own & set(self.ports)) or set(self.ports) == {"output"}
+        return asked and not (site.kind == "ffn" and "up" not in site.ports)  # no expert blocks
 
     def splice(self, site: surgery.Site) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):

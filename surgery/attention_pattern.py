@@ -18,7 +18,7 @@ from surgery.dataflow import (
     walk_back,
     walk_on,
 )
-from surgery.layout import before_rotation, columns, scalars_between
+from surgery.layout import batch_axis, before_rotation, columns, scalars_between
 from surgery.pattern import Pattern, PortNode
 
 # What may stand between scores and softmax, and between softmax and its product with the values.
@@ -170,6 +170,7 @@ def _assemble(
     if "query" in ports and ports["query"].projection:
         ports["input"] = PortNode(ports["query"].projection.source)
     ports.setdefault("query_unrotated", PortNode(query))
+    n_heads, kv_heads = _count_heads(query, ports), _count_heads(key, ports)
     onward = walk_on(context, lambda n: op_name(n) in _CONTEXT_OPS and not projection(n, root))
     out = next((p for n in onward if (p := projection(n, root))), None)
     if out is not None:
@@ -178,7 +179,19 @@ def _assemble(
         merged = [n for n in onward if op_name(n) in VIEWS and is_activation(n)]
         ports["output"] = PortNode(merged[-1] if merged else context)
     nodes += flow(context, ports["output"].node)
-    return Pattern("attention", str(core.meta["owner"]), core, ports, nodes, scale)
+    ports["output"].sequence_first = batch_axis(context, ports["output"], n_heads) == 1
+    key_path = str(core.meta["owner"])
+    return Pattern(
+        "attention", key_path, core, ports, nodes, scale, heads=n_heads, kv_heads=kv_heads
+    )
+
+
+def _count_heads(heads: fx.Node, ports: dict[str, PortNode]) -> int:
+    """H from (B, H, n, d); from (B H, n, d) by what the query projection makes of its width."""
+    shape = value(heads).shape
+    if len(shape) > 3:
+        return int(shape[-3])
+    return ports["query"].width // shape[-1] if "query" in ports else 0
 
 
 def _number(x: Any) -> float | None:

@@ -27,10 +27,12 @@ from surgery.quiet import capture_running, quiet_random
 from surgery.tracer import AttentionPatch, Captured, IsLeaf, Recorder, Tracer, any_proxy
 from surgery.values import detached, identity, map_leaves
 
-_FACTORIES = (
-    "arange empty zeros ones full rand randn randint randperm tensor as_tensor "
-    "scalar_tensor linspace eye tril_indices triu_indices"
-).split()
+# Torch's parser looks at arguments before it asks them: a proxy must not get that far.
+_FUNCTIONS = sorted(
+    name
+    for name in dir(torch._C._VariableFunctions)
+    if not name.startswith("_") and callable(vars(torch).get(name))
+)
 # Methods that read sizes before they look whether an argument is a proxy.
 _SIZED = "expand view reshape repeat permute new_zeros new_ones new_empty new_full".split()
 
@@ -160,7 +162,7 @@ def _quiet(
 
     replacements: list[Any] = [(nn.Module, "__call__", module_call)]
     replacements += [(nn.Module, "__getattribute__", attribute)]
-    replacements += [(torch, name, factory) for name in _FACTORIES]
+    replacements += [(torch, name, factory) for name in _FUNCTIONS]
     replacements += [(math, name, factory) for name in MATH]
     replacements += [(torch.Tensor, name, sized(name)) for name in _SIZED]
     replacements += [

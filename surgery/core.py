@@ -10,13 +10,13 @@ Backward. With P = softmax(S), the gradient that reaches the scores is
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse)
 
-and the fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1 to O
-and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting
-the column off again leaves the exact gradients.
+and the fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1
+to O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting the
+column off again leaves the exact gradients.
 
-Where no fused kernel serves (float64 weights dropout, CUDA for now, a mask that needs gradient)
-the context comes from SDPA itself, so its bits and its random draws stay those of the base model,
-and ``lse`` from the scores, densely.
+Where no fused kernel serves (dropout on the weights, a mask that needs gradient, CUDA for now) the
+context comes from SDPA itself, so its bits and its random draws stay those of the base model, and
+``lse`` from the scores, densely.
 """
 
 from __future__ import annotations

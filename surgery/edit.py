@@ -62,8 +62,28 @@ def chain(graph: fx.Graph, *steps: tuple[Any, tuple[Any, ...]]) -> fx.Node:
 
 
 def add(y: Tensor, delta: Tensor) -> Tensor:
-    """``y + delta``, in the dtype of ``y``."""
+    """``y + delta``, in the dtype of ``y``.
+
+    Tokens may lie on another number of axes there: (h, w, D) or (B n, D) against (B, n, D).
+    """
+    if delta.shape != y.shape:
+        delta = delta.reshape(y.shape)
     return y + delta.to(y.dtype)
+
+
+def add_sequence_first(y: Tensor, delta: Tensor) -> Tensor:
+    """``y + delta`` for y (n, B, D) and delta (B, n, D)."""
+    return y + delta.transpose(0, 1).to(y.dtype)
+
+
+def rows_like(lse: Tensor, heads: Tensor) -> Tensor:
+    """``lse`` with one number for each row of ``heads``: (B H, n) -> (B, H, n), say."""
+    return lse.reshape(heads.shape[:-1])
+
+
+def split_rows(heads: Tensor, n_heads: int) -> Tensor:
+    """(B H, n, d) -> (B, H, n, d)."""
+    return heads.reshape(-1, n_heads, *heads.shape[-2:])
 
 
 def add_columns(y: Tensor, delta: Tensor, columns: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
 from surgery.dataflow import (
@@ -9,8 +10,10 @@ from surgery.dataflow import (
     VIEWS,
     Projection,
     flow,
+    inputs,
     op_name,
     projection,
+    value,
     walk_back,
     walk_on,
 )
@@ -59,9 +62,21 @@ def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
         return False
     module = root.get_submodule(str(node.target))
-    if any(True for _ in module.parameters()):
+    if isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten)):
         return False
-    return not isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten))
+    return not any(True for _ in module.parameters()) or _elementwise(module, node)
+
+
+def _elementwise(module: nn.Module, node: fx.Node) -> bool:
+    """Does each output depend on one input only? (A norm has parameters too.)"""
+    x = value(inputs(node)[0])
+    if x.is_meta or any(p.dim() > 1 for p in module.parameters()):
+        return False
+    other = x.clone()
+    other[..., 0] += 1.0
+    with torch.no_grad():
+        moved = module.forward(x) != module.forward(other)
+    return not bool(moved[..., 1:].any())
 
 
 def joins_residual(pattern: Pattern, root: nn.Module) -> bool:

@@ -77,6 +77,28 @@ def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         return None
 
 
+def batch_axis(context: fx.Node, output: Any, heads: int) -> int:
+    """Which axis of the attention's output is the batch: 0, or 1 where the sequence comes first.
+
+    The batch numbers of (B H, n, d) heads are followed through the rearrangements, as in
+    :func:`columns`. Heads (B, H, n, d) have their batch in front, and so has what they become.
+    """
+    mixed = value(context)
+    if output.projection is None or mixed.dim() != 3 or not heads or mixed.shape[0] % heads:
+        return 0
+    numbers = torch.arange(mixed.shape[0]) // heads
+    labels: dict[fx.Node, Any] = {context: numbers[:, None, None].expand(mixed.shape)}
+    source = output.projection.source
+    for node in flow(context, source)[1:]:
+        origin = handed_on(node)
+        labels[node] = labels.get(origin) if origin else _relabel(node, labels)
+        if not isinstance(labels[node], Tensor):
+            return 0
+    rows = labels[source]
+    varies = [bool((rows != rows.narrow(axis, 0, 1)).any()) for axis in range(rows.dim() - 1)]
+    return varies.index(True) if True in varies else 0
+
+
 def before_rotation(start: fx.Node, end: fx.Node) -> fx.Node:
     """The query heads before a rotary encoding: the last waist of the flow before it is mixed.
 

@@ -145,11 +145,10 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
     anchor = _weight(pattern, model)
     options: dict[str, Any] = {}
     if pattern.kind == "attention":
-        heads, keys = value(ports["query_heads"].node), value(ports["key_heads"].node)
-        grouped = keys.dim() > 3
+        heads = value(ports["query_heads"].node)
         options = {
-            "heads": heads.shape[-3] if heads.dim() > 3 else 0,
-            "kv_heads": keys.shape[-3] if grouped else 0,
+            "heads": pattern.heads,
+            "kv_heads": pattern.kv_heads,
             "head_width": heads.shape[-1],
             "value_width": value(ports["value_heads"].node).shape[-1],
             "scale": pattern.scale if pattern.scale is not None else heads.shape[-1] ** -0.5,

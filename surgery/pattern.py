@@ -16,6 +16,7 @@ class PortNode:
     node: fx.Node
     projection: Projection | None = None
     columns: list[int] | None = None  # the port's columns of ``node``; None is all of them
+    sequence_first: bool = False  # (n, B, D), where everything else has the batch first
 
     @property
     def width(self) -> int:
@@ -33,3 +34,5 @@ class Pattern:
     nodes: list[fx.Node] = field(default_factory=list)
     scale: float | None = None
     softmax_input: fx.Node | None = None
+    heads: int = 0
+    kv_heads: int = 0

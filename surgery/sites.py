@@ -47,6 +47,11 @@ class Edit:
     child: str
     reads: tuple[str, ...]
 
+    @property
+    def batched(self) -> bool:
+        """Is what it inserts (B, n, D), because it is made from heads?"""
+        return any(name in ("query_unrotated", "lse") for name in self.reads)
+
 
 @dataclass(frozen=True)
 class HostPlan:

@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 
 from surgery.core import attention, logsumexp, with_lse
 from surgery.dataflow import inputs, is_row_maximum, op_name
-from surgery.edit import add, add_columns, chain, put_columns, rewrite, take_columns
+from surgery.edit import (
+    add,
+    add_columns,
+    add_sequence_first,
+    chain,
+    put_columns,
+    rewrite,
+    rows_like,
+    split_rows,
+    take_columns,
+)
 from surgery.errors import PortError, SpliceError
 from surgery.guards import Guard, is_pure
 from surgery.patterns import Pattern, PortNode
@@ -88,7 +98,8 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 
     def steps(graph: fx.Graph, y: Any, at: Any) -> fx.Node:
         if edit.verb == "add":
-            how = (add_columns, (y, ..., at)) if columns else (add, (y, ...))
+            plain = add_sequence_first if port.sequence_first and edit.batched else add
+            how = (add_columns, (y, ..., at)) if columns else (plain, (y, ...))
             return chain(graph, (child, reads), how)
         if not columns:
             return chain(graph, (child, reads or (y,)))
@@ -107,11 +118,38 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 
 def _read(pattern: Pattern, name: str) -> fx.Node:
     if name == "lse" and "lse" not in pattern.ports:
-        pattern.ports["lse"] = PortNode(_expose_lse(pattern))
+        pattern.ports["lse"] = PortNode(_shaped(_expose_lse(pattern), pattern))
+    if name == "query_unrotated":
+        return _split(pattern.ports[name].node, pattern)
     port = pattern.ports[name.removesuffix(".source")]
     if name.endswith(".source") and port.projection is not None:
         return port.projection.source
     return port.node
+
+
+def _split(heads: fx.Node, pattern: Pattern) -> fx.Node:
+    """Heads as (B, H, n, d)."""
+    if heads.meta["value"].dim() != 3 or not pattern.heads:
+        return heads
+    with heads.graph.inserting_after(heads):
+        return heads.graph.call_function(split_rows, (heads, pattern.heads))
+
+
+def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:
+    """lse as (B, H, n)."""
+    heads = pattern.ports["query_heads"].node
+    graph = lse.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
+        rows = graph.call_function(rows_like, (lse, heads))
+    if heads.meta["value"].dim() != 3 or not pattern.heads:
+        return rows
+    with graph.inserting_after(rows):
+        return graph.call_function(_split_lse, (rows, pattern.heads))
+
+
+def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
+    return lse.reshape(-1, n_heads, lse.shape[-1])
 
 
 def _expose_lse(pattern: Pattern) -> fx.Node:

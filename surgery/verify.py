@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgery.errors import SpliceError
 from surgery.host import HostState, original_class, run, state_of
 from surgery.quiet import silenced
-from surgery.values import detached_copy, leaves
+from surgery.values import detached_copy, leaves, map_leaves
 from surgery.variant import Variant
 
 
@@ -73,25 +73,13 @@ def verify_reach(
     parameters = [parameter for _, _, parameter in named]
     if not parameters or parameters[0].is_meta:
         return
-    before = [(p.detach().clone(), p.requires_grad) for p in parameters]
-    try:
-        with silenced(module), torch.enable_grad():
-            torch.manual_seed(0)
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-                with torch.no_grad():
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-            given = detached_copy((args, kwargs))
-            output = variant.run(module, module, *leaves(given))
-            loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))
-            if not loss.requires_grad:
-                _dead(state, children)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    finally:
-        with torch.no_grad():
-            for parameter, (old, wanted) in zip(parameters, before, strict=True):
-                parameter.copy_(old)
-                parameter.requires_grad_(wanted)
+    gradients = _gradients(module, state, variant, children, parameters, (args, kwargs))
+    if any(g is not None and not bool((g != 0).any()) for g in gradients):
+        # The example may be degenerate (a decoder that starts from zeros): try noise instead.
+        noisy = _noise((args, kwargs))
+        again = _gradients(module, state, variant, children, parameters, noisy)
+        pairs = zip(gradients, again, strict=True)
+        gradients = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
     for (child, name, _), gradient in zip(named, gradients, strict=True):
         if gradient is None:
             raise SpliceError(
@@ -102,6 +90,45 @@ def verify_reach(
         mine = [g for (c, _, _), g in zip(named, gradients, strict=True) if c == child]
         if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
             _dead(state, [child])
+
+
+def _gradients(
+    module: nn.Module,
+    state: HostState,
+    variant: Variant,
+    children: list[str],
+    parameters: list[nn.Parameter],
+    arguments: Any,
+) -> list[Tensor | None]:
+    """Gradients of the inserted parameters at a random point; they are put back afterwards."""
+    before = [(p.detach().clone(), p.requires_grad) for p in parameters]
+    try:
+        with silenced(module), torch.enable_grad():
+            torch.manual_seed(0)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+                with torch.no_grad():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            output = variant.run(module, module, *leaves(detached_copy(arguments)))
+            loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))
+            if not loss.requires_grad:
+                _dead(state, children)
+            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    finally:
+        with torch.no_grad():
+            for parameter, (old, wanted) in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+                parameter.requires_grad_(wanted)
+
+
+def _noise(arguments: Any) -> Any:
+    """The arguments with noise added to activations; masks (they have infinities) stay."""
+
+    def noisy(v: Any) -> Any:
+        moves = isinstance(v, Tensor) and v.is_floating_point() and bool((v.abs() < 1e4).all())
+        return v + torch.randn_like(v) if moves else v
+
+    return map_leaves(arguments, noisy)
 
 
 def _dead(state: HostState, children: list[str]) -> None:
