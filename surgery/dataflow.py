@@ -150,9 +150,17 @@ def _maps_last_axis(module: nn.Module, width: int) -> bool:
     """
     if any(True for _ in module.children()) or isinstance(module, nn.modules.conv._ConvNd):
         return False
+    if stacks_weights(module):
+        return False
     own = [*module.parameters(), *module.buffers()]
     packed = any(not t.is_floating_point() for t in own)
-    return any(t.dim() >= 2 and (packed or width in t.shape) for t in own)
+    matrices = [t for t in own if t.dim() == 2 or (packed and t.dim() > 2)]
+    return any(packed or width in t.shape for t in matrices)
+
+
+def stacks_weights(module: nn.Module) -> bool:
+    """Does a module own weights (experts, in, out), as a block of experts does?"""
+    return any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
 def walk_back(

@@ -11,8 +11,10 @@ from surgery.dataflow import (
     Projection,
     flow,
     inputs,
+    is_activation,
     op_name,
     projection,
+    stacks_weights,
     value,
     walk_back,
     walk_on,
@@ -50,6 +52,22 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
     nodes = [down.node, *(end.node for end in ends), *between]
     where = down.node.target if down.node.op == "call_module" else down.node.meta["owner"]
     return Pattern("ffn", str(where), down.node, ports, nodes)
+
+
+def experts_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
+    """A block of experts: a module whose weights are stacked, (experts, in, out), as one FFN."""
+    if node.op != "call_module":
+        return None
+    module, out = root.get_submodule(str(node.target)), value(node)
+    if isinstance(module, nn.modules.conv._ConvNd) or not stacks_weights(module):
+        return None
+    source = next((n for n in inputs(node) if is_activation(n)), None)
+    if source is None or value(source).numel() != out.numel():
+        return None
+    if value(source).shape[-1] != out.shape[-1]:
+        return None
+    ports = {"input": PortNode(source), "output": PortNode(node)}
+    return Pattern("ffn", str(node.target), node, ports, [node])
 
 
 def _bends(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:

@@ -62,6 +62,9 @@ def columns(start: fx.Node, end: fx.Node) -> tuple[fx.Node, list[int]]:
 
 
 def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+    if inputs(node)[0] not in labels:  # the labels come in as a mere example (of a dtype, a shape)
+        return None
+
     def concrete(n: fx.Node) -> Any:
         return labels[n] if n in labels else value(n)
 

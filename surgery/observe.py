@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from surgery.dataflow import stacks_weights
 from surgery.patching import patched
 from surgery.quiet import evaluating, quiet_random
 from surgery.tracer import AttentionPatch
@@ -135,12 +136,12 @@ class _Observer(TorchFunctionMode):
         for hook in module._forward_hooks.values():
             if self.keeps_hook(hook):  # the model itself relies on it
                 hook(module, args, result)
-        if not any(module.children()) and _tensors(result):
+        if _tensors(result) and (not any(module.children()) or stacks_weights(module)):
             self.collapse(start, path, args, kwargs, result)
         return result
 
     def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
-        """Make one node of everything that a childless module did."""
+        """Make one node of everything that a childless module, or a block of experts, did."""
         inside = self.trail[start:]
         if any(_name(node) in _CORE for node in inside):
             return

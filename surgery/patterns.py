@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.attention_pattern import attention_pattern
-from surgery.dataflow import projection
-from surgery.ffn_pattern import ffn_pattern, joins_residual
+from surgery.dataflow import is_activation, projection
+from surgery.ffn_pattern import experts_pattern, ffn_pattern, joins_residual
 from surgery.pattern import Pattern, PortNode
 
 __all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
@@ -30,6 +30,12 @@ def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
         for node in graph.nodes
         if (found := projection(node, root)) and node not in taken
         if (p := ffn_pattern(found, root)) is not None
+    ]
+    ffn += [
+        p
+        for node in graph.nodes
+        if is_activation(node) and not projection(node, root)
+        if (p := experts_pattern(node, root)) is not None
     ]
     order = {node: i for i, node in enumerate(graph.nodes)}
     patterns = sorted(attention + ffn, key=lambda p: order[p.core])

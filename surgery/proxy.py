@@ -27,6 +27,9 @@ _CONSTANT_METHODS = frozenset(
 )
 
 
+_COUNTED = frozenset("split chunk unbind tensor_split split_with_sizes tolist".split())
+
+
 class ValueProxy(fx.Proxy):
     """A node and the value that it had for the example inputs."""
 
@@ -71,6 +74,11 @@ class ValueProxy(fx.Proxy):
             return iter(list(self.value))
         return iter([self[i] for i in range(len(self))])
 
+    def _counts_data(self) -> bool:
+        """Does how many items there are depend on sizes or data, not on structure alone?"""
+        target = self.node.target
+        return getattr(target, "__name__", target) in _COUNTED
+
     def __reversed__(self) -> Iterator[Any]:
         return iter(list(self)[::-1])
 
@@ -81,6 +89,8 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         if isinstance(self.value, torch.Tensor):
             return int(self.shape[0])
+        if self._counts_data():
+            return int(self.tracer.concrete(self, len))
         return len(self.value)
 
     def __bool__(self) -> bool:

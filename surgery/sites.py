@@ -139,6 +139,8 @@ class Site:
     @property
     def description(self) -> str:
         if self.kind == "ffn":
+            if "activation" not in self.ports:
+                return "expert FFN"
             return "gated FFN" if "gate" in self.ports else "FFN"
         return (
             ("causal " if self.causal else "") + ("cross" if self.cross else "self") + "-attention"

@@ -173,8 +173,15 @@ def _operate(
     variant = finish(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.variants = {key: [variant]}
-    report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
-    verify_reach(module, state, variant, operation.children, plan.args, plan.kwargs)
+    try:
+        report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
+        verify_reach(module, state, variant, operation.children, plan.args, plan.kwargs)
+    except (RuntimeError, IndexError, ValueError) as error:
+        names = ", ".join(m.name for m in report.methods)
+        raise SpliceError(
+            f"{path}: the forward fails with {names} spliced in ({type(error).__name__}: {error}). "
+            "What the method inserts does not fit this site; leave it out with at=."
+        ) from error
     report.inserted += inserted
 
 

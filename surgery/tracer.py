@@ -59,7 +59,7 @@ class Tracer(TracerBase):
         self.fetched: dict[str, fx.Node] = {}
         self.root_node: fx.Node | None = None
         self.guards: list[Guard] = []
-        self.guarded: set[fx.Node] = set()
+        self.guarded: set[tuple[fx.Node, Any]] = set()
         self.reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owner = [""]
@@ -172,8 +172,8 @@ class Tracer(TracerBase):
         return value
 
     def guard(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
-        if node not in self.guarded:
-            self.guarded.add(node)
+        if (node, convert) not in self.guarded:
+            self.guarded.add((node, convert))
             self.guards.append(Guard(node, convert, expected, user_line()))
 
     def ask(self, question: Callable[[], Any]) -> Callable[[], Any]:
