@@ -36,3 +36,4 @@ class Pattern:
     softmax_input: fx.Node | None = None
     heads: int = 0
     kv_heads: int = 0
+    parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence

@@ -9,13 +9,15 @@ name its ports. A pattern's ``key`` is the same in both, so a site is found agai
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import fx, nn
 
 from surgery.attention_pattern import attention_pattern
-from surgery.dataflow import is_activation, projection
+from surgery.dataflow import is_activation, op_name, projection
 from surgery.ffn_pattern import experts_pattern, ffn_pattern, joins_residual
+from surgery.layout import before_rotation
 from surgery.pattern import Pattern, PortNode
 
 __all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
@@ -23,7 +25,9 @@ __all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
 
 def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
     """Every attention and FFN of a graph, in the order of the computation."""
-    attention = [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
+    attention = _joined(
+        [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
+    )
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
         p
@@ -46,3 +50,38 @@ def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
         if count[place]:
             p.key += f"#{count[place]}"
     return patterns
+
+
+def _joined(patterns: list[Pattern]) -> list[Pattern]:
+    """Attention calls on chunks of one sequence, whose outputs are concatenated, as one pattern."""
+    groups: dict[fx.Node, list[Pattern]] = {}
+    for p in patterns:
+        groups.setdefault(p.ports["output"].node, []).append(p)
+    joined: list[Pattern] = []
+    for parts in groups.values():
+        whole = {n: _whole(parts, n) for n in ("query_heads", "key_heads", "value_heads")}
+        if len(parts) == 1 or None in whole.values():
+            joined += parts
+            continue
+        first = parts[0]
+        ports = dict(first.ports)
+        ports |= {name: PortNode(node) for name, node in whole.items() if node is not None}
+        query = ports["query_heads"].node
+        made = ports["query"].projection if "query" in ports else None
+        ports["query_unrotated"] = PortNode(before_rotation(made.node, query) if made else query)
+        nodes = [node for part in parts for node in part.nodes]
+        joined.append(dataclasses.replace(first, ports=ports, nodes=nodes, parts=parts))
+    return joined
+
+
+def _whole(parts: list[Pattern], name: str) -> fx.Node | None:
+    """What the chunks of all parts were split from, if it is one tensor, in their order."""
+    chunks = [part.ports[name].node for part in parts]
+    splits: list[Any] = [c.args[0] for c in chunks if op_name(c) == "getitem"]
+    ordered = [c.args[1] for c in chunks if op_name(c) == "getitem"] == list(range(len(chunks)))
+    if not ordered or any(split is not splits[0] for split in splits):
+        return None
+    if op_name(splits[0]) not in ("split", "chunk", "split_with_sizes"):
+        return None
+    whole: fx.Node = splits[0].all_input_nodes[0]
+    return whole

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.core import attention, logsumexp, with_lse
-from surgery.dataflow import inputs, is_row_maximum, op_name
 from surgery.edit import (
     add,
     add_columns,
@@ -17,12 +15,11 @@ from surgery.edit import (
     chain,
     put_columns,
     rewrite,
-    rows_like,
-    split_rows,
     take_columns,
 )
 from surgery.errors import PortError, SpliceError
 from surgery.guards import Guard, is_pure
+from surgery.lse import expose_lse, first_of, second_of, split_heads
 from surgery.patterns import Pattern, PortNode
 from surgery.sites import Edit
 from surgery.tracer import Captured
@@ -118,76 +115,13 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 
 def _read(pattern: Pattern, name: str) -> fx.Node:
     if name == "lse" and "lse" not in pattern.ports:
-        pattern.ports["lse"] = PortNode(_shaped(_expose_lse(pattern), pattern))
+        pattern.ports["lse"] = PortNode(expose_lse(pattern))
     if name == "query_unrotated":
-        return _split(pattern.ports[name].node, pattern)
+        return split_heads(pattern.ports[name].node, pattern)
     port = pattern.ports[name.removesuffix(".source")]
     if name.endswith(".source") and port.projection is not None:
         return port.projection.source
     return port.node
-
-
-def _split(heads: fx.Node, pattern: Pattern) -> fx.Node:
-    """Heads as (B, H, n, d)."""
-    if heads.meta["value"].dim() != 3 or not pattern.heads:
-        return heads
-    with heads.graph.inserting_after(heads):
-        return heads.graph.call_function(split_rows, (heads, pattern.heads))
-
-
-def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:
-    """lse as (B, H, n)."""
-    heads = pattern.ports["query_heads"].node
-    graph = lse.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
-        rows = graph.call_function(rows_like, (lse, heads))
-    if heads.meta["value"].dim() != 3 or not pattern.heads:
-        return rows
-    with graph.inserting_after(rows):
-        return graph.call_function(_split_lse, (rows, pattern.heads))
-
-
-def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
-    return lse.reshape(-1, n_heads, lse.shape[-1])
-
-
-def _expose_lse(pattern: Pattern) -> fx.Node:
-    """Make the attention of a pattern also give its logsumexp; the context keeps its bits."""
-    core = pattern.core
-    graph = core.graph
-    scores = pattern.softmax_input
-    if scores is not None:
-        if op_name(scores) == "sub" and is_row_maximum(scores.args[1]):  # subtracted for stability
-            scores = inputs(scores)[0]
-        with graph.inserting_after(scores):
-            return graph.call_function(logsumexp, (scores,))
-    with graph.inserting_after(core):
-        whole = core.meta.get("attention")
-        both = (
-            graph.call_function(with_lse(core.target), core.args, dict(core.kwargs))  # type: ignore[arg-type]
-            if whole
-            else graph.call_function(attention, core.args, dict(core.kwargs))
-        )
-    with graph.inserting_after(both):
-        lse = graph.call_function(_second, (both,))
-        first = graph.call_function(_first, (both,))
-    first.meta.update(core.meta)
-    core.replace_all_uses_with(first)
-    for port in pattern.ports.values():
-        if port.node is core:
-            port.node = first
-    graph.erase_node(core)
-    pattern.core = first
-    return lse
-
-
-def _first(pair: tuple[Any, Any]) -> Any:
-    return pair[0]
-
-
-def _second(pair: tuple[Any, Any]) -> Any:
-    return pair[1]
 
 
 def _early(node: fx.Node) -> bool:
@@ -265,7 +199,9 @@ def _drop_unused(graph: fx.Graph) -> None:
     """Remove what was recorded only for an answer in Python (sizes, attributes)."""
     for node in reversed(list(graph.nodes)):
         unused = not node.users and node.op in ("call_function", "get_attr", "call_method")
-        if unused and (node.op == "get_attr" or is_pure(node) or node.target in (_first, _second)):
+        if unused and (
+            node.op == "get_attr" or is_pure(node) or node.target in (first_of, second_of)
+        ):
             graph.erase_node(node)
 
 

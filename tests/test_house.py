@@ -15,7 +15,7 @@ FLOORS = {
     2: "border method",
     3: "dataflow hookspecs report tracer",
     4: "capture layout observe pattern registry train",
-    5: "attention_pattern ffn_pattern",
+    5: "attention_pattern ffn_pattern lse",
     6: "patterns",
     7: "locate variant",
     8: "host",

@@ -37,6 +37,7 @@ KINDS = {
     "pre-norm vision": "dinov2",
     "convolutional front": "wav2vec2",
     "post-norm encoder": "distilbert",
+    "chunks of packed images": "qwen2_vl",
 }
 
 

@@ -1,0 +1,89 @@
+"""Lse: make the attention in a graph also give the logsumexp of its scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery.core import attention, logsumexp, with_lse
+from surgery.dataflow import inputs, is_row_maximum, op_name
+from surgery.edit import rows_like, split_rows
+from surgery.pattern import Pattern
+
+
+def expose_lse(pattern: Pattern) -> fx.Node:
+    """A node with the logsumexp (B, H, n) of a pattern's scores; the context keeps its bits."""
+    if not pattern.parts:
+        return _shaped(_of_one(pattern), pattern)
+    rows = [_shaped(_of_one(part), part) for part in pattern.parts]
+    graph = rows[0].graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max(rows, key=lambda n: order[n])):
+        return graph.call_function(torch.cat, (rows, -1))
+
+
+def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
+    """Heads as (B, H, n, d)."""
+    if heads.meta["value"].dim() != 3 or not pattern.heads:
+        return heads
+    with heads.graph.inserting_after(heads):
+        return heads.graph.call_function(split_rows, (heads, pattern.heads))
+
+
+def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:
+    """lse as (B, H, n)."""
+    heads = pattern.ports["query_heads"].node
+    graph = lse.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
+        rows = graph.call_function(rows_like, (lse, heads))
+    if heads.meta["value"].dim() != 3 or not pattern.heads:
+        return rows
+    with graph.inserting_after(rows):
+        return graph.call_function(_split_lse, (rows, pattern.heads))
+
+
+def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
+    return lse.reshape(-1, n_heads, lse.shape[-1])
+
+
+def _of_one(pattern: Pattern) -> fx.Node:
+    """Make the attention of a pattern also give its logsumexp; the context keeps its bits."""
+    core = pattern.core
+    graph = core.graph
+    scores = pattern.softmax_input
+    if scores is not None:
+        if op_name(scores) == "sub" and is_row_maximum(scores.args[1]):  # subtracted for stability
+            scores = inputs(scores)[0]
+        with graph.inserting_after(scores):
+            return graph.call_function(logsumexp, (scores,))
+    with graph.inserting_after(core):
+        whole = core.meta.get("attention")
+        both = (
+            graph.call_function(with_lse(core.target), core.args, dict(core.kwargs))  # type: ignore[arg-type]
+            if whole
+            else graph.call_function(attention, core.args, dict(core.kwargs))
+        )
+    with graph.inserting_after(both):
+        lse = graph.call_function(second_of, (both,))
+        first = graph.call_function(first_of, (both,))
+    first.meta.update(core.meta)
+    core.replace_all_uses_with(first)
+    for port in pattern.ports.values():
+        if port.node is core:
+            port.node = first
+    graph.erase_node(core)
+    pattern.core = first
+    return lse
+
+
+def first_of(pair: tuple[Any, Any]) -> Any:
+    """What an attention function itself returned."""
+    return pair[0]
+
+
+def second_of(pair: tuple[Any, Any]) -> Any:
+    """Its logsumexp."""
+    return pair[1]
