@@ -62,8 +62,8 @@ def columns(start: fx.Node, end: fx.Node) -> tuple[fx.Node, list[int]]:
 
 
 def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
-    if inputs(node)[0] not in labels:  # the labels come in as a mere example (of a dtype, a shape)
-        return None
+    if not inputs(node) or inputs(node)[0] not in labels:
+        return None  # the labels come in as a mere example (of a dtype, of a shape)
 
     def concrete(n: fx.Node) -> Any:
         return labels[n] if n in labels else value(n)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.border import after, before
 from surgery.guards import Guard, is_pure, user_line
+from surgery.patching import unpatched
 from surgery.proxy import ValueProxy, fixed
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
@@ -226,6 +227,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        func = unpatched(func)
         tracer = self.tracer
         if tracer.executing:
             return func(*args, **kwargs)
