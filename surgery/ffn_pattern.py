@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgery.dataflow import (
     ACTIVATIONS,
@@ -87,8 +87,9 @@ def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
 
 def _elementwise(module: nn.Module, node: fx.Node) -> bool:
     """Does each output depend on one input only? (A norm has parameters too.)"""
-    x = value(inputs(node)[0])
-    if x.is_meta or any(p.dim() > 1 for p in module.parameters()):
+    sources = inputs(node)
+    x = value(sources[0]) if sources else None
+    if not isinstance(x, Tensor) or x.is_meta or any(p.dim() > 1 for p in module.parameters()):
         return False
     other = x.clone()
     other[..., 0] += 1.0
