@@ -62,7 +62,8 @@ class LowRank(nn.Module):
 class LoRA(surgery.Method):
     """Add a low-rank update to projections of attention or FFN.
 
-    On a fused projection it reaches only the columns of the ports that are named.
+    On a fused projection it reaches only the columns of the ports that are named. Sites where one
+    of the ports has no projection are left out, and the report says so.
 
     Args:
         rank: inner width r, at least 1.
@@ -99,15 +100,14 @@ class LoRA(surgery.Method):
 
     def suits(self, site: surgery.Site) -> bool:
         own = set(PROJECTIONS[site.kind]) - {"output"}
-        asked = bool(own & set(self.ports)) or set(self.ports) == {"output"}
-        return asked and not (site.kind == "ffn" and "up" not in site.ports)  # no expert blocks
+        if not own & set(self.ports) and set(self.ports) != {"output"}:
+            return False
+        wanted = [site.ports.get(p) for p in self.ports if p in PROJECTIONS[site.kind]]
+        return all(port is not None and port.in_width is not None for port in wanted)
 
     def splice(self, site: surgery.Site) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
-            if port.in_width is None:
-                raise surgery.PortError(
-                    f"method 'lora' at {site.path}: port {port.name!r} has no projection to update."
-                )
+            assert port.in_width is not None  # see suits
             update = LowRank(
                 port.in_width, port.width, self.rank, self.alpha, self.dropout, self.bias
             )

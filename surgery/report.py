@@ -32,12 +32,14 @@ class Report:
         inserted: every inserted module.
         change: for each host, the largest change of an output that was measured: 0.0 means that
             every bit is as before, None that there were no values to measure (``meta`` device).
+        left_out: sites of a kind that was operated on which no method suits.
     """
 
     name: str
     methods: tuple[Method, ...]
     inserted: list[Inserted] = field(default_factory=list)
     change: dict[str, float | None] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def start(self) -> str:
@@ -71,6 +73,8 @@ class Report:
             lines.append(
                 f"  {i.path:<{width}}  {i.parameters:>9,}  {i.edit.verb} at {i.edit.port}{reads}"
             )
+        if self.left_out:
+            lines.append(f"  left out, for want of a port: {', '.join(self.left_out)}")
         return "\n".join(lines)
 
 

@@ -62,6 +62,10 @@ def splice(
     sites = [at] if isinstance(at, Site) else list(at)
     todo = _todo(model, chosen, sites)
     report = Report(name, chosen)
+    kinds = {site.kind for pairs in todo.values() for _, site in pairs}
+    report.left_out = [
+        s.path for s in sites if s.kind in kinds and not any(m.suits(s) for m in chosen)
+    ]
     undo: list[Any] = []
     try:
         with evaluating(model):
@@ -104,7 +108,8 @@ def _todo(
             there = sorted({site.description for site in sites}) or ["nothing"]
             raise SiteError(
                 f"method {method.name!r} is for none of these {len(sites)} sites "
-                f"({', '.join(there)}). Choose other sites with at=, or other options."
+                f"({', '.join(there)}). They have the ports {', '.join(_ports(sites))}. Choose "
+                f"other sites with at=, or other options than {method!r}."
             )
         for site in suitable:
             if site.host is None:
@@ -119,6 +124,10 @@ def _todo(
                 "another model. Call surgery.locate on this one."
             ) from error
     return todo
+
+
+def _ports(sites: list[Site]) -> list[str]:
+    return list(dict.fromkeys(name for site in sites for name in site.ports)) or ["none"]
 
 
 def _operate(

@@ -269,10 +269,19 @@ def test_a_wrong_name_of_the_method_is_corrected() -> None:
 
 def test_a_port_that_a_model_lacks_is_refused_and_nothing_changes() -> None:
     model = gpt2()
-    with pytest.raises(surgery.PortError, match=r"transformer.h.0.mlp: no port 'gate'.*Ports here"):
+    with pytest.raises(surgery.SiteError, match=r"for none of these 4 sites.*ports .*activation"):
         surgery.splice(model, lora(ports=("gate",)))
     assert type(model.transformer.h[0].mlp).__name__ == "GPT2MLP"
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_sites_without_a_port_are_left_out_and_named() -> None:
+    model = gpt2()
+    sites = surgery.locate(model)
+    sites[0].ports.pop("value")
+    report = surgery.splice(model, lora(), at=sites.attention)
+    assert len(report.sites) == len(sites.attention) - 1
+    assert "left out, for want of a port: transformer.h.0.attn" in repr(report)
 
 
 def test_lora_learns() -> None:
