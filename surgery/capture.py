@@ -23,6 +23,7 @@ from torch import nn
 from surgery.errors import CaptureError
 from surgery.guards import MATH, line_of
 from surgery.patching import patched
+from surgery.proxy import call
 from surgery.quiet import capture_running, quiet_random
 from surgery.tracer import AttentionPatch, Captured, IsLeaf, Recorder, Tracer, any_proxy
 from surgery.values import detached, identity, map_leaves
@@ -148,6 +149,14 @@ def _quiet(
 
         return make
 
+    def scripted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(script: Any, *args: Any, **kwargs: Any) -> Any:
+            if not tracer.executing and any_proxy((args, kwargs)):
+                return tracer.create_proxy("call_function", call, (script, *args), kwargs)
+            return original(script, *args, **kwargs)
+
+        return run
+
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
 
@@ -165,6 +174,7 @@ def _quiet(
     replacements += [(torch, name, factory) for name in _FUNCTIONS]
     replacements += [(math, name, factory) for name in MATH]
     replacements += [(torch.Tensor, name, sized(name)) for name in _SIZED]
+    replacements += [(torch.jit.ScriptFunction, "__call__", scripted)]
     replacements += [
         (torch, name, tracer.ask) for name in ("is_grad_enabled", "is_autocast_enabled")
     ]
