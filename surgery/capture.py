@@ -130,32 +130,18 @@ def _quiet(
 
         return attend
 
-    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if not tracer.executing and any_proxy((args, kwargs)):
-                return tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
+    def recorded(kind: str, target: Any = None) -> Callable[..., Any]:
+        """Replace a function by one that makes a node if a proxy is among its arguments."""
 
-        return make
-
-    def sized(name: str) -> Callable[..., Any]:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def method(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
                 if not tracer.executing and any_proxy((args, kwargs)):
-                    return tracer.create_proxy("call_method", name, (tensor, *args), kwargs)
-                return original(tensor, *args, **kwargs)
+                    return tracer.create_proxy(kind, target or original, args, kwargs)
+                return original(*args, **kwargs)
 
-            return method
+            return run
 
         return make
-
-    def scripted(original: Callable[..., Any]) -> Callable[..., Any]:
-        def run(script: Any, *args: Any, **kwargs: Any) -> Any:
-            if not tracer.executing and any_proxy((args, kwargs)):
-                return tracer.create_proxy("call_function", call, (script, *args), kwargs)
-            return original(script, *args, **kwargs)
-
-        return run
 
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
@@ -171,10 +157,10 @@ def _quiet(
 
     replacements: list[Any] = [(nn.Module, "__call__", module_call)]
     replacements += [(nn.Module, "__getattribute__", attribute)]
-    replacements += [(torch, name, factory) for name in _FUNCTIONS]
-    replacements += [(math, name, factory) for name in MATH]
-    replacements += [(torch.Tensor, name, sized(name)) for name in _SIZED]
-    replacements += [(torch.jit.ScriptFunction, "__call__", scripted)]
+    replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
+    replacements += [(math, name, recorded("call_function")) for name in MATH]
+    replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
+    replacements += [(torch.jit.ScriptFunction, "__call__", recorded("call_function", call))]
     replacements += [
         (torch, name, tracer.ask) for name in ("is_grad_enabled", "is_autocast_enabled")
     ]

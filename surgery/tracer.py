@@ -124,17 +124,13 @@ class Tracer(TracerBase):
             return self.module_node(a)
         if isinstance(a, Tensor):
             return self.tensor_node(a)
-        if (
-            isinstance(a, tuple)
-            and type(a) not in (tuple, torch.Size)
-            and not hasattr(a, "_fields")
-        ):
-            return self.constant_node(a)
         if type(a) is torch.Size:
             return tuple(a)
+        if isinstance(a, tuple) and type(a) is not tuple and not hasattr(a, "_fields"):
+            return self.constant_node(a)
         try:
             return super().create_arg(a)
-        except NotImplementedError:
+        except NotImplementedError:  # fx's way to say that it cannot print such a constant
             return self.constant_node(a)
 
     def module_node(self, module: nn.Module) -> Any:

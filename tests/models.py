@@ -139,3 +139,20 @@ def perturb(model: nn.Module, scale: float = 0.1, seed: int = 3) -> None:
         for _, parameter in surgery.spliced_parameters(model):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((noise * scale).to(parameter.dtype))
+
+
+def gpt2_small() -> Any:
+    """The real shape, as in the papers' parameter counts; build it on the meta device."""
+    return tr.GPT2LMHeadModel(tr.GPT2Config())
+
+
+def roberta_base() -> Any:
+    """The real shape, with pooler; build it on the meta device."""
+    return tr.RobertaModel(tr.RobertaConfig(vocab_size=50265, type_vocab_size=1))
+
+
+def qwen_half_billion() -> Any:
+    """The real shape of a model with grouped heads; build it on the meta device."""
+    config = tr.Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
+    config.update({"num_attention_heads": 14, "num_key_value_heads": 2})
+    return tr.Qwen2ForCausalLM(config)

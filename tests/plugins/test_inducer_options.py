@@ -12,14 +12,11 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RobertaConfig,
-    RobertaModel,
 )
 
 import surgery
 from surgery.core import attention
+from tests.models import gpt2_small, qwen_half_billion, roberta_base
 
 
 def options(**chosen: Any) -> surgery.Method:
@@ -28,20 +25,6 @@ def options(**chosen: Any) -> surgery.Method:
 
 def lora(rank: int, bias: bool) -> surgery.Method:
     return surgery.method("lora", rank=rank, ports=("query",), bias=bias)
-
-
-def gpt2_small() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config())
-
-
-def roberta_base() -> PreTrainedModel:
-    return RobertaModel(RobertaConfig(vocab_size=50265, type_vocab_size=1))
-
-
-def qwen_half_billion() -> PreTrainedModel:
-    config = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
-    config.update({"num_attention_heads": 14, "num_key_value_heads": 2})
-    return Qwen2ForCausalLM(config)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaModel,
 )
@@ -29,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import surgery
+from tests.models import gpt2_small, qwen_half_billion, roberta_base
 
 D, H = 16, 4
 SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3}
@@ -208,20 +207,6 @@ def test_lora_equals_peft_with_the_same_tensors(
             update.b.weight.copy_(b)
         ours, expected = model(input_ids=IDS)[0], theirs(input_ids=IDS)[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
-
-
-def gpt2_small() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config())
-
-
-def roberta_base() -> PreTrainedModel:
-    return RobertaModel(RobertaConfig(vocab_size=50265, type_vocab_size=1))
-
-
-def qwen_half_billion() -> PreTrainedModel:
-    config = Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
-    config.update({"num_attention_heads": 14, "num_key_value_heads": 2})
-    return Qwen2ForCausalLM(config)
 
 
 @pytest.mark.parametrize(
