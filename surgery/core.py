@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
@@ -35,6 +36,7 @@ _aten = torch.ops.aten
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
+@torch.compiler.allow_in_graph
 def attention(
     query: Tensor,
     key: Tensor,
@@ -129,10 +131,24 @@ def _fused_on_cpu(
         return False
     if key.shape[-3] != query.shape[-3]:  # the kernel's backward knows no grouped heads
         return False
+    if isinstance(query, FakeTensor):
+        return _compiles_to_flash(query, key, value, attn_mask, dropout_p)
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+
+
+def _compiles_to_flash(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> bool:
+    """The same question while torch.compile looks on: SDPA itself gives no answer then."""
+    plain = query.dim() == key.dim() == value.dim() == 4
+    same = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.dtype == key.dtype
+    some = query.shape[-2] > 0 and key.shape[-2] > 0
+    needs = attn_mask is not None and attn_mask.requires_grad
+    enabled = torch.backends.cuda.flash_sdp_enabled()  # torch has one switch for all devices
+    return enabled and plain and same and some and not needs and dropout_p == 0.0
 
 
 class _FlashCPU(torch.autograd.Function):
@@ -228,7 +244,8 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
     """
 
     def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        with _ReadLse() as watch:
+        watch = _ReadLse()
+        with watch:
             result = function(module, query, *args, **kwargs)
         if watch.lse is None:
             raise RuntimeError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from surgery import huggingface
 from surgery.capture import capture
+from surgery.compiled import prepare
 from surgery.errors import CaptureError, SpliceError
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
@@ -142,6 +143,8 @@ def uninstall(module: nn.Module) -> None:
 def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
     key, inputs = signature(args, kwargs, state.active)
+    if torch.compiler.is_dynamo_compiling():
+        prepare(module, args, kwargs, foresee)
     for variant in state.variants.get(key, ()):
         if variant.matches(module, inputs):
             try:
@@ -158,13 +161,21 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     return variant.run(module, module, *inputs)
 
 
+def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Have a variant for a call like this one."""
+    state = state_of(module)
+    assert state is not None
+    key, inputs = signature(args, kwargs, state.active)
+    if not any(variant.matches(module, inputs) for variant in state.variants.get(key, ())):
+        new_variant(module, state, key, args, kwargs)
+
+
 def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
     """The structure of a call, and the inputs of its graph (see ``capture.leaves``).
 
     Two calls of one structure differ only in values of tensors, numbers and opaque objects.
     """
     inputs: list[Any] = []
-    seen: dict[int, int] = {}
 
     def describe(x: Any) -> Any:
         kind = type(x)
@@ -179,10 +190,9 @@ def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, lis
         if kind is int or kind is float:
             inputs.append(x)
             return kind
-        known = seen.get(id(x))
-        if known is not None:
-            return known
-        seen[id(x)] = len(inputs)
+        for position, known in enumerate(inputs):  # a few; Dynamo would guard an id()
+            if known is x:
+                return position
         inputs.append(x)
         if isinstance(x, Tensor):
             return (x.dim(), x.dtype, x.device)
