@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery import fastpath
 from surgery.errors import CaptureError
 from surgery.guards import MATH, line_of
 from surgery.patching import patched
-from surgery.proxy import call
+from surgery.proxy import apply, call
 from surgery.quiet import capture_running, quiet_random
 from surgery.tracer import AttentionPatch, Captured, IsLeaf, Recorder, Tracer, any_proxy
 from surgery.values import detached, identity, map_leaves
@@ -156,11 +157,12 @@ def _quiet(
         return read
 
     replacements: list[Any] = [(nn.Module, "__call__", module_call)]
-    replacements += [(nn.Module, "__getattribute__", attribute)]
+    replacements += [(nn.Module, "__getattribute__", attribute), *fastpath.OPEN]
     replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
     replacements += [(math, name, recorded("call_function")) for name in MATH]
     replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
     replacements += [(torch.jit.ScriptFunction, "__call__", recorded("call_function", call))]
+    replacements += [(torch.autograd.Function, "apply", recorded("call_function", apply))]
     replacements += [
         (torch, name, tracer.ask) for name in ("is_grad_enabled", "is_autocast_enabled")
     ]

@@ -67,9 +67,14 @@ def state_of(module: nn.Module) -> HostState | None:
     return vars(module).get(_STATE)
 
 
+def is_host(module: nn.Module) -> bool:
+    """Is something spliced into this very module?"""
+    return _STATE in vars(module)
+
+
 def hosts(model: nn.Module) -> dict[str, nn.Module]:
     """The hosts in a model, by path."""
-    return {path: m for path, m in model.named_modules() if _STATE in vars(m)}
+    return {path: m for path, m in model.named_modules() if is_host(m)}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

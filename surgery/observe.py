@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from surgery import fastpath
 from surgery.dataflow import stacks_weights
 from surgery.patching import patched
 from surgery.quiet import evaluating, quiet_random
@@ -190,7 +191,7 @@ def observe(
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
 
-    replacements: list[Any] = [(nn.Module, "__call__", module_call)]
+    replacements: list[Any] = [(nn.Module, "__call__", module_call), *fastpath.OPEN]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
     with evaluating(model), quiet_random(model), torch.no_grad():

@@ -23,9 +23,11 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
         try:
             for owner, name, make in replacements:
                 own = vars(owner).get(name, _MISSING)
-                original = getattr(owner, name)
+                bound = isinstance(own, classmethod)
+                original = own.__func__ if isinstance(own, classmethod) else getattr(owner, name)
                 saved.append((owner, name, own))
-                setattr(owner, name, _for_thread(me, make(original), original))
+                new = _for_thread(me, make(original), original)
+                setattr(owner, name, classmethod(new) if bound else new)
             yield
         finally:
             for owner, name, own in reversed(saved):

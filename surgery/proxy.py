@@ -158,3 +158,8 @@ def fixed(x: Any) -> Any:
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a callable that came in as an argument (as a node of a graph)."""
     return function(*args, **kwargs)
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Apply an autograd function of the model's own (as a node of a graph)."""
+    return function.apply(*args)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery import fastpath
 from surgery.patching import patched
 
 _current = threading.local()
@@ -38,7 +39,8 @@ def silenced(module: nn.Module) -> Iterator[None]:
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
 
-    with capture_running(), quiet_random(module), patched((nn.Module, "__call__", bare)):
+    replacements = [(nn.Module, "__call__", bare), *fastpath.OPEN]
+    with capture_running(), quiet_random(module), patched(*replacements):
         yield
 
 

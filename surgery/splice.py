@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery import fastpath
 from surgery.errors import SiteError, SpliceError, suggest
 from surgery.host import (
     Operation,
@@ -17,6 +18,7 @@ from surgery.host import (
     finish,
     hosts,
     install,
+    is_host,
     signature,
     state_of,
     uninstall,
@@ -75,6 +77,7 @@ def splice(
     except BaseException:
         for step in reversed(undo):
             step()
+        fastpath.reopen(model, is_host)
         raise
     vars(model).setdefault(RECORD, {})[name] = report
     return report
@@ -172,6 +175,7 @@ def _operate(
 
     undo.append(lambda: _take_out(module, report.name, [c for c, _ in new]))
     state = install(module, plan)
+    fastpath.close(model, path)
     for child, child_module in new:
         child_module.train(module.training)
         module.add_module(child, child_module)
@@ -252,6 +256,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         del records(model)[each]
     if not records(model):
         del vars(model)[RECORD]
+    fastpath.reopen(model, is_host)
     return model
 
 

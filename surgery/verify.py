@@ -124,9 +124,12 @@ def _gradients(
 def _noise(arguments: Any) -> Any:
     """The arguments with noise added to activations; masks (they have infinities) stay."""
 
+    moved: dict[int, Tensor] = {}
+
     def noisy(v: Any) -> Any:
-        moves = isinstance(v, Tensor) and v.is_floating_point() and bool((v.abs() < 1e4).all())
-        return v + torch.randn_like(v) if moves else v
+        if isinstance(v, Tensor) and v.is_floating_point() and bool((v.abs() < 1e4).all()):
+            return moved.setdefault(id(v), v + torch.randn_like(v))
+        return v
 
     return map_leaves(arguments, noisy)
 
