@@ -101,7 +101,7 @@ def _weight(*shape: int) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class InducerTuning(surgery.Method):
-    """Inducer-tuning of attention.
+    """Inducer-tuning of attention, wherever its logsumexp can be had.
 
     Args:
         key_rank: inner width of MLP_k, 0 for P_k = Q (the paper's Extension).
@@ -130,6 +130,9 @@ class InducerTuning(surgery.Method):
     @property
     def start(self) -> surgery.Start:
         return "exact" if self.init == "zero" else "none"
+
+    def suits(self, site: surgery.Site) -> bool:
+        return "lse" in site.ports
 
     def splice(self, site: surgery.Site) -> None:
         inducer = Inducer(

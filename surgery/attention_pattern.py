@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from surgery.attention_ports import assemble, on_the_way
 from surgery.dataflow import (
+    ARITHMETIC,
     PRODUCTS,
     VIEWS,
     flow,
+    inputs,
     is_activation,
     is_parameter,
     op_name,
-    projection,
     value,
-    walk_back,
     walk_on,
 )
-from surgery.layout import batch_axis, before_rotation, columns, scalars_between
+from surgery.layout import scalars_between, trace, turned
 from surgery.pattern import Pattern, PortNode
+from surgery.projection import einsum_letters, projection, walk_back
 
 # What may stand between scores and softmax, and between softmax and its product with the values.
-_ARITHMETIC = frozenset(
-    "add iadd radd sub rsub mul imul rmul div truediv itruediv neg where cat dropout".split()
-)
 _SCORE_OPS = (
     VIEWS
-    | _ARITHMETIC
+    | ARITHMETIC
     | frozenset(
         "masked_fill masked_fill_ tanh clamp max min maximum amax nan_to_num add_ softmax "
         "module".split()
     )
-)
-_PROJECTED_OPS = (
-    VIEWS
-    | _ARITHMETIC
-    | frozenset(
-        (
-            "stack module repeat repeat_interleave update rsqrt sqrt pow mean norm normalize "
-            "layer_norm rms_norm view_as_complex view_as_real addcmul pad clamp einsum matmul "
-            "copy"
-        ).split()
-    )
-)
-_CONTEXT_OPS = VIEWS | frozenset(
-    "mul rmul dropout cat where masked_fill module repeat layer_norm rms_norm".split()
 )
 
 
@@ -76,7 +63,9 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
     if isinstance(mask, fx.Node) and isinstance(value(mask), Tensor):
         ports["mask"] = PortNode(mask)
     query, key, val = (h for h in heads if isinstance(h, fx.Node))
-    return _assemble(node, root, query, key, val, context, ports, _number(scale))
+    if not _contracts_features(query, root):
+        return None
+    return assemble(node, root, query, key, val, context, ports, _number(scale))
 
 
 def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
@@ -97,14 +86,53 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if not others:
         return None
     query, key = operands[0], _untransposed(operands[1], operands[0])
+    if turned(product, scores):
+        query, key = _untransposed(operands[1], operands[0]), operands[0]
+    if op_name(product) != "einsum" and not _contracts_features(query, root):
+        return None
     weights = next(n for n in mixed.all_input_nodes if n in later)
-    found = _assemble(
+    order = _einsum_order(product, query)
+    found = assemble(
         node, root, query, key, others[0], mixed, {"weights": PortNode(weights)},
-        scalars_between(flow(product, scores)),
+        scalars_between(flow(product, scores)), order,
     )  # fmt: skip
+    if found is None:
+        return None
     found.softmax_input = scores
     found.nodes += [*flow(product, node), *flow(node, mixed)]
+    rows = value(query).permute(order) if order else value(query)
+    if value(scores).shape[:-1].numel() != rows.shape[:-1].numel() or scores is not _last(node):
+        found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
+
+
+def _last(softmax: fx.Node) -> fx.Node | None:
+    return next((n for n in softmax.all_input_nodes if is_activation(n)), None)
+
+
+def _einsum_order(product: fx.Node, query: fx.Node) -> tuple[int, ...] | None:
+    """The order of axes that makes the query heads of an einsum (..., n, d), as in its scores."""
+    if op_name(product) != "einsum":
+        return None
+    given, made = einsum_letters(product)
+    operands = [n for n in product.args[1:] if isinstance(n, fx.Node)]
+    if not given or query not in operands:
+        return None
+    letters = given[operands.index(query)]
+    wanted = "".join(x for x in made if x in letters) + "".join(x for x in letters if x not in made)
+    order = tuple(letters.index(x) for x in wanted)
+    return None if order == tuple(range(len(order))) else order
+
+
+def _contracts_features(query: fx.Node, root: nn.Module) -> bool:
+    """Are features on the last axis of the heads, not tokens (as where channels attend)?"""
+    ends, _, _ = walk_back(query, root, partial(on_the_way, root))
+    if not ends:
+        return True
+    made = ends[0]
+    features = torch.arange(made.width).reshape(value(made.node).shape[-made.axes :])
+    found = trace(made.node, features.expand(value(made.node).shape), query)
+    return found is None or found.shape[-1] < 2 or bool((found != found[..., :1]).any())
 
 
 def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -120,14 +148,18 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
             continue
         if op_name(node) not in _SCORE_OPS or projection(node, root):
             continue
-        for before in node.all_input_nodes:
-            if is_activation(before) and before not in seen:
+        for before in inputs(node):
+            if _carries(before) and before not in seen:
                 seen.add(before)
                 queue.append(before)
     if not found:
         return None
     order = {n: i for i, n in enumerate(scores.graph.nodes)}
     return min(found, key=lambda n: order[n])
+
+
+def _carries(node: fx.Node) -> bool:
+    return is_activation(node) or isinstance(value(node), tuple)
 
 
 def _untransposed(key: fx.Node, query: fx.Node) -> fx.Node:
@@ -137,61 +169,6 @@ def _untransposed(key: fx.Node, query: fx.Node) -> fx.Node:
         if value(before).shape[-1] == value(query).shape[-1]:
             return before
     return key
-
-
-def _assemble(
-    core: fx.Node,
-    root: nn.Module,
-    query: fx.Node,
-    key: fx.Node,
-    val: fx.Node,
-    context: fx.Node,
-    ports: dict[str, PortNode],
-    scale: float | None,
-) -> Pattern:
-    ports |= {
-        "query_heads": PortNode(query),
-        "key_heads": PortNode(key),
-        "value_heads": PortNode(val),
-        "context": PortNode(context),
-    }
-    nodes = [core, context]
-    for name, heads in (("query", query), ("key", key), ("value", val)):
-        ends, _, _ = walk_back(heads, root, lambda n: op_name(n) in _PROJECTED_OPS)
-        if not ends:
-            continue
-        node, chosen = columns(ends[0].node, heads)
-        fused = len(chosen) < ends[0].width
-        exact = node is not ends[0].node or not fused
-        ports[name] = PortNode(node, ends[0], None if exact else chosen)
-        nodes += flow(ends[0].node, heads)
-        if name == "query":
-            ports["query_unrotated"] = PortNode(before_rotation(ends[0].node, query))
-    if "query" in ports and ports["query"].projection:
-        ports["input"] = PortNode(ports["query"].projection.source)
-    ports.setdefault("query_unrotated", PortNode(query))
-    n_heads, kv_heads = _count_heads(query, ports), _count_heads(key, ports)
-    onward = walk_on(context, lambda n: op_name(n) in _CONTEXT_OPS and not projection(n, root))
-    out = next((p for n in onward if (p := projection(n, root))), None)
-    if out is not None:
-        ports["output"] = PortNode(out.node, out)
-    else:  # attention without an output projection: the merged heads are its output
-        merged = [n for n in onward if op_name(n) in VIEWS and is_activation(n)]
-        ports["output"] = PortNode(merged[-1] if merged else context)
-    nodes += flow(context, ports["output"].node)
-    ports["output"].sequence_first = batch_axis(context, ports["output"], n_heads) == 1
-    key_path = str(core.meta["owner"])
-    return Pattern(
-        "attention", key_path, core, ports, nodes, scale, heads=n_heads, kv_heads=kv_heads
-    )
-
-
-def _count_heads(heads: fx.Node, ports: dict[str, PortNode]) -> int:
-    """H from (B, H, n, d); from (B H, n, d) by what the query projection makes of its width."""
-    shape = value(heads).shape
-    if len(shape) > 3:
-        return int(shape[-3])
-    return ports["query"].width // shape[-1] if "query" in ports else 0
 
 
 def _number(x: Any) -> float | None:

@@ -31,9 +31,9 @@ def prepare(host: Any, args: Any, kwargs: Any, capture: Callable[[Any, Any, Any]
         found.append(leaf)
         return len(found) - 1
 
-    structure = map_leaves((args, kwargs), number)
+    structure = map_leaves((args, kwargs), number)  # noqa: F841 (read by _finish)
     comptime(_start)
-    for leaf in found:
+    for leaf in found:  # noqa: B007 (read by _note)
         comptime(_note)
     comptime(_finish)
 

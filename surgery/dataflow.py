@@ -7,10 +7,9 @@ known by what torch calls them, modules by what they own; names of a model's par
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from surgery.border import after, before
 
@@ -21,9 +20,13 @@ VIEWS = frozenset(
         "select flatten unflatten squeeze unsqueeze movedim swapaxes swapdims T mT "
         "tensor_split split_with_sizes view_as reshape_as expand expand_as to type float "
         "half bfloat16 type_as clone t detach unsafe_chunk unsafe_split requires_grad_ "
-        "index_select roll flip"
+        "index_select roll flip repeat repeat_interleave unfold"
     ).split()
 )
+ARITHMETIC = frozenset(
+    "add iadd radd sub rsub mul imul rmul div truediv itruediv neg where cat dropout".split()
+)
+ELEMENTWISE = ARITHMETIC | {"module", "layer_norm", "rms_norm", "clamp", "tanh"}
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 ACTIVATIONS = frozenset(
     (
@@ -111,87 +114,6 @@ def handed_on(node: fx.Node) -> fx.Node | None:
         except (KeyError, IndexError, TypeError):
             return None
     return content if isinstance(content, fx.Node) and content is not node else None
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A learned map of the last axis: a linear layer in any guise."""
-
-    node: fx.Node
-    source: fx.Node
-    in_width: int
-    width: int
-
-
-def projection(node: fx.Node, root: nn.Module) -> Projection | None:
-    """The projection that a node computes, or None."""
-    out = value(node)
-    if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() < 2:
-        return None
-    source: Any = None
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        if _maps_last_axis(module, out.shape[-1]):
-            source = next((n for n in node.all_input_nodes if is_activation(n)), None)
-    elif op_name(node) in ("linear", "matmul", "addmm", "einsum"):
-        operands = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-        weights = [n for n in operands if is_parameter(n) and value(n).dim() >= 2]
-        moving = [n for n in operands if is_activation(n)]
-        source = moving[0] if weights and len(moving) == 1 else None
-    if source is None or value(source).shape[:-1] != out.shape[:-1]:
-        return None
-    return Projection(node, source, value(source).shape[-1], out.shape[-1])
-
-
-def _maps_last_axis(module: nn.Module, width: int) -> bool:
-    """Does a childless module own a matrix, one side of which is ``width``? (No convolution.)
-
-    A quantised matrix may be packed in any shape; then a module without convolution will do.
-    """
-    if any(True for _ in module.children()) or isinstance(module, nn.modules.conv._ConvNd):
-        return False
-    if stacks_weights(module):
-        return False
-    own = [*module.parameters(), *module.buffers()]
-    packed = any(not t.is_floating_point() for t in own)
-    matrices = [t for t in own if t.dim() == 2 or (packed and t.dim() > 2)]
-    return any(packed or width in t.shape for t in matrices)
-
-
-def stacks_weights(module: nn.Module) -> bool:
-    """Does a module own weights (experts, in, out), as a block of experts does?"""
-    return any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
-
-
-def walk_back(
-    start: fx.Node, root: nn.Module, passes: Callable[[fx.Node], bool]
-) -> tuple[list[Projection], list[fx.Node], list[fx.Node]]:
-    """Walk from ``start`` against the dataflow, through nodes that ``passes`` allows.
-
-    Returns:
-        the projections that it ended at (nearest first), the nodes in between, and the tensors
-        that it ended at which are neither projections nor parameters.
-    """
-    ends: list[Projection] = []
-    between: list[fx.Node] = []
-    loose: list[fx.Node] = []
-    queue, seen = [start], {start}
-    while queue:
-        node = queue.pop(0)
-        found = projection(node, root)
-        if found is not None:
-            ends.append(found)
-        elif node.op == "get_attr":
-            continue
-        elif node.op == "placeholder" or not (passes(node) or handed_on(node)):
-            loose.append(node)
-        else:
-            between.append(node)
-            for origin in inputs(node):
-                if origin not in seen:
-                    seen.add(origin)
-                    queue.append(origin)
-    return ends, between, loose
 
 
 def walk_on(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:

@@ -86,6 +86,11 @@ def split_rows(heads: Tensor, n_heads: int) -> Tensor:
     return heads.reshape(-1, n_heads, *heads.shape[-2:])
 
 
+def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Heads in the order of an einsum, (n, B, H, d) say, as (B, H, n, d)."""
+    return heads.permute(order)
+
+
 def add_columns(y: Tensor, delta: Tensor, columns: Tensor) -> Tensor:
     """``y`` with ``delta`` added to some of its columns (a port inside a fused projection)."""
     return y.index_add(-1, columns, delta.to(y.dtype))

@@ -8,18 +8,15 @@ from torch import Tensor, fx, nn
 from surgery.dataflow import (
     ACTIVATIONS,
     VIEWS,
-    Projection,
     flow,
     inputs,
     is_activation,
     op_name,
-    projection,
-    stacks_weights,
     value,
-    walk_back,
     walk_on,
 )
 from surgery.pattern import Pattern, PortNode
+from surgery.projection import Projection, projection, stacks_weights, walk_back
 
 _FFN_OPS = (
     ACTIVATIONS
@@ -50,8 +47,8 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
     for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
         ports[name] = PortNode(end.node, end)
     nodes = [down.node, *(end.node for end in ends), *between]
-    where = down.node.target if down.node.op == "call_module" else down.node.meta["owner"]
-    return Pattern("ffn", str(where), down.node, ports, nodes)
+    where = down.module or str(down.node.meta["owner"])
+    return Pattern("ffn", where, down.node, ports, nodes)
 
 
 def experts_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:

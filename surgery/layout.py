@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.dataflow import (
+    ELEMENTWISE,
     VIEWS,
     ancestors,
     flow,
@@ -20,20 +21,22 @@ from surgery.dataflow import (
     op_name,
     value,
 )
+from surgery.projection import Projection
 
 
-def columns(start: fx.Node, end: fx.Node) -> tuple[fx.Node, list[int]]:
+def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     """Which columns of a projection's output flow into ``end``, whatever the layout.
 
     Labels go through the rearrangements instead of numbers, so a split, a chunk or an interleaved
     view all show which features they pick.
 
     Returns:
-        a node of shape (..., width) that holds just these columns if the graph has one, else
-        ``start``; and the columns, sorted.
+        a node of shape (..., width) that holds just these columns if the graph has one, else that
+        of the projection; and the columns, sorted.
     """
-    width = value(start).shape[-1]
-    labels: dict[fx.Node, Any] = {start: torch.arange(width).expand(value(start).shape)}
+    start, width = made.node, made.width
+    features = torch.arange(width).reshape(value(start).shape[-made.axes :])
+    labels: dict[fx.Node, Any] = {start: features.expand(value(start).shape)}
     behind = ancestors(end)
     reached: set[int] = set()
     for node in list(start.graph.nodes):
@@ -53,7 +56,7 @@ def columns(start: fx.Node, end: fx.Node) -> tuple[fx.Node, list[int]]:
     chosen = sorted(reached) or list(range(width))
     if len(chosen) == width:
         return start, chosen
-    shape = (*value(start).shape[:-1], len(chosen))
+    shape = (*value(start).shape[: -made.axes], len(chosen))
     for node, label in labels.items():
         if isinstance(label, Tensor) and tuple(label.shape) == shape:
             if torch.unique(label).tolist() == chosen:
@@ -62,11 +65,11 @@ def columns(start: fx.Node, end: fx.Node) -> tuple[fx.Node, list[int]]:
 
 
 def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
-    if not inputs(node) or inputs(node)[0] not in labels:
+    if not inputs(node) or labels.get(inputs(node)[0]) is None:
         return None  # the labels come in as a mere example (of a dtype, of a shape)
 
     def concrete(n: fx.Node) -> Any:
-        return labels[n] if n in labels else value(n)
+        return value(n) if labels.get(n) is None else labels[n]
 
     if op_name(node) in ("to", "type", "float", "half", "bfloat16", "type_as", "requires_grad_"):
         return concrete(node.all_input_nodes[0])
@@ -80,26 +83,68 @@ def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         return None
 
 
-def batch_axis(context: fx.Node, output: Any, heads: int) -> int:
-    """Which axis of the attention's output is the batch: 0, or 1 where the sequence comes first.
+def trace(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | None:
+    """What becomes of the elements of ``start``, given as a tensor of labels, on the way to
+    ``end``: rearrangements move them, elementwise operations keep them in place.
 
-    The batch numbers of (B H, n, d) heads are followed through the rearrangements, as in
-    :func:`columns`. Heads (B, H, n, d) have their batch in front, and so has what they become.
+    None where they get lost in between.
     """
-    mixed = value(context)
-    if output.projection is None or mixed.dim() != 3 or not heads or mixed.shape[0] % heads:
-        return 0
-    numbers = torch.arange(mixed.shape[0]) // heads
-    labels: dict[fx.Node, Any] = {context: numbers[:, None, None].expand(mixed.shape)}
-    source = output.projection.source
-    for node in flow(context, source)[1:]:
+    labels: dict[fx.Node, Any] = {start: label}
+    for node in flow(start, end)[1:]:
         origin = handed_on(node)
-        labels[node] = labels.get(origin) if origin else _relabel(node, labels)
-        if not isinstance(labels[node], Tensor):
-            return 0
-    rows = labels[source]
-    varies = [bool((rows != rows.narrow(axis, 0, 1)).any()) for axis in range(rows.dim() - 1)]
-    return varies.index(True) if True in varies else 0
+        if origin is not None:
+            labels[node] = labels.get(origin)
+        elif op_name(node) in VIEWS:
+            labels[node] = _relabel(node, labels)
+        elif op_name(node) in ELEMENTWISE:
+            shape = getattr(value(node), "shape", None)
+            known = [labels[n] for n in inputs(node) if isinstance(labels.get(n), Tensor)]
+            labels[node] = next((x for x in known if x.shape == shape), None)
+    found = labels.get(end)
+    return found if isinstance(found, Tensor) else None
+
+
+def turned(product: fx.Node, scores: fx.Node) -> bool:
+    """Are the scores the transposition of the product (one product, read from both sides)?"""
+    columns = torch.arange(value(product).shape[-1]).expand(value(product).shape)
+    found = trace(product, columns, scores)
+    return found is not None and found.shape[-2] > 1 and _varies(found, -2)
+
+
+def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) -> str:
+    """How rows of query heads belong to tokens of the output: which axis of it is the batch.
+
+    Args:
+        made: the query projection; its tokens lie as those of ``output`` do.
+        heads: the query heads; ``split`` makes them (B, H, n, d).
+
+    Returns:
+        ``batch first``, ``sequence first``, or "" where (B, H, n) rows are not its tokens.
+    """
+    tokens = value(made.node).shape[: -made.axes]
+    if output.shape[:-1].numel() != tokens.numel():
+        return ""
+    numbers = torch.arange(tokens.numel()).reshape(*tokens, *[1] * made.axes)
+    rows = trace(made.node, numbers.expand(value(made.node).shape), heads)
+    if rows is None:  # lost in between: then by the shapes alone
+        rows = value(heads)
+        return "batch first" if _rows(split(rows), tokens.numel()) else ""
+    rows = split(rows)
+    if not _rows(rows, tokens.numel()) or _varies(rows, 1) or _varies(rows, 3):
+        return ""
+    order = rows[:, 0, :, 0]  # (B, n)
+    if torch.equal(order.flatten(), torch.arange(tokens.numel())):
+        return "batch first"
+    behind = torch.equal(order.t().flatten(), torch.arange(tokens.numel()))
+    return "sequence first" if behind and output.dim() == 3 else ""
+
+
+def _rows(heads: Tensor, tokens: int) -> bool:
+    return heads.dim() == 4 and heads.shape[0] * heads.shape[2] == tokens
+
+
+def _varies(x: Tensor, axis: int) -> bool:
+    return bool((x != x.narrow(axis, 0, 1)).any())
 
 
 def before_rotation(start: fx.Node, end: fx.Node) -> fx.Node:

@@ -168,7 +168,8 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
     for name, port in ports.items():
         made = port.projection
         site.ports[name] = Port(name, port.width, made.in_width if made else None, site)
-    if pattern.kind == "attention":
+    site.missing.update(pattern.missing)
+    if pattern.kind == "attention" and "lse" not in site.missing:
         site.ports["lse"] = Port("lse", 1, None, site)
     return site
 
@@ -176,8 +177,8 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
 def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
     """A parameter of the site: what is inserted follows its dtype and device."""
     for port in pattern.ports.values():
-        if port.projection is not None and port.projection.node.op == "call_module":
-            module = model.get_submodule(str(port.projection.node.target))
+        if port.projection is not None and port.projection.module:
+            module = model.get_submodule(port.projection.module)
             for parameter in module.parameters():
                 if parameter.is_floating_point():
                     return parameter

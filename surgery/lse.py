@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from surgery.core import attention, logsumexp, with_lse
 from surgery.dataflow import inputs, is_row_maximum, op_name
-from surgery.edit import rows_like, split_rows
+from surgery.edit import reorder, rows_like, split_rows
 from surgery.pattern import Pattern
 
 
@@ -26,6 +26,9 @@ def expose_lse(pattern: Pattern) -> fx.Node:
 
 def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
     """Heads as (B, H, n, d)."""
+    if pattern.order is not None:
+        with heads.graph.inserting_after(heads):
+            return heads.graph.call_function(reorder, (heads, pattern.order))
     if heads.meta["value"].dim() != 3 or not pattern.heads:
         return heads
     with heads.graph.inserting_after(heads):
@@ -34,6 +37,8 @@ def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
 
 def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:
     """lse as (B, H, n)."""
+    if pattern.order is not None:
+        return lse
     heads = pattern.ports["query_heads"].node
     graph = lse.graph
     order = {node: i for i, node in enumerate(graph.nodes)}

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery import fastpath
-from surgery.dataflow import stacks_weights
 from surgery.patching import patched
+from surgery.projection import stacks_weights
 from surgery.quiet import evaluating, quiet_random
 from surgery.tracer import AttentionPatch
 from surgery.values import detached_copy, map_leaves, snapshot

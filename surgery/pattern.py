@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from surgery.dataflow import Projection, value
+from surgery.dataflow import value
+from surgery.projection import Projection
 
 
 @dataclass
@@ -20,7 +21,10 @@ class PortNode:
 
     @property
     def width(self) -> int:
-        return len(self.columns) if self.columns else int(value(self.node).shape[-1])
+        if self.columns:
+            return len(self.columns)
+        whole = self.projection is not None and self.node is self.projection.node
+        return self.projection.width if whole else int(value(self.node).shape[-1])  # type: ignore[union-attr]
 
 
 @dataclass
@@ -37,3 +41,5 @@ class Pattern:
     heads: int = 0
     kv_heads: int = 0
     parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence
+    order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
+    missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why

@@ -15,10 +15,12 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.attention_pattern import attention_pattern
-from surgery.dataflow import is_activation, op_name, projection
+from surgery.attention_ports import set_rows
+from surgery.dataflow import is_activation, op_name
 from surgery.ffn_pattern import experts_pattern, ffn_pattern, joins_residual
 from surgery.layout import before_rotation
 from surgery.pattern import Pattern, PortNode
+from surgery.projection import projection
 
 __all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
 
@@ -59,6 +61,9 @@ def _joined(patterns: list[Pattern]) -> list[Pattern]:
         groups.setdefault(p.ports["output"].node, []).append(p)
     joined: list[Pattern] = []
     for parts in groups.values():
+        if len(parts) > 1 and _same_scores(parts):
+            joined.append(_one_score(parts))
+            continue
         whole = {n: _whole(parts, n) for n in ("query_heads", "key_heads", "value_heads")}
         if len(parts) == 1 or None in whole.values():
             joined += parts
@@ -70,8 +75,29 @@ def _joined(patterns: list[Pattern]) -> list[Pattern]:
         made = ports["query"].projection if "query" in ports else None
         ports["query_unrotated"] = PortNode(before_rotation(made.node, query) if made else query)
         nodes = [node for part in parts for node in part.nodes]
-        joined.append(dataclasses.replace(first, ports=ports, nodes=nodes, parts=parts))
+        found = dataclasses.replace(first, ports=ports, nodes=nodes, parts=parts, missing={})
+        set_rows(found)
+        joined.append(found)
     return joined
+
+
+def _same_scores(parts: list[Pattern]) -> bool:
+    """Are these calls with the same queries and keys, each on a part of the values?"""
+    first = parts[0].ports
+    names = ("query_heads", "key_heads")
+    return all(p.ports[n].node is first[n].node for p in parts for n in names)
+
+
+def _one_score(parts: list[Pattern]) -> Pattern:
+    ports = dict(parts[0].ports)
+    value = ports.get("value")
+    if value is not None and value.projection is not None:
+        chosen = {c for p in parts for c in p.ports["value"].columns or ()}
+        whole = len(chosen) == value.projection.width
+        columns = None if whole or not chosen else sorted(chosen)
+        ports["value"] = PortNode(value.projection.node, value.projection, columns)
+    nodes = [node for part in parts for node in part.nodes]
+    return dataclasses.replace(parts[0], ports=ports, nodes=nodes)
 
 
 def _whole(parts: list[Pattern], name: str) -> fx.Node | None:

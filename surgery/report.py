@@ -32,7 +32,7 @@ class Report:
         inserted: every inserted module.
         change: for each host, the largest change of an output that was measured: 0.0 means that
             every bit is as before, None that there were no values to measure (``meta`` device).
-        left_out: sites of a kind that was operated on which no method suits.
+        left_out: which method was left out at which sites, for want of a port.
     """
 
     name: str

@@ -107,6 +107,7 @@ class Site:
         width: the model width D.
         scale: the factor of the scores, where it could be read.
         dtype, device: what inserted modules are cast to.
+        missing: ports that it might have and has not, and why.
     """
 
     path: str
@@ -125,6 +126,7 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: HostPlan | None = field(default=None, repr=False)
     edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -153,8 +155,9 @@ class Site:
             PortError: this site has no such port; it names those that there are.
         """
         if name not in self.ports:
+            why = f" ({self.missing[name]})" if name in self.missing else ""
             raise PortError(
-                f"{self.description} at {self.path}: no port {name!r}. "
+                f"{self.description} at {self.path}: no port {name!r}{why}. "
                 f"{suggest(name, self.ports)}Ports here: {', '.join(self.ports)}."
             )
         return self.ports[name]

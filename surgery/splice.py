@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from surgery import fastpath
-from surgery.errors import SiteError, SpliceError, suggest
+from surgery.assign import assign, left_out
+from surgery.errors import SpliceError, suggest
 from surgery.host import (
     Operation,
     capture_host,
@@ -62,12 +63,9 @@ def splice(
     if at is None:
         at = locate(model, example_inputs)
     sites = [at] if isinstance(at, Site) else list(at)
-    todo = _todo(model, chosen, sites)
+    todo = assign(model, chosen, sites)
     report = Report(name, chosen)
-    kinds = {site.kind for pairs in todo.values() for _, site in pairs}
-    report.left_out = [
-        s.path for s in sites if s.kind in kinds and not any(m.suits(s) for m in chosen)
-    ]
+    report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
     undo: list[Any] = []
     try:
         with evaluating(model):
@@ -99,38 +97,6 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
             f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
             f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
         )
-
-
-def _todo(
-    model: nn.Module, methods: tuple[Method, ...], sites: list[Site]
-) -> dict[str, list[tuple[Method, Site]]]:
-    todo: dict[str, list[tuple[Method, Site]]] = {}
-    for method in methods:
-        suitable = [site for site in sites if method.suits(site)]
-        if not suitable:
-            there = sorted({site.description for site in sites}) or ["nothing"]
-            raise SiteError(
-                f"method {method.name!r} is for none of these {len(sites)} sites "
-                f"({', '.join(there)}). They have the ports {', '.join(_ports(sites))}. Choose "
-                f"other sites with at=, or other options than {method!r}."
-            )
-        for site in suitable:
-            if site.host is None:
-                raise SiteError(f"{site.path}: this site was not made by surgery.locate.")
-            todo.setdefault(site.path, []).append((method, site))
-    for path in todo:
-        try:
-            model.get_submodule(path)
-        except AttributeError as error:
-            raise SiteError(
-                f"{type(model).__name__} has no module {path!r}: these sites were located in "
-                "another model. Call surgery.locate on this one."
-            ) from error
-    return todo
-
-
-def _ports(sites: list[Site]) -> list[str]:
-    return list(dict.fromkeys(name for site in sites for name in site.ports)) or ["none"]
 
 
 def _operate(

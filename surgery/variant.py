@@ -120,8 +120,16 @@ def _read(pattern: Pattern, name: str) -> fx.Node:
         return split_heads(pattern.ports[name].node, pattern)
     port = pattern.ports[name.removesuffix(".source")]
     if name.endswith(".source") and port.projection is not None:
-        return port.projection.source
+        return _flat(port.projection.source, port.projection.in_axes)
     return port.node
+
+
+def _flat(node: fx.Node, axes: int) -> fx.Node:
+    """Features on one axis."""
+    if axes == 1:
+        return node
+    with node.graph.inserting_after(node):
+        return node.graph.call_method("flatten", (node, -axes))
 
 
 def _early(node: fx.Node) -> bool:

@@ -122,16 +122,19 @@ def _gradients(
 
 
 def _noise(arguments: Any) -> Any:
-    """The arguments with noise added to activations; masks (they have infinities) stay."""
-
+    """The arguments with noise added to activations, and with masks open."""
     moved: dict[int, Tensor] = {}
 
-    def noisy(v: Any) -> Any:
-        if isinstance(v, Tensor) and v.is_floating_point() and bool((v.abs() < 1e4).all()):
-            return moved.setdefault(id(v), v + torch.randn_like(v))
-        return v
+    def noisy(v: Tensor) -> Tensor:
+        if v.dtype == torch.bool and v.dim() > 2:
+            return torch.ones_like(v)
+        if not v.is_floating_point():
+            return v
+        return v + torch.randn_like(v) if bool((v > -1e4).all()) else torch.zeros_like(v)
 
-    return map_leaves(arguments, noisy)
+    return map_leaves(
+        arguments, lambda v: moved.setdefault(id(v), noisy(v)) if isinstance(v, Tensor) else v
+    )
 
 
 def _dead(state: HostState, children: list[str]) -> None:

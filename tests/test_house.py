@@ -10,20 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "core dropout errors guards huggingface patching proxy values",
-    1: "edit quiet recipe sites",
+    0: "core dropout errors fastpath guards huggingface patching proxy values",
+    1: "compiled edit quiet recipe sites",
     2: "border method",
-    3: "dataflow hookspecs report tracer",
-    4: "capture layout observe pattern registry train",
-    5: "attention_pattern ffn_pattern lse",
-    6: "patterns",
-    7: "locate variant",
-    8: "host",
-    9: "verify",
-    10: "splice",
-    11: "store",
-    12: "__init__",
-    13: "cli testing",
+    3: "assign dataflow hookspecs report tracer",
+    4: "capture projection registry train",
+    5: "layout observe pattern",
+    6: "attention_ports ffn_pattern lse",
+    7: "attention_pattern",
+    8: "patterns",
+    9: "locate variant",
+    10: "host",
+    11: "verify",
+    12: "splice",
+    13: "store",
+    14: "__init__",
+    15: "cli",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 LIBRARY = sorted((ROOT / "surgery").glob("*.py"))

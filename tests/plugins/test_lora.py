@@ -266,7 +266,7 @@ def test_sites_without_a_port_are_left_out_and_named() -> None:
     sites[0].ports.pop("value")
     report = surgery.splice(model, lora(), at=sites.attention)
     assert len(report.sites) == len(sites.attention) - 1
-    assert "left out, for want of a port: transformer.h.0.attn" in repr(report)
+    assert "left out, for want of a port: lora at transformer.h.0.attn" in repr(report)
 
 
 def test_lora_learns() -> None:
