@@ -42,7 +42,21 @@ def attention_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return _from_call(node, root, first=0)
+    if name == "apply" and _normalises(node):  # a softmax that an autograd function does
+        found = _from_softmax(node, root)
+        if found is not None:
+            found.missing["lse"] = "its softmax is inside an autograd function of its own"
+        return found
     return _from_softmax(node, root) if name == "softmax" else None
+
+
+def _normalises(node: fx.Node) -> bool:
+    """Do the rows of its output sum to one, each (or to nothing, where all is masked)?"""
+    out = value(node)
+    if not isinstance(out, Tensor) or not out.is_floating_point() or out.is_meta or out.dim() < 3:
+        return False
+    total = out.sum(-1)
+    return bool((out >= 0).all() and ((total - 1).abs().minimum(total.abs()) < 1e-3).all())
 
 
 def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:

@@ -35,16 +35,29 @@ def is_pure(node: fx.Node) -> bool:
     """May this node be evaluated before the graph runs: no tensor work, no side effect?"""
     if node.op == "placeholder":
         return True
-    if isinstance(node.meta.get("value"), Tensor):
+    if isinstance(node.meta.get("value"), Tensor) and not reads_opaque(node):
         return False
     if any(not is_pure(n) for n in node.all_input_nodes if _holds_tensors(n)):
         return False  # an item of what a module or an attention function returned
+    return _looks_up(node) or (
+        node.op == "call_function"
+        and (node.target in _PURE or getattr(node.target, "__name__", "") == "constant")
+    )
+
+
+def reads_opaque(node: fx.Node) -> bool:
+    """Does this node look something up in an object that is no tensor (what a cache holds)?"""
+    base = node.args[0] if node.args else None
+    if not isinstance(base, fx.Node) or isinstance(base.meta.get("value"), (Tensor, tuple)):
+        return False
+    return _looks_up(node) and base.meta.get("value") is not None
+
+
+def _looks_up(node: fx.Node) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return name in _PURE_METHODS or name.startswith(("get_", "is_", "has_"))
-    return node.op == "call_function" and (
-        node.target in _PURE or getattr(node.target, "__name__", "") == "constant"
-    )
+    return node.op == "call_function" and node.target in (getattr, operator.getitem)
 
 
 def _holds_tensors(node: fx.Node) -> bool:

@@ -157,7 +157,9 @@ class _Observer(TorchFunctionMode):
         self.trail[start:] = [n for n in self.trail[start:] if not n._erased]
         self.trail.append(node)
 
-    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def whole(self, function: Callable[..., Any], attention: bool = False) -> Callable[..., Any]:
+        """``function`` as one node, whatever it does inside."""
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             was, self.hidden = self.hidden, True
             try:
@@ -166,12 +168,14 @@ class _Observer(TorchFunctionMode):
                 self.hidden = was
             if not self.hidden:
                 node = self.record("call_function", function, args, kwargs, result)
-                if node is not None:
-                    node.meta["attention"] = True
-                    node.meta["module"] = args[0]
+                if node is not None and attention:
+                    node.meta.update(attention=True, module=args[0])
             return result
 
         return wrapped
+
+    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.whole(function, attention=True)
 
 
 def observe(
@@ -191,7 +195,14 @@ def observe(
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
 
+    def whole(original: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(*args: Any) -> Any:  # a graph calls it so too, see capture.py
+            return original(*args)
+
+        return observer.whole(apply)
+
     replacements: list[Any] = [(nn.Module, "__call__", module_call), *fastpath.OPEN]
+    replacements += [(torch.autograd.Function, "apply", whole)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
     with evaluating(model), quiet_random(model), torch.no_grad():

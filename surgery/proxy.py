@@ -30,7 +30,15 @@ _CONSTANT_METHODS = frozenset(
 _COUNTED = frozenset("split chunk unbind tensor_split split_with_sizes tolist".split())
 
 
-class ValueProxy(fx.Proxy):
+# fx.Proxy is callable whatever it stands for, and ``callable()`` looks at the class alone.
+_Operators: type = type(
+    "_Operators",
+    (),
+    {k: v for k, v in vars(fx.Proxy).items() if k not in ("__call__", "__dict__", "__weakref__")},
+)
+
+
+class ValueProxy(_Operators):  # type: ignore[misc]
     """A node and the value that it had for the example inputs."""
 
     tracer: Any
@@ -65,9 +73,6 @@ class ValueProxy(fx.Proxy):
 
     def __contains__(self, key: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, key), {}))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
@@ -137,7 +142,7 @@ class _Method:
 def fixed(x: Any) -> Any:
     """``x`` with every proxy in it, however nested, replaced by its value."""
     kind = type(x)  # not isinstance: a proxy answers that for its value
-    if kind is ValueProxy:
+    if issubclass(kind, ValueProxy):
         return x.value
     if kind is slice:
         return slice(fixed(x.start), fixed(x.stop), fixed(x.step))
@@ -146,13 +151,25 @@ def fixed(x: Any) -> Any:
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     if kind is list:
         return [fixed(y) for y in x]
-    if issubclass(kind, dict) and any(type(v) is ValueProxy for v in x.values()):
+    if issubclass(kind, dict) and any(is_proxy(v) for v in x.values()):
         changed = copy.copy(x)
         changed.update((k, fixed(v)) for k, v in x.items())
         return changed
     if kind is dict:
         return {k: fixed(v) for k, v in x.items()}
     return x
+
+
+class CallableProxy(ValueProxy):
+    """A proxy of something that is called; ``callable()`` asks the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+
+def is_proxy(x: Any) -> bool:
+    """Is this a proxy? (``isinstance`` sees what the proxy stands for.)"""
+    return issubclass(type(x), ValueProxy)
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,9 +19,9 @@ from torch.fx.proxy import TracerBase
 from torch.overrides import TorchFunctionMode
 
 from surgery.border import after, before
-from surgery.guards import Guard, is_pure, user_line
+from surgery.guards import Guard, is_pure, reads_opaque, user_line
 from surgery.patching import unpatched
-from surgery.proxy import ValueProxy, fixed
+from surgery.proxy import CallableProxy, ValueProxy, fixed, is_proxy
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
 # Something that replaces the choice of attention function: takes ``wrap(function) -> function``,
@@ -96,7 +96,9 @@ class Tracer(TracerBase):
             return None
         if isinstance(value, nn.Module) and id(value) in self.paths:
             return value
-        return ValueProxy(node, self, value)
+        if isinstance(value, Tensor) and reads_opaque(node):  # None, perhaps, in another call
+            self.guard(node, _is_none, False)
+        return (CallableProxy if callable(value) else ValueProxy)(node, self, value)
 
     def run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = fixed(args), fixed(kwargs)
@@ -118,7 +120,7 @@ class Tracer(TracerBase):
             self.executing -= 1
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is ValueProxy:
+        if is_proxy(a):
             return a.node
         if isinstance(a, nn.Module):
             return self.module_node(a)
@@ -204,7 +206,7 @@ class Tracer(TracerBase):
         return self.unpack(self.create_proxy("call_function", after, (module, bound, output), {}))
 
     def unpack(self, proxy: Any) -> Any:
-        return tuple(proxy) if type(proxy) is ValueProxy and type(proxy.value) is tuple else proxy
+        return tuple(proxy) if is_proxy(proxy) and type(proxy.value) is tuple else proxy
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         """Note that a plain attribute of a module decided what was captured."""
@@ -245,7 +247,7 @@ class Recorder(TorchFunctionMode):
 
 
 def any_proxy(structure: Any) -> bool:
-    if type(structure) is ValueProxy:
+    if is_proxy(structure):
         return True
     if isinstance(structure, (tuple, list)):
         return any(any_proxy(x) for x in structure)

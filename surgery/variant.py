@@ -61,7 +61,10 @@ class Variant:
         for question, expected in self.ambient:
             if question() != expected:
                 return False
-        return self._early is None or bool(self._early(host, host, *inputs))
+        try:
+            return self._early is None or bool(self._early(host, host, *inputs))
+        except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
+            return False
 
 
 def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Module) -> bool:
