@@ -17,6 +17,7 @@ from surgery.dataflow import (
     inputs,
     is_activation,
     is_parameter,
+    normalises,
     op_name,
     value,
     walk_on,
@@ -30,8 +31,8 @@ _SCORE_OPS = (
     VIEWS
     | ARITHMETIC
     | frozenset(
-        "masked_fill masked_fill_ tanh clamp max min maximum amax nan_to_num add_ softmax "
-        "module".split()
+        "masked_fill masked_fill_ tanh clamp max min maximum amax nan_to_num add_ softmax module "
+        "pad as_strided".split()
     )
 )
 
@@ -42,21 +43,22 @@ def attention_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return _from_call(node, root, first=0)
-    if name == "apply" and _normalises(node):  # a softmax that an autograd function does
+    if name == "apply" and normalises(value(node)):  # a softmax that an autograd function does
         found = _from_softmax(node, root)
         if found is not None:
             found.missing["lse"] = "its softmax is inside an autograd function of its own"
         return found
-    return _from_softmax(node, root) if name == "softmax" else None
+    return _from_softmax(node, root) if name == "softmax" or _by_hand(node) else None
 
 
-def _normalises(node: fx.Node) -> bool:
-    """Do the rows of its output sum to one, each (or to nothing, where all is masked)?"""
-    out = value(node)
-    if not isinstance(out, Tensor) or not out.is_floating_point() or out.is_meta or out.dim() < 3:
+def _by_hand(node: fx.Node) -> bool:
+    """``exp(x - logsumexp(x))``: a softmax as well."""
+    shifted = node.args[0] if op_name(node) == "exp" and node.args else None
+    if not isinstance(shifted, fx.Node) or op_name(shifted) != "sub":
         return False
-    total = out.sum(-1)
-    return bool((out >= 0).all() and ((total - 1).abs().minimum(total.abs()) < 1e-3).all())
+    return (
+        op_name(shifted.args[1]) == "logsumexp" if isinstance(shifted.args[1], fx.Node) else False
+    )
 
 
 def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:

@@ -31,7 +31,7 @@ PROJECTED_OPS = (
         (
             "stack module repeat repeat_interleave update rsqrt sqrt pow mean norm normalize "
             "layer_norm rms_norm view_as_complex view_as_real addcmul pad clamp einsum matmul "
-            "copy max amax values sum"
+            "copy max amax values sum as_strided gather"
         ).split()
     )
 )

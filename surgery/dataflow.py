@@ -70,6 +70,8 @@ def is_parameter(node: Any) -> bool:
 
 def from_parameters(node: fx.Node) -> bool:
     """Is this computed from parameters and numbers alone (``1 + weight``)?"""
+    if node.op == "placeholder":
+        return False
     ends = [n for n in ancestors(node) if not inputs(n)]
     return all(n.op == "get_attr" for n in ends)
 
@@ -81,6 +83,14 @@ def is_row_maximum(node: Any) -> bool:
     return isinstance(node, fx.Node) and op_name(node) in ("max", "amax")
 
 
+def normalises(out: Any) -> bool:
+    """Do the rows of ``out`` sum to one, each (or to nothing, where all is masked)?"""
+    if not isinstance(out, Tensor) or not out.is_floating_point() or out.is_meta or out.dim() < 3:
+        return False
+    total = out.sum(-1)
+    return bool((out >= 0).all() and ((total - 1).abs().minimum(total.abs()) < 1e-3).all())
+
+
 def inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose tensors flow into a node, in order.
 
@@ -90,7 +100,14 @@ def inputs(node: fx.Node) -> list[fx.Node]:
     origin = handed_on(node)
     if origin is not None:
         return [origin]
-    return [n for n in node.all_input_nodes if holds_tensors(value(n))]
+    found = [n for n in node.all_input_nodes if holds_tensors(value(n))]
+    return found + [new for n in found for new in _written(n, node)]
+
+
+def _written(target: fx.Node, reader: fx.Node) -> list[fx.Node]:
+    """What has been assigned to parts of a tensor (``x[a] = y``) before ``reader`` reads it."""
+    writes = [u for u in target.users if op_name(u) == "setitem" and u.args[0] is target]
+    return [u.args[2] for u in writes if u < reader and isinstance(u.args[2], fx.Node)]
 
 
 def handed_on(node: fx.Node) -> fx.Node | None:

@@ -35,7 +35,9 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
         of the projection; and the columns, sorted.
     """
     start, width = made.node, made.width
-    features = torch.arange(width).reshape(value(start).shape[-made.axes :])
+    if _only(start, end):
+        return start, list(range(width))
+    features = torch.arange(width, dtype=torch.int32).reshape(value(start).shape[-made.axes :])
     labels: dict[fx.Node, Any] = {start: features.expand(value(start).shape)}
     behind = ancestors(end)
     reached: set[int] = set()
@@ -62,6 +64,14 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
             if torch.unique(label).tolist() == chosen:
                 return node, chosen
     return start, chosen
+
+
+def _only(start: fx.Node, end: fx.Node) -> bool:
+    """Does every element flow on, so that there is nothing to choose?"""
+    if value(start).numel() != value(end).numel():
+        return False
+    copies = {"repeat", "repeat_interleave", "expand", "expand_as", "cat", "stack", "pad", "unfold"}
+    return not any(op_name(node) in copies for node in flow(start, end))
 
 
 def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
@@ -106,7 +116,7 @@ def trace(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | None:
 
 def turned(product: fx.Node, scores: fx.Node) -> bool:
     """Are the scores the transposition of the product (one product, read from both sides)?"""
-    columns = torch.arange(value(product).shape[-1]).expand(value(product).shape)
+    columns = torch.arange(value(product).shape[-1], dtype=torch.int32).expand(value(product).shape)
     found = trace(product, columns, scores)
     return found is not None and found.shape[-2] > 1 and _varies(found, -2)
 
@@ -124,7 +134,7 @@ def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) ->
     tokens = value(made.node).shape[: -made.axes]
     if output.shape[:-1].numel() != tokens.numel():
         return ""
-    numbers = torch.arange(tokens.numel()).reshape(*tokens, *[1] * made.axes)
+    numbers = torch.arange(tokens.numel(), dtype=torch.int32).reshape(*tokens, *[1] * made.axes)
     rows = trace(made.node, numbers.expand(value(made.node).shape), heads)
     if rows is None:  # lost in between: then by the shapes alone
         rows = value(heads)
@@ -133,9 +143,9 @@ def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) ->
     if not _rows(rows, tokens.numel()) or _varies(rows, 1) or _varies(rows, 3):
         return ""
     order = rows[:, 0, :, 0]  # (B, n)
-    if torch.equal(order.flatten(), torch.arange(tokens.numel())):
+    if torch.equal(order.flatten(), numbers.flatten()):
         return "batch first"
-    behind = torch.equal(order.t().flatten(), torch.arange(tokens.numel()))
+    behind = torch.equal(order.t().flatten(), numbers.flatten())
     return "sequence first" if behind and output.dim() == 3 else ""
 
 

@@ -76,6 +76,8 @@ def _unique(observation: Observation, model: nn.Module) -> list[Pattern]:
     for pattern in find_patterns(observation.graph, model):
         if pattern.kind == "ffn" and not joins_residual(pattern, model):
             continue
+        if not value(pattern.ports["output"].node).numel():  # no token comes by in this example
+            continue
         found.setdefault((pattern.kind, pattern.key), pattern)
     return list(found.values())
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery import fastpath
+from surgery.dataflow import normalises
 from surgery.patching import patched
 from surgery.projection import stacks_weights
 from surgery.quiet import evaluating, quiet_random
@@ -74,13 +75,18 @@ class _Observer(TorchFunctionMode):
         return result
 
     def record(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node | None:
+        if target is torch.Tensor.__setitem__:
+            result = args[0]
         if not _tensors(result):
             return None
+        if op == "call_function" and args and result is args[0] and not _writes(target):
+            return None  # a cast that had nothing to do
         node = self.graph.create_node(op, target, self.named(args), self.named(kwargs))
         node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
         self.alive.append(result)
         self.trail.append(node)
-        self.define(node, result)
+        if target is not torch.Tensor.__setitem__:
+            self.define(node, result)
         return node
 
     def define(self, node: fx.Node, result: Any) -> None:
@@ -151,15 +157,16 @@ class _Observer(TorchFunctionMode):
         node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
         self.alive.append(result)
         self.define(node, result)
+        self.erase(inside)
+        self.trail.append(node)
+
+    def erase(self, inside: list[fx.Node]) -> None:
         for old in reversed(inside):
             if not old.users and old.op not in ("placeholder", "get_attr"):
                 self.graph.erase_node(old)
-        self.trail[start:] = [n for n in self.trail[start:] if not n._erased]
-        self.trail.append(node)
+        self.trail = [n for n in self.trail if not n._erased]
 
-    def whole(self, function: Callable[..., Any], attention: bool = False) -> Callable[..., Any]:
-        """``function`` as one node, whatever it does inside."""
-
+    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             was, self.hidden = self.hidden, True
             try:
@@ -168,14 +175,24 @@ class _Observer(TorchFunctionMode):
                 self.hidden = was
             if not self.hidden:
                 node = self.record("call_function", function, args, kwargs, result)
-                if node is not None and attention:
+                if node is not None:
                     node.meta.update(attention=True, module=args[0])
             return result
 
         return wrapped
 
-    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return self.whole(function, attention=True)
+    def apply(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """An autograd function of the model's own: one node if it is a softmax."""
+
+        def apply(*args: Any) -> Any:
+            start = len(self.trail)
+            result = original(*args)
+            if not self.hidden and normalises(result):
+                self.erase(self.trail[start:])
+                self.record("call_function", apply, args, {}, result)
+            return result
+
+        return apply
 
 
 def observe(
@@ -195,14 +212,8 @@ def observe(
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
 
-    def whole(original: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(*args: Any) -> Any:  # a graph calls it so too, see capture.py
-            return original(*args)
-
-        return observer.whole(apply)
-
     replacements: list[Any] = [(nn.Module, "__call__", module_call), *fastpath.OPEN]
-    replacements += [(torch.autograd.Function, "apply", whole)]
+    replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
     with evaluating(model), quiet_random(model), torch.no_grad():
@@ -216,6 +227,12 @@ def _original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward of the base model, also where a host has taken its place."""
     unspliced = getattr(module, "_unspliced_forward", None)
     return module.forward if unspliced is None else unspliced
+
+
+def _writes(function: Any) -> bool:
+    """Does it change its first argument, as ``add_`` and ``+=`` do?"""
+    name = getattr(function, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or name.endswith("_")
 
 
 def _name(node: fx.Node) -> str:

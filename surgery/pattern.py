@@ -43,3 +43,8 @@ class Pattern:
     parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence
     order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
     missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why
+
+    @property
+    def one_key(self) -> bool:
+        """Is there but one key to attend to, in the example?"""
+        return "key_heads" in self.ports and value(self.ports["key_heads"].node).shape[-2] == 1

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from surgery.dataflow import handed_on, inputs, is_activation, is_parameter, op_name, value
+from surgery.dataflow import (
+    from_parameters,
+    handed_on,
+    inputs,
+    is_parameter,
+    op_name,
+    value,
+)
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,30 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
         if not _maps_last_axis(module, value(source).shape[-1], out.shape[-1]):
             return None
         return _as_projection(node, source, str(caller.target))
-    if op_name(node) not in ("linear", "matmul", "addmm", "einsum"):
+    found = _functional(node)
+    if found is None:
         return None
-    operands = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-    weights = [n for n in operands if is_parameter(n) and value(n).dim() >= 2]
-    moving = [n for n in operands if is_activation(n)]
-    if not weights or len(moving) != 1:
+    axes = _einsum_axes(node, found) if op_name(node) == "einsum" else (1, 1)
+    return _as_projection(node, found, "", *axes)
+
+
+def _functional(node: fx.Node) -> fx.Node | None:
+    """What a product with a weight reads, where a forward computes it itself."""
+    tensors = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
+    name = op_name(node)
+    if name == "addmm":  # (bias, x, weight)
+        tensors = tensors[1:]
+    if name not in ("linear", "matmul", "addmm", "einsum") or len(tensors) < 2:
         return None
-    axes = _einsum_axes(node, moving[0]) if op_name(node) == "einsum" else (1, 1)
-    return _as_projection(node, moving[0], "", *axes)
+    first, second = tensors[:2]
+    if name in ("matmul", "einsum") and is_weight(first) and not is_weight(second):
+        first, second = second, first
+    return first if is_weight(second) and value(second).dim() >= 2 and _floats(first) else None
+
+
+def is_weight(node: fx.Node) -> bool:
+    """A parameter, or something made of parameters alone."""
+    return is_parameter(node) or from_parameters(node)
 
 
 def _floats(node: fx.Node) -> bool:
@@ -93,7 +115,7 @@ def einsum_letters(node: fx.Node) -> tuple[list[str], str]:
 def _einsum_axes(node: fx.Node, source: fx.Node) -> tuple[int, int]:
     """How many last axes an einsum contracts, and how many it makes; 0 if it moves others."""
     given, made = einsum_letters(node)
-    operands = [n for n in node.args[1:] if isinstance(n, fx.Node)]
+    operands = node.all_input_nodes
     if source not in operands or len(operands) != len(given):
         return 1, 1
     letters = given[operands.index(source)]

@@ -128,6 +128,8 @@ class Tracer(TracerBase):
             return self.tensor_node(a)
         if type(a) is torch.Size:
             return tuple(a)
+        if isinstance(a, (int, float)) and type(a) not in (int, float, bool):  # a numpy scalar
+            return self.constant_node(a)
         if isinstance(a, tuple) and type(a) is not tuple and not hasattr(a, "_fields"):
             return self.constant_node(a)
         try:

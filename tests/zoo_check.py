@@ -31,7 +31,7 @@ import surgery
 from tests.zoo import CannotBuild, Tiny, build, model_types, tensors
 from tests.zoo_report import failure, summary
 
-LIMIT = 90  # seconds for one type
+LIMIT = 240  # seconds for one type
 ATTENTION = [surgery.method("inducer", key_rank=2, value_rank=2), surgery.method("lora", rank=2)]
 FFN = [surgery.method("lora", rank=2, ports=("up", "output"))]
 
@@ -173,6 +173,8 @@ class _Check:
         """How many sites change no output when their inserted parameters move."""
         if not isinstance(base, list):
             return {"skip": base}
+        if all(bool(t.isnan().all()) for t in base if t.is_floating_point()):
+            return {"skip": "base gives NaN"}
         dead, total = [], 0
         for report in self.reports:
             for site in report.sites:
