@@ -18,6 +18,7 @@ import surgery
 PROJECTIONS = {
     "attention": ("query", "key", "value", "output"),
     "ffn": ("up", "gate", "output"),
+    "linear": ("output",),
 }
 
 
@@ -68,7 +69,8 @@ class LoRA(surgery.Method):
     Args:
         rank: inner width r, at least 1.
         alpha: numerator of the scale alpha / rank.
-        ports: which projections: query, key, value, output (attention); up, gate, output (FFN).
+        ports: which projections: query, key, value, output (attention); up, gate, output (FFN);
+            output (linear).
         dropout: probability, on the input of A.
         bias: whether a trainable bias, scaled like the product, is added.
 

@@ -6,11 +6,11 @@ from torch import nn
 
 from surgery.errors import SiteError
 from surgery.method import Method
-from surgery.sites import Site
+from surgery.sites import Site, Sites
 
 
 def assign(
-    model: nn.Module, methods: tuple[Method, ...], sites: list[Site]
+    model: nn.Module, methods: tuple[Method, ...], sites: Sites
 ) -> dict[str, list[tuple[Method, Site]]]:
     """Each method with the sites that it suits, by host, in the order of the methods.
 
@@ -37,17 +37,19 @@ def assign(
     return todo
 
 
-def left_out(method: Method, sites: list[Site]) -> list[Site]:
+def left_out(method: Method, sites: Sites) -> list[Site]:
     """Sites of the kinds that a method operates on which lack something that it needs."""
     suitable = {id(site): site.kind for site in sites if method.suits(site)}
     return [s for s in sites if s.kind in suitable.values() and id(s) not in suitable]
 
 
-def _nowhere(method: Method, sites: list[Site]) -> str:
-    there = sorted({site.description for site in sites}) or ["nothing"]
+def _nowhere(method: Method, sites: Sites) -> str:
+    there = sorted({site.description for site in sites}) or ["there is none"]
     lacking = dict.fromkeys(f"; no {p}: {why}" for s in sites for p, why in s.missing.items())
     if method.kinds == ("attention",) and not any(s.kind == "attention" for s in sites):
         lacking = {"; there is no attention site": None}
+    if len(sites.linear):
+        lacking[f"; there are {len(sites.linear)} linear sites, in locate(...).linear"] = None
     return (
         f"method {method.name!r} is for none of these {len(sites)} sites ({', '.join(there)})"
         f"{''.join(lacking)}. They have the ports {', '.join(_ports(sites))}. "
@@ -55,5 +57,5 @@ def _nowhere(method: Method, sites: list[Site]) -> str:
     )
 
 
-def _ports(sites: list[Site]) -> list[str]:
+def _ports(sites: Sites) -> list[str]:
     return list(dict.fromkeys(name for site in sites for name in site.ports)) or ["none"]

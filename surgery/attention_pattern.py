@@ -22,7 +22,7 @@ from surgery.dataflow import (
     value,
     walk_on,
 )
-from surgery.layout import scalars_between, trace, turned
+from surgery.layout import scalars_between, trace, turned, varies
 from surgery.pattern import Pattern, PortNode
 from surgery.projection import einsum_letters, projection, walk_back
 
@@ -107,6 +107,8 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if op_name(product) != "einsum" and not _contracts_features(query, root):
         return None
     weights = next(n for n in mixed.all_input_nodes if n in later)
+    if not _mixes_what_is_normalised(node, weights, mixed):
+        return None
     order = _einsum_order(product, query)
     found = assemble(
         node, root, query, key, others[0], mixed, {"weights": PortNode(weights)},
@@ -120,6 +122,20 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if value(scores).shape[:-1].numel() != rows.shape[:-1].numel() or scores is not _last(node):
         found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
+
+
+def _mixes_what_is_normalised(softmax: fx.Node, weights: fx.Node, mixed: fx.Node) -> bool:
+    """Does the product with the values sum over the axis that the softmax normalised?"""
+    given = [a for a in (*softmax.args[1:2], softmax.kwargs.get("dim")) if isinstance(a, int)]
+    if not given or op_name(mixed) == "einsum" or op_name(softmax) != "softmax":
+        return True
+    shape = value(softmax).shape
+    numbers = torch.arange(shape[given[0]], dtype=torch.int32)
+    numbers = numbers.reshape([-1 if i == given[0] % len(shape) else 1 for i in range(len(shape))])
+    found = trace(softmax, numbers.expand(shape), weights)
+    operands = [n for n in mixed.all_input_nodes if is_activation(n)]
+    axis = -1 if weights is operands[-2] else -2
+    return found is None or found.shape[axis] < 2 or varies(found, axis)
 
 
 def _last(softmax: fx.Node) -> fx.Node | None:

@@ -36,7 +36,7 @@ _aten = torch.ops.aten
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def attention(
     query: Tensor,
     key: Tensor,
@@ -147,7 +147,7 @@ def _compiles_to_flash(
     same = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.dtype == key.dtype
     some = query.shape[-2] > 0 and key.shape[-2] > 0
     needs = attn_mask is not None and attn_mask.requires_grad
-    enabled = torch.backends.cuda.flash_sdp_enabled()  # torch has one switch for all devices
+    enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # any device
     return enabled and plain and same and some and not needs and dropout_p == 0.0
 
 
@@ -207,6 +207,7 @@ class _ReadLse(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.lse: Tensor | None = None
+        self._grad = torch.is_grad_enabled()
         self._tops: list[Any] = []
         self._shifted: list[tuple[Tensor, Tensor]] = []  # (scores - row maximum, scores)
 
@@ -218,6 +219,8 @@ class _ReadLse(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_grad_enabled() != self._grad:  # inside an autograd function: no gradient here
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             context, self.lse = attention(*args, **kwargs)
             return context

@@ -6,7 +6,8 @@ known by what torch calls them, modules by what they own; names of a model's par
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx
@@ -27,6 +28,7 @@ ARITHMETIC = frozenset(
     "add iadd radd sub rsub mul imul rmul div truediv itruediv neg where cat dropout".split()
 )
 ELEMENTWISE = ARITHMETIC | {"module", "layer_norm", "rms_norm", "clamp", "tanh"}
+_ASSIGNS = (operator.setitem, Tensor.__setitem__)
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 ACTIVATIONS = frozenset(
     (
@@ -85,7 +87,7 @@ def is_row_maximum(node: Any) -> bool:
 
 def normalises(out: Any) -> bool:
     """Do the rows of ``out`` sum to one, each (or to nothing, where all is masked)?"""
-    if not isinstance(out, Tensor) or not out.is_floating_point() or out.is_meta or out.dim() < 3:
+    if type(out) is not Tensor or not out.is_floating_point() or out.is_meta or out.dim() < 3:
         return False
     total = out.sum(-1)
     return bool((out >= 0).all() and ((total - 1).abs().minimum(total.abs()) < 1e-3).all())
@@ -106,8 +108,22 @@ def inputs(node: fx.Node) -> list[fx.Node]:
 
 def _written(target: fx.Node, reader: fx.Node) -> list[fx.Node]:
     """What has been assigned to parts of a tensor (``x[a] = y``) before ``reader`` reads it."""
-    writes = [u for u in target.users if op_name(u) == "setitem" and u.args[0] is target]
+    writes = [u for u in target.users if u.target in _ASSIGNS and u.args[0] is target]
     return [u.args[2] for u in writes if u < reader and isinstance(u.args[2], fx.Node)]
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that ``node`` flows into: the other way round than :func:`inputs`."""
+    stack, seen = list(node.users), set(node.users)
+    while stack:
+        user = stack.pop(0)
+        if node in inputs(user):
+            yield user
+        if user.target in _ASSIGNS:
+            stack += [u for u in user.args[0].users if u not in seen and user < u]  # type: ignore[union-attr]
+        elif not isinstance(value(user), Tensor):  # a tuple that hands it on
+            stack += [u for u in user.users if u not in seen]
+        seen.update(stack)
 
 
 def handed_on(node: fx.Node) -> fx.Node | None:
@@ -135,14 +151,10 @@ def handed_on(node: fx.Node) -> fx.Node | None:
 
 def walk_on(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The nodes that ``start`` flows into, breadth first; it goes on behind those that pass."""
-    readers: dict[fx.Node, list[fx.Node]] = {}
-    for node in start.graph.nodes:
-        for origin in inputs(node):
-            readers.setdefault(origin, []).append(node)
     reached: list[fx.Node] = []
     queue, seen = [start], {start}
     while queue:
-        for user in readers.get(queue.pop(0), ()):
+        for user in readers(queue.pop(0)):
             if user not in seen:
                 seen.add(user)
                 reached.append(user)
@@ -164,12 +176,16 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 def flow(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The nodes through which ``start`` flows into ``end``, both included, in graph order."""
-    behind = ancestors(end)
-    reached = {start}
-    for node in start.graph.nodes:
-        if node in behind and any(n in reached for n in inputs(node)):
-            reached.add(node)
-    return [node for node in start.graph.nodes if node in reached]
+    behind, stack = {end}, [end]
+    while stack:
+        fresh = [n for n in inputs(stack.pop()) if n not in behind and start < n]
+        behind.update(fresh)
+        stack += fresh
+    reached = {start: None}  # in order
+    for node in sorted(behind - {start}):
+        if any(n in reached for n in inputs(node)):
+            reached[node] = None
+    return list(reached)
 
 
 def holds_tensors(v: Any) -> bool:

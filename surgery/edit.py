@@ -72,8 +72,8 @@ def add(y: Tensor, delta: Tensor) -> Tensor:
 
 
 def add_sequence_first(y: Tensor, delta: Tensor) -> Tensor:
-    """``y + delta`` for y (n, B, D) and delta (B, n, D)."""
-    return y + delta.transpose(0, 1).to(y.dtype)
+    """``y + delta`` for y (n, B, D), or (n B, D), and delta (B, n, D)."""
+    return y + delta.transpose(0, 1).reshape(y.shape).to(y.dtype)
 
 
 def rows_like(lse: Tensor, heads: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ def close(model: nn.Module, path: str) -> None:
     if fused and _seen not in host._forward_pre_hooks.values():
         host.register_forward_pre_hook(_seen)
     for module in above:
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", 0):
+        if isinstance(module, nn.TransformerEncoder) and getattr(
+            module, "use_nested_tensor", False
+        ):
             module.use_nested_tensor = False
             vars(module)[_CLOSED] = True
 
@@ -44,7 +46,7 @@ def reopen(model: nn.Module, is_host: Callable[[nn.Module], bool]) -> None:
         if _seen in hooks.values() and not is_host(module):
             del hooks[next(key for key, hook in hooks.items() if hook is _seen)]
         if _CLOSED in vars(module) and not any(map(is_host, module.modules())):
-            module.use_nested_tensor = True
+            vars(module)["use_nested_tensor"] = True
             del vars(module)[_CLOSED]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from surgery.dataflow import (
     ELEMENTWISE,
     VIEWS,
-    ancestors,
     flow,
     from_parameters,
     handed_on,
@@ -39,14 +38,13 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
         return start, list(range(width))
     features = torch.arange(width, dtype=torch.int32).reshape(value(start).shape[-made.axes :])
     labels: dict[fx.Node, Any] = {start: features.expand(value(start).shape)}
-    behind = ancestors(end)
     reached: set[int] = set()
-    for node in list(start.graph.nodes):
-        if node not in behind or node in labels or not any(n in labels for n in inputs(node)):
+    for node in flow(start, end)[1:]:
+        if not any(n in labels for n in inputs(node)):
             continue
         origin = handed_on(node)
         if origin is not None:
-            labels[node] = labels[origin]
+            labels[node] = labels.get(origin)
         elif op_name(node) in VIEWS:
             labels[node] = _relabel(node, labels)
         if labels.get(node) is None:
@@ -118,7 +116,7 @@ def turned(product: fx.Node, scores: fx.Node) -> bool:
     """Are the scores the transposition of the product (one product, read from both sides)?"""
     columns = torch.arange(value(product).shape[-1], dtype=torch.int32).expand(value(product).shape)
     found = trace(product, columns, scores)
-    return found is not None and found.shape[-2] > 1 and _varies(found, -2)
+    return found is not None and found.shape[-2] > 1 and varies(found, -2)
 
 
 def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) -> str:
@@ -140,20 +138,21 @@ def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) ->
         rows = value(heads)
         return "batch first" if _rows(split(rows), tokens.numel()) else ""
     rows = split(rows)
-    if not _rows(rows, tokens.numel()) or _varies(rows, 1) or _varies(rows, 3):
+    if not _rows(rows, tokens.numel()) or varies(rows, 1) or varies(rows, 3):
         return ""
     order = rows[:, 0, :, 0]  # (B, n)
     if torch.equal(order.flatten(), numbers.flatten()):
         return "batch first"
     behind = torch.equal(order.t().flatten(), numbers.flatten())
-    return "sequence first" if behind and output.dim() == 3 else ""
+    return "sequence first" if behind and output.dim() in (2, 3) else ""
 
 
 def _rows(heads: Tensor, tokens: int) -> bool:
     return heads.dim() == 4 and heads.shape[0] * heads.shape[2] == tokens
 
 
-def _varies(x: Tensor, axis: int) -> bool:
+def varies(x: Tensor, axis: int) -> bool:
+    """Do labels change along an axis?"""
     return bool((x != x.narrow(axis, 0, 1)).any())
 
 

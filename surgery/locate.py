@@ -19,7 +19,7 @@ from surgery.dataflow import op_name, value
 from surgery.errors import SiteError
 from surgery.layout import causal
 from surgery.observe import Call, Observation, observe
-from surgery.patterns import Pattern, find_patterns, joins_residual
+from surgery.patterns import Pattern, find_patterns, joins_residual, linear_patterns
 from surgery.sites import HostPlan, Port, Site, Sites
 
 
@@ -40,12 +40,14 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     """
     args, kwargs = _call(model, example_inputs)
     observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
-    patterns = _unique(observation, model)
-    if not patterns:
+    found = find_patterns(observation.graph, model)
+    patterns = _unique(found, model)
+    linear = _linear(found, observation, model)
+    if not patterns and not linear:
         raise SiteError(
-            f"no site in {type(model).__name__}: no attention (query-key product, softmax) "
-            "and no FFN (projection, nonlinearity, projection, residual) runs here. "
-            "Pass example_inputs= that reach them."
+            f"no site in {type(model).__name__}: no attention (query-key product, softmax), "
+            "no FFN (projection, nonlinearity, projection, residual) and no linear layer runs "
+            "here. Pass example_inputs= that reach them."
         )
     groups = _groups(patterns, observation, model)
     sites = [
@@ -54,7 +56,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         for group in groups
         if pattern in group.patterns
     ]
-    return Sites(sites, type(model).__name__)
+    return Sites(sites, type(model).__name__, linear)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -70,10 +72,19 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
-def _unique(observation: Observation, model: nn.Module) -> list[Pattern]:
+def _linear(found: list[Pattern], observation: Observation, model: nn.Module) -> list[Site]:
+    """Linear sites; each projection is the host of its own."""
+    patterns = {p.key: p for p in linear_patterns(observation.graph, model, found) if p.key}
+    return [
+        _site(pattern, _Group(path, [pattern]), observation.calls[path], model)
+        for path, pattern in patterns.items()
+    ]
+
+
+def _unique(patterns: list[Pattern], model: nn.Module) -> list[Pattern]:
     """Each site once, however often the model calls it."""
     found: dict[tuple[str, str], Pattern] = {}
-    for pattern in find_patterns(observation.graph, model):
+    for pattern in patterns:
         if pattern.kind == "ffn" and not joins_residual(pattern, model):
             continue
         if not value(pattern.ports["output"].node).numel():  # no token comes by in this example
@@ -163,7 +174,7 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
         kind=pattern.kind,  # type: ignore[arg-type]
         width=tensor.shape[-1],
         dtype=anchor.dtype,
-        device=anchor.device,
+        device=tensor.device,  # of its weights only while it runs, where they are offloaded
         host=plan,
         **options,
     )

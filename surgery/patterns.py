@@ -21,12 +21,18 @@ from surgery.ffn_pattern import experts_pattern, ffn_pattern, joins_residual
 from surgery.layout import before_rotation
 from surgery.pattern import Pattern, PortNode
 from surgery.projection import projection
+from surgery.quiet import concrete
 
 __all__ = ["Pattern", "PortNode", "find_patterns", "joins_residual"]
 
 
 def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
     """Every attention and FFN of a graph, in the order of the computation."""
+    with concrete():
+        return _numbered(_attentions_and_ffns(graph, root), graph)
+
+
+def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
     attention = _joined(
         [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
     )
@@ -43,8 +49,36 @@ def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
         if is_activation(node) and not projection(node, root)
         if (p := experts_pattern(node, root)) is not None
     ]
+    if attention or ffn or not _is_projection(graph):
+        return attention + ffn
+    return linear_patterns(graph, root, [])
+
+
+def linear_patterns(graph: fx.Graph, root: nn.Module, others: list[Pattern]) -> list[Pattern]:
+    """The projections that belong to none of the other patterns."""
+    taken = {p.projection.node for other in others for p in other.ports.values() if p.projection}
+    inside = {node for other in others for node in other.nodes}
+    found = [made for node in graph.nodes if (made := projection(node, root))]
+    return [
+        Pattern(
+            "linear",
+            made.module,
+            made.node,
+            {"input": PortNode(made.source), "output": PortNode(made.node, made)},
+        )
+        for made in found
+        if made.node not in taken and made.node not in inside
+    ]
+
+
+def _is_projection(graph: fx.Graph) -> bool:
+    """Is this the graph of one projection, and nothing else?"""
+    return not any(node.op == "call_module" for node in graph.nodes)
+
+
+def _numbered(found: list[Pattern], graph: fx.Graph) -> list[Pattern]:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    patterns = sorted(attention + ffn, key=lambda p: order[p.core])
+    patterns = sorted(found, key=lambda p: order[p.core])
     count: dict[tuple[Any, ...], int] = {}
     for p in patterns:  # several of one kind in one call of one module are told apart by number
         place = (p.kind, p.key, p.core.meta.get("call", 0))

@@ -34,7 +34,7 @@ from torch import nn
 
 from surgery.errors import PortError, SiteError, suggest
 
-Kind = Literal["attention", "ffn"]
+Kind = Literal["attention", "ffn", "linear"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Site:
     Attributes:
         path: the module that contains it whole, output projection included (its host).
         key: tells it from other sites of the same host.
-        kind: ``attention`` or ``ffn``.
+        kind: ``attention``, ``ffn`` or ``linear``.
         layer: the first number in its path, None if there is none.
         cross: does it attend to another sequence?  causal: does no query see later keys?
         heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
@@ -140,6 +140,8 @@ class Site:
 
     @property
     def description(self) -> str:
+        if self.kind == "linear":
+            return "linear"
         if self.kind == "ffn":
             if "activation" not in self.ports:
                 return "expert FFN"
@@ -189,8 +191,10 @@ class Site:
 class Sites:
     """The sites of a model, in the order of its computation. Selections are Sites again."""
 
-    def __init__(self, sites: list[Site], model: str = "") -> None:
-        self._sites, self._model = list(sites), model
+    def __init__(
+        self, sites: list[Site], model: str = "", linear: list[Site] | None = None
+    ) -> None:
+        self._sites, self._model, self._linear = list(sites), model, list(linear or ())
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
@@ -210,6 +214,11 @@ class Sites:
     def ffn(self) -> Sites:
         """The feed-forward sites."""
         return self.where(lambda site: site.kind == "ffn")
+
+    @property
+    def linear(self) -> Sites:
+        """Projections of no attention and no FFN (a state space's, a head); not iterated over."""
+        return Sites(self._linear, self._model)
 
     def layers(self, start: int, stop: int) -> Sites:
         """The sites whose layer number is in ``range(start, stop)``."""
@@ -250,5 +259,7 @@ class Sites:
             for row in rows
         ]
         count = f"{len(self.attention)} attention, {len(self.ffn)} FFN"
+        if len(self.linear):
+            count += f" (and {len(self.linear)} linear, see .linear)"
         head = f"{len(self)} sites in {self._model}: {count}"
         return "\n".join([head, *lines])

@@ -62,7 +62,7 @@ def splice(
     _check(model, chosen, name)
     if at is None:
         at = locate(model, example_inputs)
-    sites = [at] if isinstance(at, Site) else list(at)
+    sites = Sites([at]) if isinstance(at, Site) else at
     todo = assign(model, chosen, sites)
     report = Report(name, chosen)
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]

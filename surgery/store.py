@@ -168,7 +168,7 @@ def _shape(site: Site) -> dict[str, Any]:
 
 def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
     """The sites of this model that a saved splice was made at."""
-    known = {(s.path, s.key, s.kind): s for s in sites}
+    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.linear]}
     chosen: list[Site] = []
     wrong: list[str] = []
     for shape in saved["sites"]:

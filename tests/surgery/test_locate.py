@@ -74,8 +74,11 @@ def test_selections_are_sites_again() -> None:
 
 def test_no_site_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1))
-    with pytest.raises(surgery.SiteError, match="no site in Sequential"):
-        surgery.locate(model, torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    with pytest.raises(surgery.SiteError, match=r"no attention site.*2 linear sites"):
+        surgery.splice(model, surgery.method("inducer"), example_inputs=x)
+    with pytest.raises(surgery.SiteError, match="no site in ReLU"):
+        surgery.locate(nn.ReLU(), x)
 
 
 @pytest.mark.parametrize("name", NAMES)
