@@ -29,7 +29,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/inducer_core.py
 
 zoo: .venv/dev
-	$(BIN)/python -m tests.zoo_check
+	$(BIN)/python -m tests.zoo_check --table docs/coverage.md
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

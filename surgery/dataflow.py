@@ -149,6 +149,12 @@ def handed_on(node: fx.Node) -> fx.Node | None:
     return content if isinstance(content, fx.Node) and content is not node else None
 
 
+def origin(node: fx.Node) -> fx.Node:
+    """Where a value comes from, through the borders of modules."""
+    before_it = handed_on(node)
+    return node if before_it is None else origin(before_it)
+
+
 def walk_on(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The nodes that ``start`` flows into, breadth first; it goes on behind those that pass."""
     reached: list[fx.Node] = []

@@ -12,6 +12,7 @@ from surgery.dataflow import (
     inputs,
     is_activation,
     op_name,
+    origin,
     value,
     walk_on,
 )
@@ -33,11 +34,11 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
     ends, between, loose = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
     if not ends or loose or not any(_nonlinear(n, root) for n in between):
         return None
-    sources = {end.source for end in ends}
+    sources = {origin(end.source) for end in ends}
     if len(sources) != 1 or ends[0].in_width != down.width:
         return None
     ports = {
-        "input": PortNode(ends[0].source),
+        "input": PortNode(sources.pop()),
         "activation": PortNode(down.source),
         "output": PortNode(down.node, down),
     }

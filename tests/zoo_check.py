@@ -1,9 +1,9 @@
 """Try surgery on the whole zoo: locate, splice, start, alive, generate, remove, for every type.
 
-    python tests/zoo_check.py [types...] [--out FILE]
+    python -m tests.zoo_check [types...] [--out FILE] [--table docs/coverage.md]
 
-Each type runs in a worker process with a time limit; one JSON line per type goes to FILE, and a
-summary of the failures, the most frequent first, to the screen at the end.
+Each type runs in a worker process with a time limit; one JSON line per type goes to FILE, a table
+of them all to a Markdown file, and a summary of the failures to the screen.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,40 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # before tests/surgery, a fo
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import surgery
 from tests.zoo import CannotBuild, Tiny, build, model_types, tensors
-from tests.zoo_report import failure, summary
+from tests.zoo_report import failure, markdown, summary
 
 LIMIT = 240  # seconds for one type
 ATTENTION = [surgery.method("inducer", key_rank=2, value_rank=2), surgery.method("lora", rank=2)]
-FFN = [surgery.method("lora", rank=2, ports=("up", "output"))]
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, 2), nn.Linear(2, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(torch.tanh(self.down(x)))
+        return out
+
+
+@dataclass(frozen=True)
+class Beside(surgery.Method):
+    """A parallel adapter: it needs an input and an output alone, as blocks of experts have them."""
+
+    name = "beside"
+    kinds = ("ffn",)
+
+    def splice(self, site: surgery.Site) -> None:
+        site.port("output").add(Bottleneck(site.width), name=self.name, reads=("input",))
+
+
+FFN = [Beside()]
 
 
 # -- one type ----------------------------------------------------------------------------------
@@ -80,6 +107,8 @@ class _Check:
             return self.results
         sites = found[0]
         self.results |= {"n_attention": len(sites.attention), "n_ffn": len(sites.ffn)}
+        self.results["n_linear"] = len(sites.linear)
+        self.results["unclaimed"] = unclaimed(self.model, self.tiny.inputs, sites)
         keys = list(self.model.state_dict())
         before = {name: self.measure(name) for name in ("eval", "train", "batch1", "generate")}
         self.splice("attention", sites.attention, ATTENTION)
@@ -195,6 +224,45 @@ class _Check:
             assert not difference, difference
 
 
+class _Softmaxes(TorchFunctionMode):
+    """Which modules call SDPA or a softmax over the last of three or more axes?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.found = [""], set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        wide = name == "softmax" and args[0].dim() > 2 and dim in (-1, args[0].dim() - 1)
+        if wide or name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+            self.found.add(self.stack[-1])
+        return func(*args, **kwargs)
+
+
+def unclaimed(model: nn.Module, inputs: dict[str, Any], sites: surgery.Sites) -> list[str]:
+    """Modules with a softmax that belongs to no attention site: routers, or something missed."""
+    seen, handles = _Softmaxes(), []
+    for path, module in model.named_modules():
+
+        def enter(module: Any, args: Any, path: str = path) -> None:
+            seen.stack.append(path)
+
+        def leave(module: Any, args: Any, out: Any) -> None:
+            seen.stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        with seen:
+            _outputs(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    claimed = [f"{s.path}.{s.key.partition('#')[0]}".strip(".") for s in sites.attention]
+    return sorted(p for p in seen.found if not any(f"{p}.".startswith(f"{c}.") for c in claimed))
+
+
 @contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
     """Train mode; running statistics and flags come back."""
@@ -268,6 +336,7 @@ def worker(types: Iterable[str]) -> None:
 def main(arguments: list[str]) -> None:
     """Check the types given, or all."""
     out = arguments.pop(arguments.index("--out") + 1) if "--out" in arguments else "zoo.jsonl"
+    table = arguments.pop(arguments.index("--table") + 1) if "--table" in arguments else None
     types = [a for a in arguments if not a.startswith("--")] or model_types()
     rows: list[dict[str, Any]] = []
     with open(out, "w") as file:
@@ -277,6 +346,8 @@ def main(arguments: list[str]) -> None:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     print(summary(rows))
+    if table:
+        Path(table).write_text(markdown(rows))
 
 
 def _batch(types: list[str]) -> Iterator[dict[str, Any]]:

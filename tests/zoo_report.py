@@ -1,6 +1,6 @@
-"""Sum up the rows of zoo_check.py: totals per check, and the failures grouped by what they say.
+"""Sum up the rows of zoo_check.py: totals, failures grouped by what they say, and the table.
 
-python tests/zoo_report.py FILE
+python -m tests.zoo_report FILE... [--table docs/coverage.md]
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 import sys
 import traceback
 from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 CHECKS = ("locate", "attention", "ffn", "eval", "train", "batch1", "alive", "generate", "remove")
@@ -70,6 +72,96 @@ def _category(name: str, method: str, answer: dict[str, str]) -> tuple[str, ...]
     return name, method, answer["error"], place, said.replace("\n", " ")[:110]
 
 
+HEAD = """# Coverage
+
+Written by `make zoo`, with transformers {transformers} and torch {torch}: every model type that
+transformers lists and that can be shrunk generically, as a tiny random model. Nothing is written
+down per architecture, neither in `surgery/` nor in the zoo.
+
+**found**: attention + FFN (+ linear) sites. **splice**: inducer and LoRA at every attention site;
+`lora` where the logsumexp cannot be had, so that inducer is refused with the reason. **start**:
+outputs equal to the base's bit for bit, in evaluation, in training, and for a batch of one.
+**alive**: moved parameters change the output at every site. **generate**: the same greedy tokens.
+**remove**: the base's bits and keys again. A dot: that check does not apply (no text generator; a
+base that draws at random). Each with `sdpa` and with `eager` attention where the type has both.
+
+"""
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of all types, with totals, as Markdown."""
+    built = [r for r in rows if r["build"] == "ok"]
+    judged = [_judge(row) for row in built]
+    attention = [j for j in judged if j["attention"] or "timed" in j]
+    good = [j for j in attention if j["splice"] in ("ok", "lora")]
+    exact = [j for j in good if all(j[c] in ("ok", ".") for c in ("start", "generate", "remove"))]
+    lines = [HEAD.format(transformers=version("transformers"), torch=version("torch"))]
+    lines += [
+        f"- {len(rows)} types, {len(built)} built; {len(attention)} of them with attention.",
+        f"- Located and spliced: **{len(good)} of {len(attention)}** "
+        f"({100 * len(good) / max(len(attention), 1):.1f} %); with inducer, too: "
+        f"{sum(j['splice'] == 'ok' for j in good)}.",
+        f"- Of these, start, generate and remove exact: **{len(exact)}**.",
+        f"- Without attention, said so, with what there is instead: {len(built) - len(attention)}.",
+        "",
+        "| type | found | splice | start | alive | generate | remove | where not: why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    columns = ("type", "found", "splice", "start", "alive", "generate", "remove", "why")
+    lines += ["| " + " | ".join(j[c] for c in columns) + " |" for j in judged]
+    lines += ["", "## Not built", "", "| type | why the tiny model does not run |", "|---|---|"]
+    lines += [f"| {r['type']} | {_plain(r['build'])[:110]} |" for r in rows if r["build"] != "ok"]
+    return "\n".join(lines) + "\n"
+
+
+def _judge(row: dict[str, Any]) -> dict[str, str]:
+    runs = [run for run in row["runs"].values() if "unsupported" not in run]
+    why: dict[str, None] = {}
+
+    def said(*names: str) -> str:
+        answers = [run[n] for run in runs for n in names if n in run]
+        for answer in answers:
+            for one in (answer.get("first") or {"": answer}).values() if _bad(answer) else ():
+                why[_plain(one["message"])[:150]] = None
+        if any(map(_bad, answers)):
+            return "no"
+        return "ok" if any(a == "ok" or "sites" in a for a in answers) else "."
+
+    first = next((run for run in runs if "n_attention" in run), {})
+    numbers = [str(first.get(n, 0)) for n in ("n_attention", "n_ffn", "n_linear")]
+    splice = said("attention")
+    refused = [run["attention"].get("bad", {}) for run in runs if _bad(run.get("attention", ""))]
+    if splice == "no" and refused and all(set(bad) == {"inducer"} for bad in refused):
+        splice = "lora"
+    judged = {
+        "type": row["type"],
+        "found": f"{numbers[0]} + {numbers[1]} (+ {numbers[2]})",
+        "attention": numbers[0] if numbers[0] != "0" else "",
+        "splice": splice,
+        "start": said("eval", "train", "batch1"),
+    }
+    judged |= {name: said(name) for name in ("alive", "generate", "remove")}
+    said("locate")
+    if "crash" in row:
+        why[_plain(row["crash"]["message"])], judged["timed"] = None, ""
+    for path in sorted({p for run in runs for p in run.get("unclaimed", ())})[:2]:
+        why[f"softmax in {path}: not attention"] = None
+    return judged | {"why": "; ".join(why)}
+
+
+def _bad(answer: Any) -> bool:
+    return isinstance(answer, dict) and "error" in answer
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "/").replace("<", "").replace(">", "")
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        print(summary([json.loads(line) for line in file]))
+    files, *table = " ".join(sys.argv[1:]).split(" --table ")
+    lines = [line for name in files.split() for line in Path(name).read_text().splitlines()]
+    rows = [json.loads(line) for line in lines]
+    rows.sort(key=lambda row: row["type"])
+    print(summary(rows))
+    if table:
+        Path(table[0]).write_text(markdown(rows))
