@@ -146,7 +146,9 @@ def set_rows(found: Pattern) -> None:
     tokens = value(output.node)
     if made is None:
         rows = split(value(heads))
+        merged = found.heads * value(ports["context"].node).shape[-1]
         fits = rows.dim() == 4 and rows.shape[0] * rows.shape[2] == tokens.shape[:-1].numel()
+        fits &= output.projection is not None or tokens.shape[-1] == merged
         order = "batch first" if fits else ""
     else:
         order = token_order(made, heads, split, tokens)

@@ -129,8 +129,8 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
 def handed_on(node: fx.Node) -> fx.Node | None:
     path: list[Any] = []
     base: Any = node
-    while op_name(base) == "getitem" and isinstance(base.args[0], fx.Node):
-        path.insert(0, base.args[1])
+    while isinstance(base, fx.Node) and (step := _step(base)) is not None:
+        path.insert(0, step)
         base = base.args[0]
     content: Any
     if base.target is before:
@@ -147,6 +147,14 @@ def handed_on(node: fx.Node) -> fx.Node | None:
         except (KeyError, IndexError, TypeError):
             return None
     return content if isinstance(content, fx.Node) and content is not node else None
+
+
+def _step(node: fx.Node) -> Any:
+    """Which item of a tuple a node takes, by number or by name; None if it takes none."""
+    if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
+        return node.args[1]
+    fields = getattr(value(node.args[0]), "_fields", ()) if node.target is getattr else ()
+    return fields.index(node.args[1]) if node.args[1:] and node.args[1] in fields else None
 
 
 def origin(node: fx.Node) -> fx.Node:

@@ -35,6 +35,10 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
     if not ends or loose or not any(_nonlinear(n, root) for n in between):
         return None
     sources = {origin(end.source) for end in ends}
+    if len(sources) == 2:  # a low-rank update beside a projection is no second source
+        low = [end for end in ends if _follows(end, sources, root)]
+        ends = [end for end in ends if end not in low] if len(low) < len(ends) else ends
+        sources = {origin(end.source) for end in ends}
     if len(sources) != 1 or ends[0].in_width != down.width:
         return None
     ports = {
@@ -50,6 +54,12 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
     nodes = [down.node, *(end.node for end in ends), *between]
     where = down.module or str(down.node.meta["owner"])
     return Pattern("ffn", where, down.node, ports, nodes)
+
+
+def _follows(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
+    """Is what a projection reads projected itself, from one of these?"""
+    first = projection(origin(end.source), root)
+    return first is not None and origin(first.source) in sources
 
 
 def experts_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
@@ -100,4 +110,10 @@ def joins_residual(pattern: Pattern, root: nn.Module) -> bool:
     """Is the output of an FFN added to something? (To be asked of a flat graph.)"""
     start = pattern.ports["output"].node
     onward = walk_on(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
-    return any(op_name(n) in ("add", "iadd", "radd") for n in onward)
+    return any(op_name(n) in ("add", "iadd", "radd") or _adds_inside(n) for n in onward)
+
+
+def _adds_inside(node: fx.Node) -> bool:
+    """Does a module take in two activations of one shape (one of them is the residual stream)?"""
+    shapes = [value(n).shape for n in node.all_input_nodes if is_activation(n)]
+    return node.op == "call_module" and len(shapes) > 1 and shapes[0] == shapes[1]

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery import fastpath
-from surgery.dataflow import normalises
+from surgery.dataflow import PRODUCTS, normalises
 from surgery.patching import patched
 from surgery.projection import stacks_weights
 from surgery.quiet import evaluating, quiet_random
@@ -54,6 +54,7 @@ class _Observer(TorchFunctionMode):
         self.observation = Observation(self.graph)
         self.paths = {id(m): p for p, m in reversed(list(model.named_modules()))}
         self.paths[id(model)] = ""
+        self.modules = dict(model.named_modules())
         self.parameters = {id(t): n for n, t in model.named_parameters()}
         self.parameters |= {id(t): n for n, t in model.named_buffers()}
         self.nodes: dict[int, fx.Node] = {}
@@ -150,8 +151,10 @@ class _Observer(TorchFunctionMode):
     def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Make one node of everything that a childless module, or a block of experts, did."""
         inside = self.trail[start:]
-        if any(_name(node) in _CORE for node in inside):
-            return
+        names = {_name(node) for node in inside}
+        weightless = not any(True for _ in self.modules[path].parameters())
+        if not names.isdisjoint(_CORE) or (weightless and not names.isdisjoint(PRODUCTS)):
+            return  # part of an attention
         inputs = self.named(args), self.named(kwargs)
         node = self.graph.create_node("call_module", path, *inputs)
         node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])

@@ -156,3 +156,20 @@ def qwen_half_billion() -> Any:
     config = tr.Qwen2Config(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
     config.update({"num_attention_heads": 14, "num_key_value_heads": 2})
     return tr.Qwen2ForCausalLM(config)
+
+
+def rename(model: nn.Module) -> dict[str, str]:
+    """Give every submodule another name; parents find their children under both.
+
+    Returns the new path of each old one.
+    """
+    old = {id(m): p for p, m in model.named_modules()}
+    for number, module in enumerate(list(model.modules())):
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        children = dict(module._modules)
+        module._modules.clear()
+        for index, (name, child) in enumerate(children.items()):
+            module._modules[f"m{number}x{index}"] = child
+            vars(module)[name] = child
+    return {old[id(m)]: p for p, m in model.named_modules()}

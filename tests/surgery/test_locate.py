@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import surgery
-from tests.models import GENERATORS, NAMES, build, inputs, logits
+from tests.models import GENERATORS, NAMES, build, inputs, logits, rename
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,24 +40,10 @@ def test_example_inputs_come_from_a_transformers_model_itself(name: str) -> None
 def test_names_do_not_matter(name: str) -> None:
     model = build(name)
     before = surgery.locate(model, inputs(name))
-    renamed = _rename(model)
+    renamed = rename(model)
     after = surgery.locate(model, inputs(name))
     assert [s.ports.keys() for s in before] == [s.ports.keys() for s in after]
     assert [s.path for s in after] == [renamed[s.path] for s in before]
-
-
-def _rename(model: nn.Module) -> dict[str, str]:
-    """Give every submodule another name; parents find their children under both."""
-    old = {id(m): p for p, m in model.named_modules()}
-    for number, module in enumerate(list(model.modules())):
-        if isinstance(module, nn.ModuleList):
-            continue
-        children = dict(module._modules)
-        module._modules.clear()
-        for index, (name, child) in enumerate(children.items()):
-            module._modules[f"m{number}x{index}"] = child
-            vars(module)[name] = child
-    return {old[id(m)]: p for p, m in model.named_modules()}
 
 
 def test_selections_are_sites_again() -> None:
