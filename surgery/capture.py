@@ -148,16 +148,21 @@ def _quiet(
         return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
 
     def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
-        def read(mod: nn.Module, name: str) -> Any:
-            value = original(mod, name)
+        def read(owner: Any, name: str) -> Any:
+            value = original(owner, name)
             if value is None or type(value) in (bool, int, float, str):
-                tracer.read(mod, name, value)
+                if id(owner) in known and name in vars(owner):
+                    tracer.read(owner, name, value)
             return value
 
         return read
 
+    configs = {id(c): c for m in module.modules() for c in vars(m).values() if _is_config(c)}
+    known = {*tracer.paths, *configs}
     replacements: list[Any] = [(nn.Module, "__call__", module_call)]
     replacements += [(nn.Module, "__getattribute__", attribute), *fastpath.OPEN]
+    classes = dict.fromkeys(type(config) for config in configs.values())
+    replacements += [(each, "__getattribute__", attribute) for each in classes]
     replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
     replacements += [(math, name, recorded("call_function")) for name in MATH]
     replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
@@ -170,6 +175,13 @@ def _quiet(
         replacements += attention_patch(leaf)
     with quiet_random(module), patched(*replacements), Recorder(tracer):
         yield
+
+
+def _is_config(x: Any) -> bool:
+    """A plain object that holds settings: its attributes are read in a forward, not called."""
+    written_in_python = type(x).__flags__ & (1 << 9) and not type(x).__flags__ & (1 << 8)
+    other = isinstance(x, (nn.Module, torch.Tensor, type)) or callable(x)
+    return bool(written_in_python) and hasattr(x, "__dict__") and not other
 
 
 def _refuse_leaks(tracer: Tracer, path: str) -> None:

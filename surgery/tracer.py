@@ -39,7 +39,7 @@ class Captured:
 
     graph: fx.Graph
     guards: list[Guard]
-    reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    reads: list[tuple[Any, str, Any]] = field(default_factory=list)
     ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
 
 
@@ -61,7 +61,7 @@ class Tracer(TracerBase):
         self.root_node: fx.Node | None = None
         self.guards: list[Guard] = []
         self.guarded: set[tuple[fx.Node, Any]] = set()
-        self.reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
+        self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owner = [""]
         self.executing = 0
@@ -210,10 +210,10 @@ class Tracer(TracerBase):
     def unpack(self, proxy: Any) -> Any:
         return tuple(proxy) if is_proxy(proxy) and type(proxy.value) is tuple else proxy
 
-    def read(self, module: nn.Module, name: str, value: Any) -> None:
-        """Note that a plain attribute of a module decided what was captured."""
-        if not self.executing and id(module) in self.paths:
-            self.reads.setdefault((id(module), name), (module, name, value))
+    def read(self, owner: Any, name: str, value: Any) -> None:
+        """Note that a plain attribute of a module, or of its config, decided what was captured."""
+        if not self.executing:
+            self.reads.setdefault((id(owner), name), (owner, name, value))
 
 
 class Recorder(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -115,6 +116,35 @@ def test_a_branch_on_a_flag_a_string_and_an_attribute() -> None:
         model.sharp = True
         expected = model(given)
     assert torch.equal(model(given), expected)
+
+
+@dataclass
+class Settings:
+    twice: bool = False
+
+
+class ByConfig(Attention):
+    """A flag that stands in a config, as models written with a dataclass have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Settings()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.merge(F.scaled_dot_product_attention(q * 2 if self.config.twice else q, k, v))
+
+
+def test_a_branch_on_a_config() -> None:
+    model, given = spliced(ByConfig().eval(), x()), x()
+    with surgery.disabled(model):
+        once = model(given)
+        model.config.twice = True
+        twice = model(given)
+    assert torch.equal(model(given), twice)
+    model.config.twice = False
+    assert torch.equal(model(given), once)
+    assert [len(v) for v in surgery.variants(model).values()] == [2]
 
 
 def test_a_branch_on_data() -> None:
