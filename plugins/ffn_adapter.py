@@ -1,0 +1,134 @@
+"""Bottleneck adapters: a small network behind a sub-layer, or beside the FFN.
+
+    A(h) = relu(LN(h) W_d + b_d) W_u + b_u               LN only with ``layer_norm``
+    houlsby     a := a + A1(a), m := m + A2(m)           behind attention and FFN
+    attention   a := a + A(a)                            behind attention alone
+    pfeiffer    m := m + A(m)                            behind the FFN alone
+    parallel    m := m + s A(u)                          u is what the FFN reads
+
+a and m are the outputs of attention and FFN before they join the residual stream. Houlsby et al.
+2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247 (whose release puts it behind the
+residual and norm of post-norm models; here it stands before them, in every model); He et al. 2022,
+arXiv:2110.04366, for parallel and scale s. Adapter-108, the baseline of the inducer paper (Chen et
+al. 2022, arXiv:2210.14469), is ``attention`` with a LayerNorm of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+
+Placement = Literal["houlsby", "attention", "pfeiffer", "parallel"]
+SITES = {
+    "houlsby": ("attention", "ffn"),
+    "attention": ("attention",),
+    "pfeiffer": ("ffn",),
+    "parallel": ("ffn",),
+}
+
+
+class Bottleneck(nn.Module):
+    """s A(h), to be added to a port.
+
+    Args:
+        width, rank: D and the inner width r.
+        scale: s; ``"learned"`` makes it a parameter that starts at 1.
+        layer_norm: whether A normalises its input itself.
+        dropout: probability, behind the relu.
+        init: ``zero`` or ``normal``, see Parameters.
+
+    Shape:
+        h (B, n, D) -> (B, n, D)
+    Parameters:
+        down.weight (r, D)  down.bias (r,)  up.weight (D, r)  up.bias (D,)  [norm: 2 D]  [scale: 1]
+        zero: down Kaiming-uniform with a = sqrt(5), up and biases 0: the spliced model starts equal
+        normal: weights N(0, 0.02), biases 0: it starts nearly equal
+    Cost: 2 D r + r + D [+ 2 D] [+ 1] parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        rank: int,
+        scale: float | Literal["learned"],
+        layer_norm: bool,
+        dropout: float,
+        init: str,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        self.dropout = surgery.Dropout(dropout)
+        self.scale: float | nn.Parameter = (
+            nn.Parameter(torch.ones(())) if scale == "learned" else float(scale)
+        )
+        for layer in (self.down, self.up):
+            nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=0.02)
+        if init == "zero":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        hidden = self.dropout(torch.relu(self.down(self.norm(h))))  # (B, n, r)
+        out: Tensor = self.up(hidden)
+        return out * self.scale
+
+
+@dataclass(frozen=True)
+class FFNAdapter(surgery.Method):
+    """Insert a bottleneck adapter.
+
+    Args:
+        rank: inner width r, at least 1.
+        placement: ``houlsby``, ``attention``, ``pfeiffer`` or ``parallel``, see this module.
+        scale: s, a number, or ``"learned"`` (starts at 1). He et al. use 4 (XSum) and 2 (GLUE).
+        layer_norm: give the adapter a LayerNorm of its own.
+        dropout: probability, behind the relu.
+        init: ``zero`` starts exactly at the base model, ``normal`` near it.
+
+    Start: exact; with ``init="normal"`` none. Not mergeable. Keys and values stay as they are.
+    """
+
+    name = "ffn_adapter"
+
+    rank: int = 64
+    placement: Placement = "parallel"
+    scale: float | Literal["learned"] = 1.0
+    layer_norm: bool = False
+    dropout: float = 0.0
+    init: Literal["zero", "normal"] = "zero"
+
+    def __post_init__(self) -> None:
+        self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
+        self.require(self.placement in SITES, "placement", f"one of {', '.join(SITES)}")
+        number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
+        fits = self.scale == "learned" or (number and self.scale != 0)
+        self.require(fits, "scale", "a number other than 0, or 'learned'")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self.require(self.init in ("zero", "normal"), "init", "'zero' or 'normal'")
+
+    @property
+    def start(self) -> surgery.Start:
+        return "exact" if self.init == "zero" else "none"
+
+    def suits(self, site: surgery.Site) -> bool:
+        return site.kind in SITES[self.placement]
+
+    def splice(self, site: surgery.Site) -> None:
+        adapter = Bottleneck(
+            site.width, self.rank, self.scale, self.layer_norm, self.dropout, self.init
+        )
+        read = "input" if self.placement == "parallel" else "output"
+        site.port("output").add(adapter, name=self.name, reads=(read,))
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    register(FFNAdapter)
