@@ -88,6 +88,8 @@ def assemble(
     ports.setdefault("query_unrotated", PortNode(query))
     n_heads, kv_heads = _count_heads(query, ports, order), _count_heads(key, ports, order)
     ports["output"] = _output(context, core, root)
+    made_of = ports["output"].projection
+    ports["merged"] = PortNode(made_of.source if made_of else ports["output"].node)
     nodes += flow(context, ports["output"].node)
     found = Pattern(
         "attention", str(core.meta["owner"]), core, ports, nodes, scale, heads=n_heads,
@@ -152,7 +154,7 @@ def set_rows(found: Pattern) -> None:
         order = "batch first" if fits else ""
     else:
         order = token_order(made, heads, split, tokens)
-    output.sequence_first = order == "sequence first"
+    output.sequence_first = ports["merged"].sequence_first = order == "sequence first"
     if not order:
         found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
 

@@ -6,7 +6,7 @@ value read the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -15,9 +15,14 @@ from surgery.errors import PortError
 
 
 def rewrite(
-    node: fx.Node, reads: Sequence[fx.Node], make: Callable[[fx.Graph], fx.Node]
+    node: fx.Node,
+    reads: Sequence[fx.Node],
+    make: Callable[[fx.Graph], fx.Node],
+    fresh: Collection[fx.Node] = (),
 ) -> fx.Node:
     """Put what ``make`` builds behind ``node`` and ``reads``; readers of ``node`` read it instead.
+
+    ``fresh`` are nodes that were made for ``reads``: they go on reading ``node`` as it was.
 
     Raises:
         PortError: something reads ``node`` before all of ``reads`` are there.
@@ -25,14 +30,14 @@ def rewrite(
     graph = node.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
     last = max([node, *reads], key=lambda n: order[n])
-    users = list(node.users)
+    users = [user for user in node.users if user not in fresh]
     early = [u for u in users if order[u] <= order[last] and u is not last]
     if early or last in users:
         raise PortError(
             f"an edit of {node.name!r} reads {last.name!r}, which is computed only after "
             f"{(early or [last])[0].name!r} has used {node.name!r}. Read ports that come earlier."
         )
-    before = set(graph.nodes)
+    before = set(graph.nodes) - set(fresh)
     with graph.inserting_after(_behind(last)):
         new = make(graph)
     created = set(graph.nodes) - before
@@ -84,6 +89,14 @@ def rows_like(lse: Tensor, heads: Tensor) -> Tensor:
 def split_rows(heads: Tensor, n_heads: int) -> Tensor:
     """(B H, n, d) -> (B, H, n, d)."""
     return heads.reshape(-1, n_heads, *heads.shape[-2:])
+
+
+def tokens_like(y: Tensor, heads: Tensor, sequence_first: bool) -> Tensor:
+    """``y`` as (B, n, D), for heads (B, H, n, d): its tokens may lie on other axes."""
+    batch, _, n, _ = heads.shape
+    if sequence_first:
+        return y.reshape(n, batch, -1).transpose(0, 1)
+    return y.reshape(batch, n, -1)
 
 
 def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from surgery.core import attention, logsumexp, with_lse
 from surgery.dataflow import inputs, is_row_maximum, op_name
-from surgery.edit import reorder, rows_like, split_rows
+from surgery.edit import reorder, rows_like, split_rows, tokens_like
 from surgery.pattern import Pattern
 
 
@@ -33,6 +33,15 @@ def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
         return heads
     with heads.graph.inserting_after(heads):
         return heads.graph.call_function(split_rows, (heads, pattern.heads))
+
+
+def merged_tokens(pattern: Pattern) -> fx.Node:
+    """The merged heads as (B, n, H d)."""
+    port = pattern.ports["merged"]
+    heads = split_heads(pattern.ports["query_heads"].node, pattern)
+    graph = heads.graph
+    with graph.inserting_after(max(heads, port.node)):
+        return graph.call_function(tokens_like, (port.node, heads, port.sequence_first))
 
 
 def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:

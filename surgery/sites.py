@@ -13,7 +13,8 @@ Ports of an attention site:
     key_heads value_heads          (B, G, m, d)  likewise, and after the KV cache
     query_unrotated                (B, H, n, d)  query heads before a rotary encoding, after q-norm
     mask weights                   what is allowed in, and what comes out where it is computed
-    context                        heads mixed, before the output projection
+    context                        heads mixed, as the attention call gives them
+    merged                         (B, n, H d)   the same, side by side: what makes the output
     lse                            (B, H, n)     logsumexp of the masked, scaled scores
     output                         (B, n, D)     after the output projection
 
@@ -50,7 +51,7 @@ class Edit:
     @property
     def batched(self) -> bool:
         """Is what it inserts (B, n, D), because it is made from heads?"""
-        return any(name in ("query_unrotated", "lse") for name in self.reads)
+        return any(name in ("query_unrotated", "query_heads", "lse") for name in self.reads)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from surgery.edit import (
 )
 from surgery.errors import PortError, SpliceError
 from surgery.guards import Guard, is_pure
-from surgery.lse import expose_lse, first_of, second_of, split_heads
+from surgery.lse import expose_lse, first_of, merged_tokens, second_of, split_heads
 from surgery.patterns import Pattern, PortNode
 from surgery.sites import Edit
 from surgery.tracer import Captured
@@ -83,6 +83,7 @@ def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Mod
 
 def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     port = pattern.ports[edit.port]
+    before = set(port.node.graph.nodes)
     reads = tuple(_read(pattern, name) for name in edit.reads)
     columns = port.columns is not None
     if columns:
@@ -108,7 +109,7 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
             return chain(graph, (child, reads), put)
         return chain(graph, (take_columns, (y, at)), (child, (...,)), put)
 
-    new = rewrite(port.node, reads, make)
+    new = rewrite(port.node, reads, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
     old = port.node
     for other in pattern.ports.values():
@@ -119,8 +120,10 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 def _read(pattern: Pattern, name: str) -> fx.Node:
     if name == "lse" and "lse" not in pattern.ports:
         pattern.ports["lse"] = PortNode(expose_lse(pattern))
-    if name == "query_unrotated":
+    if name in ("query_unrotated", "query_heads"):
         return split_heads(pattern.ports[name].node, pattern)
+    if name == "merged":
+        return merged_tokens(pattern)
     port = pattern.ports[name.removesuffix(".source")]
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)

@@ -33,7 +33,19 @@ def methods(draw: Any, dropout: bool = False) -> list[surgery.Method]:
         st.one_of(some, st.just(("up", "output"))),
         st.booleans(),
     )
-    return draw(st.lists(st.one_of(inducer, lora), min_size=1, max_size=3))
+    adapter = st.builds(
+        lambda r, place, norm: surgery.method(
+            "ffn_adapter", rank=r, placement=place, layer_norm=norm, dropout=p
+        ),
+        st.integers(1, 4),
+        st.sampled_from(["houlsby", "attention", "pfeiffer", "parallel"]),
+        st.booleans(),
+    )
+    prefix = st.builds(
+        lambda n: surgery.method("prefix", length=n, gate=True, std=0.5), st.integers(1, 4)
+    )
+    kinds = st.one_of(inducer, lora, adapter, prefix)
+    return draw(st.lists(kinds, min_size=1, max_size=3))
 
 
 @st.composite
@@ -94,7 +106,9 @@ def test_a_fresh_splice_changes_no_bit_under_padding(
     case = inputs(name, *shape) | {"attention_mask": padding(*shape, side)}
     expected = logits(model, case)
     operate(model, name, chosen)
-    assert torch.equal(logits(model, case), expected)
+    output = logits(model, case)
+    assert torch.equal(output.isnan(), expected.isnan())  # in float64 some bases mask with -inf
+    assert torch.equal(output.nan_to_num(), expected.nan_to_num())
 
 
 @given(models(), splices, sizes)
