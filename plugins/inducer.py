@@ -6,7 +6,12 @@
 
 Chen et al. 2022, arXiv:2210.14469. f is the unchanged attention output, lse the logsumexp of its
 masked and scaled scores. The value branch is added after the output projection (eq. 9), b2 once
-per token. The paper leaves the activation open; its code uses tanh.
+per token. The paper leaves the activation open; its code uses tanh. Its ablations (section 6.2):
+
+    Extension   P_k = Q (``key_rank=0``)
+    Adaptive    P_k = Q, and the value branch before the output projection:
+                y = concat_h(f^h + lambda^h (tanh(Q^h W1^h + b1^h) W2^h + b2^h)) Wo + bo
+    Gating      P_v without f: y = concat_h((1 - lambda^h) f^h) Wo + bo + sum_h lambda^h ... + b2
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from torch import Tensor, nn
 import surgery
 
 Init = Literal["zero", "paper"]
+Variant = Literal["inducer", "adaptive", "gating"]
 
 
 class Inducer(nn.Module):
@@ -68,12 +74,7 @@ class Inducer(nn.Module):
         self.value_b1 = _weight(heads, value_rank)
         self.value_w2 = _weight(heads, value_rank, width)
         self.value_b2 = _weight(width)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if init == "paper":
-                    parameter.copy_(torch.randn_like(parameter).fmod(2.0) * 0.01)
-                elif name.endswith("w1"):  # as nn.Linear starts: U(-1/sqrt(d), 1/sqrt(d))
-                    parameter.uniform_(-1 / math.sqrt(head_width), 1 / math.sqrt(head_width))
+        _start(self, head_width, init)
 
     def gate(self, query: Tensor, lse: Tensor) -> Tensor:
         """lambda (B, H, n): the softmax weight of each query's inducer, in at least float32."""
@@ -95,8 +96,58 @@ class Inducer(nn.Module):
         return hidden @ self.value_w2.flatten(0, 1) + self.value_b2  # (B, n, D)
 
 
+class Fade(nn.Module):
+    """Gating's ``-lambda f``, to be added to the merged heads; lambda is that of ``inducer``.
+
+    Shape: merged (B, n, H d), query (B, H, n, d), lse (B, H, n) -> (B, n, H d)
+    Cost: no parameters of its own.
+    """
+
+    def __init__(self, inducer: Inducer) -> None:
+        super().__init__()
+        self.inducer = inducer
+
+    def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
+        gate = self.inducer.gate(query, lse).transpose(1, 2)  # (B, n, H)
+        f = merged.unflatten(-1, (gate.shape[-1], -1))  # (B, n, H, d)
+        return -(gate.unsqueeze(-1) * f).flatten(2)
+
+
+class Adaptive(Inducer):
+    """Adaptive's value branch ``lambda^h MLP_v^h(Q^h)``, to be added to the merged heads.
+
+    Shape: query (B, H, n, d), lse (B, H, n) -> (B, n, H d)
+    Parameters: as in :class:`Inducer` with r_k = 0, but value_w2 (H, r_v, d) and value_b2 (H, d)
+    Cost: H (2 d r_v + r_v + d) parameters.
+    """
+
+    def __init__(
+        self, heads: int, head_width: int, value_width: int, value_rank: int, scale: float,
+        dropout: float, init: Init,
+    ) -> None:  # fmt: skip
+        super().__init__(heads, head_width, 1, 0, value_rank, scale, dropout, init)
+        self.value_w2 = _weight(heads, value_rank, value_width)
+        self.value_b2 = _weight(heads, value_width)
+        _start(self, head_width, init)
+
+    def forward(self, query: Tensor, lse: Tensor) -> Tensor:
+        gate = self.dropout(self.gate(query, lse))  # (B, H, n)
+        hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)
+        value = hidden @ self.value_w2 + self.value_b2.unsqueeze(-2)  # (B, H, n, d)
+        return (gate.unsqueeze(-1) * value).transpose(1, 2).flatten(2)
+
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape))
+
+
+def _start(module: nn.Module, head_width: int, init: Init) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if init == "paper":
+                parameter.copy_(torch.randn_like(parameter).fmod(2.0) * 0.01)
+            elif name.endswith("w1"):  # as nn.Linear starts: U(-1/sqrt(d), 1/sqrt(d))
+                parameter.uniform_(-1 / math.sqrt(head_width), 1 / math.sqrt(head_width))
 
 
 @dataclass(frozen=True)
@@ -108,8 +159,10 @@ class InducerTuning(surgery.Method):
         value_rank: inner width of MLP_v.
         dropout: probability, on lambda (the authors use the attention's dropout, 0.1).
         init: ``zero`` starts exactly at the base model, ``paper`` as the authors' code does.
+        variant: ``inducer``, or an ablation: ``adaptive`` (``key_rank`` must be 0) or ``gating``.
 
-    Start: exact; with ``init="paper"`` none (close to the base, not equal).
+    Start: exact; with ``init="paper"`` none (close to the base, not equal); Gating none: a fresh
+    one gives (1 - lambda) f.
     """
 
     name = "inducer"
@@ -118,6 +171,7 @@ class InducerTuning(surgery.Method):
     value_rank: int = 15
     dropout: float = 0.0
     init: Init = "zero"
+    variant: Variant = "inducer"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.key_rank, int) and self.key_rank >= 0
@@ -126,19 +180,34 @@ class InducerTuning(surgery.Method):
         self.require(whole, "value_rank", "an integer >= 1")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(self.init in ("zero", "paper"), "init", "'zero' or 'paper'")
+        known = ("inducer", "adaptive", "gating")
+        self.require(self.variant in known, "variant", f"one of {', '.join(known)}")
+        plain = self.variant != "adaptive" or self.key_rank == 0
+        self.require(plain, "key_rank", "0 for variant='adaptive', whose key is the query")
 
     @property
     def start(self) -> surgery.Start:
-        return "exact" if self.init == "zero" else "none"
+        return "exact" if self.init == "zero" and self.variant != "gating" else "none"
 
     def suits(self, site: surgery.Site) -> bool:
         return "lse" in site.ports
 
     def splice(self, site: surgery.Site) -> None:
+        if self.variant == "adaptive":
+            adaptive = Adaptive(
+                site.heads, site.head_width, site.value_width, self.value_rank, site.scale,
+                self.dropout, self.init,
+            )  # fmt: skip
+            reads = ("query_unrotated", "lse")
+            site.port("merged").add(adaptive, name=self.name, reads=reads)
+            return
         inducer = Inducer(
             site.heads, site.head_width, site.width, self.key_rank, self.value_rank,
             site.scale, self.dropout, self.init,
         )  # fmt: skip
+        if self.variant == "gating":
+            reads = ("merged", "query_unrotated", "lse")
+            site.port("merged").add(Fade(inducer), name=self.name, reads=reads)
         site.port("output").add(inducer, name=self.name, reads=("query_unrotated", "lse"))
 
 

@@ -122,6 +122,7 @@ def _operate(
     operation = Operation(report.name, [], [])
     new: list[tuple[str, nn.Module]] = []
     inserted: list[Inserted] = []
+    shared: dict[int, nn.Parameter] = {}  # by modules of one site
     for method, site in pairs:
         opened = site.open()
         method.splice(opened)
@@ -136,7 +137,9 @@ def _operate(
             new.append((child, child_module))
             operation.edits.append(edit)
             operation.children.append(child)
-            count = sum(p.numel() for p in child_module.parameters())
+            fresh = {id(p): p for p in child_module.parameters() if id(p) not in shared}
+            shared.update(fresh)
+            count = sum(p.numel() for p in fresh.values())
             full = f"{path}.{child}" if path else child
             inserted.append(Inserted(_lean(site), method, edit, full, count))
 

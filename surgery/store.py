@@ -145,8 +145,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
 
 def fingerprint(model: nn.Module) -> str:
     """A digest of the names and shapes of the base's parameters."""
-    inserted = {name for name, _ in spliced_parameters(model)}
-    shapes = [f"{n} {tuple(p.shape)}" for n, p in model.named_parameters() if n not in inserted]
+    inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
+    own = [(n, p) for n, p in model.named_parameters() if id(p) not in inserted]
+    shapes = [f"{n} {tuple(p.shape)}" for n, p in own]
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()[:16]
 
 

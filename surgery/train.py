@@ -19,12 +19,18 @@ _log = logging.getLogger("surgery")
 def spliced_parameters(
     model: nn.Module, name: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The inserted parameters of one splice, or of all, with their names in the model."""
+    """The inserted parameters of one splice, or of all, with their names in the model.
+
+    One that several inserted modules share comes once.
+    """
+    seen: set[int] = set()
     for report in records(model).values():
         if name is None or report.name == name:
             for inserted in report.inserted:
                 for own, parameter in model.get_submodule(inserted.path).named_parameters():
-                    yield f"{inserted.path}.{own}", parameter
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield f"{inserted.path}.{own}", parameter
 
 
 def kept_parameters(model: nn.Module) -> list[str]:
@@ -68,8 +74,8 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
             f"nothing is spliced into this {type(model).__name__}, so nothing would be trained. "
             "Call surgery.splice first."
         )
-    inserted = {name for name, _ in spliced_parameters(model)}
-    base = [name for name, _ in model.named_parameters() if name not in inserted]
+    inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
+    base = [name for name, p in model.named_parameters() if id(p) not in inserted]
     kept: dict[str, None] = {}
     for wish in keep:
         found = [name for name in base if name == wish or name.startswith(wish + ".")]
@@ -83,7 +89,7 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
     kept.update(dict.fromkeys(new))
     frozen = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in inserted or name in kept)
+        parameter.requires_grad_(id(parameter) in inserted or name in kept)
         frozen += 0 if parameter.requires_grad else parameter.numel()
     vars(model)[_KEPT] = list(kept)
     result = Frozen(tuple(kept), tuple(new), frozen)
@@ -140,8 +146,8 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Sites, methods, trainable and total parameters of a model."""
-    inserted = dict(spliced_parameters(model))
-    base = [p for n, p in model.named_parameters() if n not in inserted]
+    inserted = {id(p): p for _, p in spliced_parameters(model)}
+    base = [p for p in model.parameters() if id(p) not in inserted]
     return Summary(
         model=type(model).__name__,
         reports=tuple(records(model).values()),
