@@ -1,0 +1,137 @@
+"""Named compositions of methods, with the papers' settings for GPT-2 small.
+
+    inducer_lora   LoRA on the query projection, then inducer-tuning          2,002,320 parameters
+    mam_inducer    the same, and a parallel adapter beside the FFN             2,001,816
+    mam_adapter    prefix-tuning, and a scaled parallel adapter beside the FFN
+
+Chen et al. 2022, arXiv:2210.14469, section 5; ``mam_adapter``: He et al. 2022, arXiv:2110.04366.
+A preset is a method like any other: at each site it does what its parts would do one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import surgery
+
+
+@dataclass(frozen=True)
+class Preset(surgery.Method):
+    """A method made of others. A subclass has ``parts``, in the order in which they apply."""
+
+    kinds = ("attention", "ffn")
+
+    def __post_init__(self) -> None:
+        _ = self.parts  # each part checks its own options
+
+    @property
+    def parts(self) -> list[surgery.Method]:
+        """The methods that this one is made of."""
+        return []
+
+    @property
+    def start(self) -> surgery.Start:
+        starts: list[Any] = [part.start for part in self.parts]
+        return next((s for s in ("none", "gated") if s in starts), "exact")
+
+    def suits(self, site: surgery.Site) -> bool:
+        return any(part.suits(site) for part in self.parts)
+
+    def splice(self, site: surgery.Site) -> None:
+        for part in self.parts:
+            if part.suits(site):
+                part.splice(site)
+
+
+@dataclass(frozen=True)
+class InducerLoRA(Preset):
+    """LoRA on the query projection, then an inducer that reads the updated query.
+
+    Args:
+        key_rank, value_rank: of the inducer.  lora_rank, alpha, dropout, bias: of LoRA.
+        inducer_dropout: on lambda.
+
+    Start: exact.
+    """
+
+    name = "inducer_lora"
+
+    key_rank: int = 5
+    value_rank: int = 12
+    lora_rank: int = 24
+    alpha: float = 32.0
+    dropout: float = 0.0
+    inducer_dropout: float = 0.0
+    bias: bool = True
+
+    @property
+    def parts(self) -> list[surgery.Method]:
+        return [
+            surgery.method(
+                "lora", rank=self.lora_rank, alpha=self.alpha, ports=("query",),
+                dropout=self.dropout, bias=self.bias,
+            ),
+            surgery.method(
+                "inducer", key_rank=self.key_rank, value_rank=self.value_rank,
+                dropout=self.inducer_dropout,
+            ),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MAMInducer(InducerLoRA):
+    """Inducer and LoRA in attention, a parallel adapter beside the FFN.
+
+    Args:
+        ffn_rank, scale, layer_norm: of the adapter; the others as in ``inducer_lora``.
+
+    Start: exact.
+    """
+
+    name = "mam_inducer"
+
+    key_rank: int = 3
+    value_rank: int = 7
+    lora_rank: int = 16
+    ffn_rank: int = 42
+    scale: float = 1.0
+    layer_norm: bool = False
+
+    @property
+    def parts(self) -> list[surgery.Method]:
+        beside = surgery.method(
+            "ffn_adapter", rank=self.ffn_rank, scale=self.scale, layer_norm=self.layer_norm
+        )
+        return [*super().parts, beside]
+
+
+@dataclass(frozen=True)
+class MAMAdapter(Preset):
+    """A short prefix in attention, a scaled parallel adapter beside the FFN.
+
+    Args:
+        length: of the prefix.  rank, scale: of the adapter. He et al. use 30, 512 and 4 for
+            summaries, 16, 16 and 2 for GLUE.
+
+    Start: none, as the prefix takes its share of the softmax.
+    """
+
+    name = "mam_adapter"
+
+    length: int = 30
+    rank: int = 512
+    scale: float = 4.0
+
+    @property
+    def parts(self) -> list[surgery.Method]:
+        return [
+            surgery.method("prefix", length=self.length),
+            surgery.method("ffn_adapter", rank=self.rank, scale=self.scale),
+        ]
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    for preset in (InducerLoRA, MAMInducer, MAMAdapter):
+        register(preset)
