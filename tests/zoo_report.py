@@ -81,10 +81,11 @@ down per architecture, neither in `surgery/` nor in the zoo.
 **found**: attention + FFN (+ linear) sites. **splice**: inducer and LoRA at every attention site;
 `lora` where the logsumexp cannot be had, so that inducer is refused with the reason. **start**:
 outputs equal to the base's bit for bit, in evaluation, in training, and for a batch of one.
-**alive**: moved parameters change the output at every site. **generate**: the same greedy tokens.
-**remove**: the base's bits and keys again. A dot: that check does not apply (no text generator; a
-base that draws at random). Each with `sdpa` and with `eager` attention where the type has both.
-
+**alive**: moved parameters change the output at every site; `no` names sites whose result the model
+itself throws away (the last layer of a tower, where an earlier one is read). **generate**: the same
+greedy tokens. **remove**: the base's bits and keys again. A dot: that check does not apply (no text
+generator; a base that draws at random). Each with `sdpa` and with `eager` attention where the type
+has both.
 """
 
 
