@@ -173,3 +173,27 @@ def rename(model: nn.Module) -> dict[str, str]:
             module._modules[f"m{number}x{index}"] = child
             vars(module)[name] = child
     return {old[id(m)]: p for p, m in model.named_modules()}
+
+
+def watched(module: nn.Module) -> dict[str, Any]:
+    """What ``module`` is given (x) and gives (y) in its next forward, filled in then."""
+    met: dict[str, Any] = {}
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        met.update(x=(*args, kwargs.get("hidden_states"))[0].detach(), y=output[0])
+
+    module.register_forward_hook(hook, with_kwargs=True)
+    return met
+
+
+def losses_of_training(model: Any, ids: Tensor, rate: float, steps: int = 60) -> list[float]:
+    """Train what requires gradient to predict ``ids``, with Adam; the loss of each step."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

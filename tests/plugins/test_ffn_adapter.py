@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 import surgery
 from tests import zoo
-from tests.models import build, gpt2_small, inputs, logits, perturb, roberta_base
+from tests.models import (
+    build,
+    gpt2_small,
+    inputs,
+    logits,
+    losses_of_training,
+    perturb,
+    roberta_base,
+)
 
 PLACEMENTS = ("houlsby", "attention", "pfeiffer", "parallel")
 # Where a model's own code computes what the equations call a, m and u.
@@ -155,12 +163,5 @@ def test_it_learns(placement: str) -> None:
         model.transformer.wte.weight.normal_(0, 0.5)  # logits of some size, as trained models have
     surgery.splice(model, adapter(placement=placement, rank=8, dropout=0.1))
     surgery.freeze_base(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
-    for _ in range(60):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, ids, 0.03)
     assert losses[-1] < losses[0] / 4

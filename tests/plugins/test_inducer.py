@@ -22,6 +22,7 @@ from transformers import (
 
 import surgery
 from surgery.core import attention, dense_lse
+from tests.models import watched
 
 D, H = 16, 4
 SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2}
@@ -183,12 +184,7 @@ def test_spliced_attention_appends_one_virtual_key_and_value_per_query(
     model = build(attn_implementation=implementation, initializer_range=0.3).to(dtype).eval()
     spliced(model)
     attn = model.get_submodule(surgery.summary(model).reports[0].sites[0].path)
-    met: dict[str, Any] = {}
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        met.update(x=(*args, kwargs.get("hidden_states"))[0].detach(), y=output[0])
-
-    attn.register_forward_hook(hook, with_kwargs=True)
+    met = watched(attn)
     real = torch.tensor([PADDED["no"], PADDED[padded]]).bool()
     model(input_ids=IDS, attention_mask=real.long())
     x, y = met["x"], met["y"]

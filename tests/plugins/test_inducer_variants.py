@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 import torch
 from surgery_plugins.inducer import Fade
-from torch import Tensor, nn
+from torch import Tensor
 
 import surgery
 from surgery.core import attention
-from tests.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion, roberta_base
+from tests.models import (
+    build,
+    gpt2_small,
+    inputs,
+    logits,
+    perturb,
+    qwen_half_billion,
+    roberta_base,
+    watched,
+)
 from tests.plugins.test_inducer import (
     IDS,
     K,
@@ -98,12 +107,7 @@ def test_a_splice_is_what_the_equations_say(
     surgery.splice(model, method(variant))
     perturb(model, 0.5)
     attn = model.get_submodule(surgery.summary(model).reports[0].sites[0].path)
-    met: dict[str, Any] = {}
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        met.update(x=(*args, kwargs.get("hidden_states"))[0].detach(), y=output[0])
-
-    attn.register_forward_hook(hook, with_kwargs=True)
+    met = watched(attn)
     whole = model(input_ids=IDS).logits
     own = attn.get_submodule("inducer_output" if variant == "gating" else "inducer_merged")
     given = projections(attn, met["x"])

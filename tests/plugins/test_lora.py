@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import surgery
-from tests.models import gpt2_small, qwen_half_billion, roberta_base
+from tests.models import gpt2_small, losses_of_training, qwen_half_billion, roberta_base
 
 D, H = 16, 4
 SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3}
@@ -274,12 +274,5 @@ def test_lora_learns() -> None:
     model = gpt2(initializer_range=0.5)
     surgery.splice(model, lora(rank=4, ports=("query", "value", "up", "output")))
     surgery.freeze_base(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(60):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, IDS, 0.02)
     assert losses[-1] < losses[0] / 10

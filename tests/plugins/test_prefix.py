@@ -10,10 +10,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import surgery
-from tests.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion
+from tests.models import (
+    build,
+    gpt2_small,
+    inputs,
+    logits,
+    losses_of_training,
+    perturb,
+    qwen_half_billion,
+    watched,
+)
 from tests.plugins.test_inducer import IDS, PADDED, close, gpt2, llama, projections, roberta, turn
 
 
@@ -54,12 +63,7 @@ def test_a_prefix_is_keys_and_values_in_front(
     model = make(attn_implementation=implementation, initializer_range=0.3).to(dtype).eval()
     spliced(model)
     attn = model.get_submodule(surgery.summary(model).reports[0].sites[0].path)
-    met: dict[str, Any] = {}
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        met.update(x=(*args, kwargs.get("hidden_states"))[0].detach(), y=output[0])
-
-    attn.register_forward_hook(hook, with_kwargs=True)
+    met = watched(attn)
     real = torch.tensor([PADDED["no"], PADDED[padded]]).bool()
     model(input_ids=IDS, attention_mask=real.long())
     seen = real[:, None, :].expand(2, 5, 5)
@@ -178,12 +182,5 @@ def test_it_learns() -> None:
         model.transformer.wte.weight.normal_(0, 0.5)
     surgery.splice(model, surgery.method("prefix", length=8))
     surgery.freeze_base(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(60):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, ids, 0.1)
     assert losses[-1] < losses[0] / 1.5
