@@ -22,7 +22,7 @@ from surgery.dataflow import (
     value,
     walk_on,
 )
-from surgery.layout import scalars_between, trace, turned, varies
+from surgery.layout import features, scalars_between, trace, turned, varies
 from surgery.pattern import Pattern, PortNode
 from surgery.projection import einsum_letters, projection, walk_back
 
@@ -56,9 +56,7 @@ def _by_hand(node: fx.Node) -> bool:
     shifted = node.args[0] if op_name(node) == "exp" and node.args else None
     if not isinstance(shifted, fx.Node) or op_name(shifted) != "sub":
         return False
-    return (
-        op_name(shifted.args[1]) == "logsumexp" if isinstance(shifted.args[1], fx.Node) else False
-    )
+    return isinstance(shifted.args[1], fx.Node) and op_name(shifted.args[1]) == "logsumexp"
 
 
 def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
@@ -119,7 +117,7 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     found.softmax_input = scores
     found.nodes += [*flow(product, node), *flow(node, mixed)]
     rows = value(query).permute(order) if order else value(query)
-    if value(scores).shape[:-1].numel() != rows.shape[:-1].numel() or scores is not _last(node):
+    if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():
         found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
 
@@ -136,10 +134,6 @@ def _mixes_what_is_normalised(softmax: fx.Node, weights: fx.Node, mixed: fx.Node
     operands = [n for n in mixed.all_input_nodes if is_activation(n)]
     axis = -1 if weights is operands[-2] else -2
     return found is None or found.shape[axis] < 2 or varies(found, axis)
-
-
-def _last(softmax: fx.Node) -> fx.Node | None:
-    return next((n for n in softmax.all_input_nodes if is_activation(n)), None)
 
 
 def _einsum_order(product: fx.Node, query: fx.Node) -> tuple[int, ...] | None:
@@ -161,10 +155,8 @@ def _contracts_features(query: fx.Node, root: nn.Module) -> bool:
     ends, _, _ = walk_back(query, root, partial(on_the_way, root))
     if not ends:
         return True
-    made = ends[0]
-    features = torch.arange(made.width).reshape(value(made.node).shape[-made.axes :])
-    found = trace(made.node, features.expand(value(made.node).shape), query)
-    return found is None or found.shape[-1] < 2 or bool((found != found[..., :1]).any())
+    found = trace(ends[0].node, features(ends[0]), query)
+    return found is None or found.shape[-1] < 2 or varies(found, -1)
 
 
 def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:

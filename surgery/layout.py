@@ -1,4 +1,4 @@
-"""Layout: which columns of a projection reach a head, and where a rotation begins."""
+"""Layout: which columns and tokens of a projection reach a head, and where a rotation begins."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     start, width = made.node, made.width
     if _only(start, end):
         return start, list(range(width))
-    features = torch.arange(width, dtype=torch.int32).reshape(value(start).shape[-made.axes :])
-    labels: dict[fx.Node, Any] = {start: features.expand(value(start).shape)}
+    labels: dict[fx.Node, Any] = {start: features(made)}
     reached: set[int] = set()
     for node in flow(start, end)[1:]:
         if not any(n in labels for n in inputs(node)):
@@ -62,6 +61,13 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
             if torch.unique(label).tolist() == chosen:
                 return node, chosen
     return start, chosen
+
+
+def features(made: Projection) -> Tensor:
+    """The output of a projection with each feature's number for a value."""
+    shape = value(made.node).shape
+    numbers = torch.arange(made.width, dtype=torch.int32).reshape(shape[-made.axes :])
+    return numbers.expand(shape)
 
 
 def _only(start: fx.Node, end: fx.Node) -> bool:

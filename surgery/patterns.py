@@ -126,7 +126,8 @@ def _one_score(parts: list[Pattern]) -> Pattern:
     ports = dict(parts[0].ports)
     value = ports.get("value")
     if value is not None and value.projection is not None:
-        chosen = {c for p in parts for c in p.ports["value"].columns or ()}
+        made = [p.ports["value"] for p in parts if "value" in p.ports]
+        chosen = {column for port in made for column in port.columns or ()}
         whole = len(chosen) == value.projection.width
         columns = None if whole or not chosen else sorted(chosen)
         ports["value"] = PortNode(value.projection.node, value.projection, columns)

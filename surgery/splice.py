@@ -122,7 +122,7 @@ def _operate(
     operation = Operation(report.name, [], [])
     new: list[tuple[str, nn.Module]] = []
     inserted: list[Inserted] = []
-    shared: dict[int, nn.Parameter] = {}  # by modules of one site
+    shared: dict[int, nn.Parameter] = {}  # modules of one site may share
     for method, site in pairs:
         opened = site.open()
         method.splice(opened)
