@@ -22,9 +22,11 @@ from surgery.errors import (
 )
 from surgery.hookspecs import Register, hookimpl
 from surgery.locate import locate
+from surgery.merge import Merged, merge
 from surgery.method import Method, Start
 from surgery.registry import method, methods
-from surgery.sites import Port, Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Port, Site
 from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
 from surgery.train import freeze_base, spliced_parameters, summary
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Dropout",
+    "Merged",
     "Method",
     "MethodError",
     "Port",
@@ -51,6 +54,7 @@ __all__ = [
     "hookimpl",
     "load",
     "locate",
+    "merge",
     "method",
     "methods",
     "remove",

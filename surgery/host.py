@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from surgery import huggingface
+from surgery.apply import apply_edit
 from surgery.capture import capture
 from surgery.compiled import prepare
 from surgery.errors import CaptureError, SpliceError
+from surgery.module_sites import module_pattern
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
 from surgery.registry import registry
 from surgery.sites import Edit, HostPlan
 from surgery.tracer import Captured
-from surgery.variant import GuardFlipped, Variant, apply_edit
+from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
@@ -243,7 +245,7 @@ def capture_host(
         registry().is_leaf,
     )
     captured.ambient += [(question, question()) for question in huggingface.questions(module)]
-    return captured, find_patterns(captured.graph, module)
+    return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)
 
 
 def finish(captured: Captured) -> Variant:

@@ -18,9 +18,13 @@ from surgery import huggingface
 from surgery.dataflow import op_name, value
 from surgery.errors import SiteError
 from surgery.layout import causal
+from surgery.module_sites import module_sites
 from surgery.observe import Call, Observation, observe
-from surgery.patterns import Pattern, find_patterns, joins_residual, linear_patterns
-from surgery.sites import HostPlan, Port, Site, Sites
+from surgery.patterns import Pattern, PortNode, find_patterns, joins_residual, linear_patterns
+from surgery.projection import bias_of, weight_of
+from surgery.selection import Sites
+from surgery.sites import HostPlan, Port, Site
+from surgery.values import leaves
 
 
 def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
@@ -56,7 +60,9 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         for group in groups
         if pattern in group.patterns
     ]
-    return Sites(sites, type(model).__name__, linear)
+    given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+    whole = [x for x in given if not x.is_floating_point()]
+    return Sites(sites, type(model).__name__, linear + module_sites(model, observation, whole))
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -179,12 +185,23 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
         **options,
     )
     for name, port in ports.items():
-        made = port.projection
-        site.ports[name] = Port(name, port.width, made.in_width if made else None, site)
+        site.ports[name] = _port(name, port, site, model)
     site.missing.update(pattern.missing)
     if pattern.kind == "attention" and "lse" not in site.missing:
         site.ports["lse"] = Port("lse", 1, None, site)
     return site
+
+
+def _port(name: str, port: PortNode, site: Site, model: nn.Module) -> Port:
+    made = port.projection
+    if made is None:
+        return Port(name, port.width, None, site)
+    bias = bias_of(made, model)
+    if isinstance(bias, fx.Node):
+        bias = str(bias.target) if bias.op == "get_attr" else ""
+    columns = None if port.features is None else tuple(port.features)
+    weight, transposed = weight_of(made, model)
+    return Port(name, port.width, made.in_width, site, weight, bias or "", transposed, columns)
 
 
 def _weight(pattern: Pattern, model: nn.Module) -> Tensor:

@@ -21,6 +21,7 @@ class Method:
 
     * ``name``: what ``surgery.method(name, ...)`` and recipes call it.
     * ``kinds``: the kinds of site that it is for, or :meth:`suits` for a finer choice.
+    * ``needs``: what it says that it needs, where it suits no site.
     * :attr:`start`: what a fresh splice does to the model. ``exact`` leaves every output bit
       (a zero-initialised residual), ``gated`` too, through a gate that starts at zero, ``none``
       changes outputs. ``surgery.splice`` verifies what is declared.
@@ -30,6 +31,7 @@ class Method:
 
     name: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
+    needs: ClassVar[str] = ""
 
     @property
     def start(self) -> Start:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from surgery import fastpath
+from surgery.apply import apply_edit, require_applied
 from surgery.assign import assign, left_out
 from surgery.errors import SpliceError, suggest
 from surgery.host import (
@@ -28,8 +29,9 @@ from surgery.locate import locate
 from surgery.method import Method
 from surgery.quiet import evaluating
 from surgery.report import RECORD, Inserted, Report, records
-from surgery.sites import Edit, Site, Sites
-from surgery.variant import Variant, apply_edit, require_applied
+from surgery.selection import Sites
+from surgery.sites import Edit, Site
+from surgery.variant import Variant
 from surgery.verify import present_outputs, verify_reach, verify_start
 
 
@@ -131,8 +133,8 @@ def _operate(
         for edit, child_module in opened.edits:
             child = _free_name(module, edit.child, report.name, [c for c, _ in new])
             ports = next((p.ports for p in patterns if p.key == edit.site), {})
-            if edit.port in ports and ports[edit.port].columns is not None:
-                index = torch.tensor(ports[edit.port].columns, device=site.device)
+            if edit.port in ports and (chosen := edit.columns_of(ports[edit.port])) is not None:
+                index = torch.tensor(chosen, device=site.device)
                 child_module.register_buffer("_columns", index, persistent=False)
             new.append((child, child_module))
             operation.edits.append(edit)
@@ -143,7 +145,7 @@ def _operate(
             full = f"{path}.{child}" if path else child
             inserted.append(Inserted(_lean(site), method, edit, full, count))
 
-    undo.append(lambda: _take_out(module, report.name, [c for c, _ in new]))
+    undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
     state = install(module, plan)
     fastpath.close(model, path)
     for child, child_module in new:
@@ -200,15 +202,21 @@ def _verify_starts(report: Report) -> None:
         )
 
 
-def _take_out(module: nn.Module, name: str, children: list[str]) -> None:
+def take_out(module: nn.Module, name: str, children: list[str]) -> None:
+    """Take inserted modules of one splice out of a host; without any it is no host any more."""
     for child in children:
         if child in module._modules:
             delattr(module, child)
     state = state_of(module)
     if state is None:
         return
-    state.operations.pop(name, None)
-    state.off -= {name}
+    operation = state.operations.get(name, Operation(name, [], []))
+    left = [(e, c) for e, c in zip(operation.edits, operation.children, strict=True)
+            if c not in children]  # fmt: skip
+    operation.edits, operation.children = [e for e, _ in left], [c for _, c in left]
+    if not left:
+        state.operations.pop(name, None)
+        state.off -= {name}
     state.refresh()
     state.variants = {}
     if not state.operations:
@@ -224,12 +232,12 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         SpliceError: nothing is spliced under that name.
     """
     names = list(records(model)) if name is None else [name]
-    _known(model, names)
+    known(model, names)
     for host in list(hosts(model).values()):
         state = state_of(host)
         for each in names:
             if state is not None and each in state.operations:
-                _take_out(host, each, state.operations[each].children)
+                take_out(host, each, state.operations[each].children)
     for each in names:
         del records(model)[each]
     if not records(model):
@@ -242,7 +250,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """Run the model without one splice, or without any, inside a ``with`` block."""
     names = frozenset(records(model)) if name is None else frozenset({name})
-    _known(model, list(names))
+    known(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
     before = [state.off for state in states]
     try:
@@ -256,7 +264,8 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
             state.refresh()
 
 
-def _known(model: nn.Module, names: list[str]) -> None:
+def known(model: nn.Module, names: list[str]) -> None:
+    """Raise unless there are splices of these names."""
     there = list(records(model))
     for name in names or [""]:
         if name not in there:

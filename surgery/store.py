@@ -27,7 +27,8 @@ from surgery.errors import SpliceError, StoreError
 from surgery.locate import locate
 from surgery.registry import method
 from surgery.report import records
-from surgery.sites import Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Site
 from surgery.splice import remove, splice
 from surgery.train import kept_parameters, spliced_parameters
 
@@ -42,10 +43,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         the folder.
 
     Raises:
-        SpliceError: nothing is spliced.
+        SpliceError: nothing is spliced, or it is partly merged.
     """
     if not records(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
+    merged = [report.name for report in records(model).values() if report.merged]
+    if merged:
+        raise SpliceError(
+            f"splice {merged[0]!r} is partly merged into the base, whose weights have changed: an "
+            "adapter alone would not hold that. Save it before merging, or save the whole model."
+        )
     own = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
     tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
@@ -169,7 +176,7 @@ def _shape(site: Site) -> dict[str, Any]:
 
 def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
     """The sites of this model that a saved splice was made at."""
-    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.linear]}
+    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.others]}
     chosen: list[Site] = []
     wrong: list[str] = []
     for shape in saved["sites"]:
