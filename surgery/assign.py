@@ -23,6 +23,7 @@ def assign(
         suitable = [site for site in offered(method, sites) if method.suits(site)]
         if not suitable:
             raise SiteError(_nowhere(method, sites))
+        method.check(suitable)
         for site in suitable:
             if site.host is None:
                 raise SiteError(f"{site.path}: this site was not made by surgery.locate.")

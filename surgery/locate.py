@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import huggingface
-from surgery.dataflow import op_name, value
+from surgery.dataflow import op_name, origin, value
 from surgery.errors import SiteError
 from surgery.layout import causal
 from surgery.module_sites import module_sites
@@ -182,6 +182,7 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
         dtype=anchor.dtype,
         device=tensor.device,  # of its weights only while it runs, where they are offloaded
         host=plan,
+        norm=_norm(pattern, model),
         **options,
     )
     for name, port in ports.items():
@@ -214,6 +215,17 @@ def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
                     return parameter
     out: Tensor = value(pattern.ports["output"].node)
     return out
+
+
+def _norm(pattern: Pattern, model: nn.Module) -> str:
+    """The norm that makes a site's input, unless the residual stream goes through it too."""
+    if "input" not in pattern.ports:
+        return ""
+    node = origin(pattern.ports["input"].node)
+    if node.op != "call_module" or any(op_name(user) in ("add", "iadd") for user in node.users):
+        return ""
+    own = [p.dim() for p in model.get_submodule(str(node.target)).parameters()]
+    return str(node.target) if own and max(own) == 1 else ""
 
 
 def _is_cross(pattern: Pattern) -> bool:

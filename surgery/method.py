@@ -42,6 +42,17 @@ class Method:
         """Is this method for that site?"""
         return site.kind in self.kinds
 
+    def check(self, sites: list[Site]) -> None:
+        """Look at all sites that it is about to be spliced at; raise if one is missing."""
+
+    def plain(self) -> Method:
+        """The method whose modules hold what is left of this one's after training.
+
+        A module whose own parameters are not what it leaves (a reparametrised prefix) has
+        ``plain_state()``: the ``state_dict`` of the module that ``plain()`` would insert there.
+        """
+        return self
+
     def splice(self, site: Site) -> None:
         """Insert modules at ports of ``site``. Called once per site, in the order of the list."""
         raise MethodError(f"method {type(self).__name__} does not implement splice(site).")

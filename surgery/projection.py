@@ -109,23 +109,28 @@ def weight_of(made: Projection, root: nn.Module) -> tuple[str, bool]:
     else:
         weights = [n for n in made.node.all_input_nodes if n.op == "get_attr"]
         names = [str(n.target) for n in weights if value(n).dim() == 2]
+    widths = (made.in_width, made.width)
     if len(names) != 1 or made.in_axes != 1 or made.axes != 1:
         return "", False
     weight = _attribute(root, names[0])
+    fits = [t for t in (False, True) if tuple(weight.shape)[:: -1 if t else 1] == widths]
+    if not weight.is_floating_point() or not fits:
+        return "", False
+    x, y = value(made.source), value(made.node)
+    if x.is_meta:  # no values, but it may be clear from the shapes
+        return (names[0], fits[0]) if len(fits) == 1 else ("", False)
+    if weight.device != x.device or not x.numel():
+        return "", False
     bias = bias_of(made, root)
     shift = _attribute(root, bias) if isinstance(bias, str) else value(bias) if bias else None
-    x, y = value(made.source), value(made.node)
-    if not weight.is_floating_point() or weight.device != x.device or x.is_meta or not x.numel():
-        return "", False
     x, y = x.detach().flatten(0, -2)[0].double(), y.detach().flatten(0, -2)[0].double()
     some = slice(0, 16)  # features are enough to tell
     added = 0.0 if shift is None else shift.detach()[some].double()
-    for transposed in (False, True):
-        if tuple(weight.shape)[:: -1 if transposed else 1] == (made.in_width, made.width):
-            matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
-            gap = (x @ matrix + added - y[some]).abs().max()
-            if gap <= 0.05 * y[some].abs().max().clamp(min=1e-6):
-                return names[0], transposed
+    for transposed in fits:
+        matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
+        gap = (x @ matrix + added - y[some]).abs().max()
+        if gap <= 0.05 * y[some].abs().max().clamp(min=1e-6):
+            return names[0], transposed
     return "", False
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ import torch
 from torch import nn
 
 from surgery.errors import PortError, suggest
+from surgery.frozen import FrozenModule, FrozenProjection, Reference
 
 Kind = Literal["attention", "ffn", "linear", "norm", "position", "embedding", "trunk"]
 
@@ -114,6 +116,18 @@ class Port:
         """
         self.site._edit(self, "replace", module, name, reads)
 
+    def frozen(self) -> FrozenProjection:
+        """The port's own projection as the base has it, ``x W + b``, to be called as a function.
+
+        Raises:
+            PortError: no plain matrix makes this port.
+        """
+        if not self.weight or self.site.model is None:
+            raise PortError(f"port {self.name!r} at {self.site.path}: no plain matrix makes it.")
+        return FrozenProjection(
+            self.site.model, self.weight, self.bias, self.transposed, self.columns
+        )
+
     def feed(self, module: nn.Module, name: str) -> None:
         """``y = P(x)`` becomes ``y = P(module(x))``, P being this port's own projection.
 
@@ -140,6 +154,9 @@ class Site:
         scale: the factor of the scores, where it could be read.
         dtype, device: what inserted modules are cast to.
         missing: ports that it might have and has not, and why.
+        norm: the path of the norm in front of it, if it reads one that nothing else is added to.
+        model, shared: while a method edits it, the model that it is in, and what the sites of one
+            splice share.
     """
 
     path: str
@@ -159,6 +176,9 @@ class Site:
     host: HostPlan | None = field(default=None, repr=False)
     edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
     missing: dict[str, str] = field(default_factory=dict)
+    norm: str = ""
+    model: nn.Module | None = field(default=None, repr=False)
+    shared: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -200,9 +220,26 @@ class Site:
         """The ports of these names, in this order."""
         return [self.port(name) for name in names]
 
-    def open(self) -> Site:
+    def share(self, name: str, make: Callable[[], nn.Module]) -> nn.Module | Reference:
+        """A module that all sites of one splice share, made by the first that asks.
+
+        That site gets the module, to be registered as a child of what it inserts; the others get a
+        reference to it, which is called alike and not registered.
+        """
+        if name in self.shared:
+            return Reference(self.shared[name])
+        self.shared[name] = make().to(device=self.device, dtype=self.dtype)
+        return self.shared[name]
+
+    def frozen_norm(self) -> FrozenModule | nn.Identity:
+        """The norm in front of this site as a function; the identity where there is none."""
+        if not self.norm or self.model is None:
+            return nn.Identity()
+        return FrozenModule(self.model.get_submodule(self.norm))
+
+    def open(self, model: nn.Module | None, shared: dict[str, nn.Module]) -> Site:
         """A copy that a method may edit; the edits gather in its ``edits``."""
-        copy = dataclasses.replace(self, edits=[], ports={})
+        copy = dataclasses.replace(self, edits=[], ports={}, model=model, shared=shared)
         copy.ports.update({n: dataclasses.replace(p, site=copy) for n, p in self.ports.items()})
         return copy
 

@@ -69,10 +69,11 @@ def splice(
     report = Report(name, chosen)
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
     undo: list[Any] = []
+    shared: dict[int, dict[str, nn.Module]] = {}  # by method: modules that its sites share
     try:
         with evaluating(model):
             for path, pairs in todo.items():
-                _operate(model, path, pairs, report, undo)
+                _operate(model, path, pairs, report, shared, undo)
         _verify_starts(report)
     except BaseException:
         for step in reversed(undo):
@@ -106,6 +107,7 @@ def _operate(
     path: str,
     pairs: list[tuple[Method, Site]],
     report: Report,
+    common: dict[int, dict[str, nn.Module]],
     undo: list[Any],
 ) -> None:
     """Build, insert and verify one host; each change leaves its undoing in ``undo``."""
@@ -126,7 +128,7 @@ def _operate(
     inserted: list[Inserted] = []
     shared: dict[int, nn.Parameter] = {}  # modules of one site may share
     for method, site in pairs:
-        opened = site.open()
+        opened = site.open(model, common.setdefault(id(method), {}))
         method.splice(opened)
         if not opened.edits:
             raise SpliceError(f"method {method.name!r} at {path}: it inserted nothing.")

@@ -30,14 +30,20 @@ from surgery.report import records
 from surgery.selection import Sites
 from surgery.sites import Site
 from surgery.splice import remove, splice
-from surgery.train import kept_parameters, spliced_parameters
+from surgery.train import kept_parameters, plain_state, spliced_parameters
 
 _FORMAT = 1
 _JSON = "surgery.json"
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
     """Save every splice of a model, and what of its base was trained along, into ``folder``.
+
+    Args:
+        model: a spliced model.
+        folder: made if it is not there; an older adapter in it is replaced.
+        plain: drop what only training needs, and store what it makes (a reparametrised prefix as
+            plain keys and values); ``False`` stores all, to go on training from.
 
     Returns:
         the folder.
@@ -54,8 +60,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "adapter alone would not hold that. Save it before merging, or save the whole model."
         )
     own = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
-    tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
+    inserted = plain_state(model) if plain else _full_state(model)
+    tensors = {f"inserted.{name}": t for name, t in inserted.items()}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
     data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
@@ -71,7 +77,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "fingerprint": fingerprint(model),
         },
         "kept": kept_parameters(model),
-        "splices": [_describe(report) for report in records(model).values()],
+        "splices": [_describe(report, plain) for report in records(model).values()],
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -158,10 +164,11 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()[:16]
 
 
-def _describe(report: Any) -> dict[str, Any]:
+def _describe(report: Any, plain: bool) -> dict[str, Any]:
+    methods = [m.plain() if plain else m for m in report.methods]
     return {
         "name": report.name,
-        "methods": [{"name": m.name, "options": m.options()} for m in report.methods],
+        "methods": [{"name": m.name, "options": m.options()} for m in methods],
         "sites": [_shape(site) for site in report.sites],
         "modules": [i.path for i in report.inserted],
     }
@@ -212,8 +219,7 @@ def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> No
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
-    wanted: dict[str, Tensor] = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
-    wanted |= {f"inserted.{n}": b for n, b in _buffers(model)}
+    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
@@ -226,6 +232,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
     with torch.no_grad():
         for key, target in wanted.items():
             target.copy_(tensors[key])
+
+
+def _full_state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(spliced_parameters(model)) | dict(_buffers(model))
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:

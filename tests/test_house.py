@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "core dropout errors fastpath guards huggingface patching proxy values",
+    0: "core dropout errors fastpath frozen guards huggingface patching proxy values",
     1: "compiled edit quiet recipe sites",
     2: "border method selection",
     3: "assign dataflow hookspecs report tracer",
