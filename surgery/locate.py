@@ -18,7 +18,7 @@ from surgery import huggingface
 from surgery.dataflow import op_name, origin, value
 from surgery.errors import SiteError
 from surgery.layout import causal
-from surgery.module_sites import module_sites
+from surgery.module_sites import call_sites, common, module_sites
 from surgery.observe import Call, Observation, observe
 from surgery.patterns import Pattern, PortNode, find_patterns, joins_residual, linear_patterns
 from surgery.projection import bias_of, weight_of
@@ -62,7 +62,9 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     ]
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     whole = [x for x in given if not x.is_floating_point()]
-    return Sites(sites, type(model).__name__, linear + module_sites(model, observation, whole))
+    others = module_sites(model, observation, whole)
+    others += call_sites(model, observation, sites, others)
+    return Sites(sites, type(model).__name__, linear + others)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -124,7 +126,7 @@ def _groups(patterns: list[Pattern], observation: Observation, model: nn.Module)
     """Hosts for all sites; two that overlap become one."""
     groups: dict[str, _Group] = {}
     for pattern in patterns:
-        path = _common([*_owners(pattern)])
+        path = common([*_owners(pattern)])
         # Not a container that is never called itself, nor one that would call what is inserted.
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
@@ -138,17 +140,6 @@ def _groups(patterns: list[Pattern], observation: Observation, model: nn.Module)
                     outer.patterns += groups.pop(inner.path).patterns
                     merged = True
     return list(groups.values())
-
-
-def _common(paths: list[str]) -> str:
-    """The longest module path that all paths lie at or below."""
-    split = [path.split(".") if path else [] for path in paths]
-    shared: list[str] = []
-    for names in zip(*split, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
 
 
 def _below(path: str, host: str) -> str:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
+from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
 from surgery.sites import Port, Site
-from surgery.splice import known, take_out
+from surgery.splice import known
 
 
 @dataclass

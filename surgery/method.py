@@ -22,6 +22,8 @@ class Method:
     * ``name``: what ``surgery.method(name, ...)`` and recipes call it.
     * ``kinds``: the kinds of site that it is for, or :meth:`suits` for a finer choice.
     * ``needs``: what it says that it needs, where it suits no site.
+    * ``together``: do its modules work only all together? Then what they do is verified in one run
+      of the trunk, not host by host.
     * :attr:`start`: what a fresh splice does to the model. ``exact`` leaves every output bit
       (a zero-initialised residual), ``gated`` too, through a gate that starts at zero, ``none``
       changes outputs. ``surgery.splice`` verifies what is declared.
@@ -32,6 +34,7 @@ class Method:
     name: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     needs: ClassVar[str] = ""
+    together: ClassVar[bool] = False
 
     @property
     def start(self) -> Start:

@@ -22,8 +22,9 @@ Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n,
 (B, n, F; what the last projection reads), ``output`` (B, n, D).
 
 Of the other kinds, a linear layer or a norm has ``input`` and ``output``, an embedding of tokens
-``ids`` and ``output``, a position ``positions``, the whole numbers that are encoded there, and the
-trunk, the smallest module from token ids to all attention, ``call`` (see :meth:`Port.wrap`).
+``ids`` and ``output``, a position ``positions``, the whole numbers that are encoded there. The
+trunk, the smallest module from token ids to all attention, and the stack, the module in it that
+holds all attention but not the embedding, if there is one, have ``call`` (:meth:`Port.wrap`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from torch import nn
 from surgery.errors import PortError, suggest
 from surgery.frozen import FrozenModule, FrozenProjection, Reference
 
-Kind = Literal["attention", "ffn", "linear", "norm", "position", "embedding", "trunk"]
+Kind = Literal["attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack"]
+CALLS = ("trunk", "stack")  # sites whose one port is the call of the module
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Edit:
 
     site: str
     port: str
-    verb: Literal["insert", "add", "replace", "feed"]
+    verb: Literal["insert", "add", "replace", "feed", "wrap"]
     child: str
     reads: tuple[str, ...]
 
@@ -116,6 +118,15 @@ class Port:
         """
         self.site._edit(self, "replace", module, name, reads)
 
+    def wrap(self, module: nn.Module, name: str) -> None:
+        """``module(forward, **arguments)`` takes the place of ``forward(**arguments)``.
+
+        Only for the port ``call`` of a trunk or a stack.
+        """
+        if self.name != "call":
+            raise PortError(f"port {self.name!r} at {self.site.path}: only 'call' can be wrapped.")
+        self.site._edit(self, "wrap", module, name, ())
+
     def frozen(self) -> FrozenProjection:
         """The port's own projection as the base has it, ``x W + b``, to be called as a function.
 
@@ -155,6 +166,8 @@ class Site:
         dtype, device: what inserted modules are cast to.
         missing: ports that it might have and has not, and why.
         norm: the path of the norm in front of it, if it reads one that nothing else is added to.
+        ids, call: of a trunk: the argument that holds the token ids, and its arguments by name in
+            an example.
         model, shared: while a method edits it, the model that it is in, and what the sites of one
             splice share.
     """
@@ -177,6 +190,8 @@ class Site:
     edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
     missing: dict[str, str] = field(default_factory=dict)
     norm: str = ""
+    ids: str = ""
+    call: dict[str, Any] = field(default_factory=dict, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     shared: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
@@ -230,6 +245,11 @@ class Site:
             return Reference(self.shared[name])
         self.shared[name] = make().to(device=self.device, dtype=self.dtype)
         return self.shared[name]
+
+    def base(self) -> Any:
+        """The module of the base that is this site, while a method edits it."""
+        assert self.model is not None
+        return self.model.get_submodule(self.path)
 
     def frozen_norm(self) -> FrozenModule | nn.Identity:
         """The norm in front of this site as a function; the identity where there is none."""
