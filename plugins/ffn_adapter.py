@@ -5,31 +5,34 @@
     attention   a := a + A(a)                            behind attention alone
     pfeiffer    m := m + A(m)                            behind the FFN alone
     parallel    m := m + s A(u)                          u is what the FFN reads
+    block       x := x + A(x)                            x is what the whole block gives
 
 a and m are the outputs of attention and FFN before they join the residual stream. Houlsby et al.
 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247 (whose release puts it behind the
 residual and norm of post-norm models; here it stands before them, in every model); He et al. 2022,
-arXiv:2110.04366, for parallel and scale s. Adapter-108, the baseline of the inducer paper (Chen et
-al. 2022, arXiv:2210.14469), is ``attention`` with a LayerNorm of its own.
+arXiv:2110.04366, for parallel and scale s; ``block``: Lin et al. 2020, arXiv:2004.03829.
+Adapter-108, the baseline of the inducer paper (Chen et al. 2022, arXiv:2210.14469), is
+``attention`` with a LayerNorm of its own.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import surgery
 
-Placement = Literal["houlsby", "attention", "pfeiffer", "parallel"]
+Placement = Literal["houlsby", "attention", "pfeiffer", "parallel", "block"]
 SITES = {
     "houlsby": ("attention", "ffn"),
     "attention": ("attention",),
     "pfeiffer": ("ffn",),
     "parallel": ("ffn",),
+    "block": ("block",),
 }
 
 
@@ -81,13 +84,28 @@ class Bottleneck(nn.Module):
         return out * self.scale
 
 
+class After(nn.Module):
+    """Around a block: what it gives first, x (B, n, D), becomes ``x + A(x)``."""
+
+    def __init__(self, adapter: Bottleneck) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, forward: Any, **arguments: Any) -> Any:
+        out = forward(**arguments)
+        x = out[0] if isinstance(out, tuple) else out
+        x = x + self.adapter(x)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+
 @dataclass(frozen=True)
 class FFNAdapter(surgery.Method):
     """Insert a bottleneck adapter.
 
     Args:
         rank: inner width r, at least 1.
-        placement: ``houlsby``, ``attention``, ``pfeiffer`` or ``parallel``, see this module.
+        placement: ``houlsby``, ``attention``, ``pfeiffer``, ``parallel`` or ``block``, see this
+            module.
         scale: s, a number, or ``"learned"`` (starts at 1). He et al. use 4 (XSum) and 2 (GLUE).
         layer_norm: give the adapter a LayerNorm of its own.
         dropout: probability, behind the relu.
@@ -97,6 +115,7 @@ class FFNAdapter(surgery.Method):
     """
 
     name = "ffn_adapter"
+    kinds = ("attention", "ffn", "block")
 
     rank: int = 64
     placement: Placement = "parallel"
@@ -125,6 +144,9 @@ class FFNAdapter(surgery.Method):
         adapter = Bottleneck(
             site.width, self.rank, self.scale, self.layer_norm, self.dropout, self.init
         )
+        if self.placement == "block":
+            site.port("call").wrap(After(adapter), name=self.name)
+            return
         read = "input" if self.placement == "parallel" else "output"
         site.port("output").add(adapter, name=self.name, reads=(read,))
 

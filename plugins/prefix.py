@@ -120,7 +120,7 @@ class Prefix(nn.Module):
     def __init__(self, site: surgery.Site, method: PrefixTuning) -> None:
         super().__init__()
         assert site.scale is not None
-        self.heads, self.scale = site.heads, site.scale
+        self.scale = site.scale
         self.made: Reparametrised | None = None
         if method.share == "none":
             shape = (site.kv_heads, method.length)
@@ -158,20 +158,15 @@ class Prefix(nn.Module):
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
         keys, values = (self.dropout(table) for table in self.tables())
-        groups = self.heads // keys.shape[0]
-        grouped = query.unflatten(1, (-1, groups))  # (B, G, H/G, n, d)
-        scores = grouped @ keys.mT.unsqueeze(1) * self.scale  # (B, G, H/G, n, P)
-        scores = scores.flatten(1, 2).to(lse.dtype)  # (B, H, n, P)
-        if self.tau is not None:
-            inner, outer = self.tau.to(scores.dtype)
-            scores = scores + outer * torch.tanh(inner * scores)
-        g = torch.sigmoid(scores.logsumexp(-1) - lse)  # (B, H, n)
-        if self.gate is not None:
-            g = g * torch.tanh(self.gate.to(g.dtype)).unsqueeze(-1)
-        weights = scores.softmax(-1).to(query.dtype).unflatten(1, (-1, groups))
-        context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d)
-        f = merged.unflatten(-1, (self.heads, -1))
-        return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
+        gate = None if self.gate is None else torch.tanh(self.gate)
+        bend = None if self.tau is None else self.bend
+        return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale, bend, gate)
+
+    def bend(self, scores: Tensor) -> Tensor:
+        """NoRGa's ``s + tau_2 tanh(tau_1 s)``."""
+        assert self.tau is not None
+        inner, outer = self.tau.to(scores.dtype)
+        return scores + outer * torch.tanh(inner * scores)
 
 
 class Later(nn.Module):

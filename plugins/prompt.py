@@ -3,7 +3,6 @@
     prompt    E (P, D), free parameters
     mlp       tanh(E W_a + b_a) W_b + b_b           hidden width m
     ptuning   relu(relu(E W_1 + b_1) W_2 + b_2) W_3 + b_3
-    lstm      two bidirectional LSTM layers, then relu(h W_1 + b_1) W_2 + b_2
 
 Lester et al. 2021, arXiv:2104.08691; P-tuning: Liu et al. 2021, arXiv:2103.10385; ``mlp``: Li and
 Liang 2021, arXiv:2101.00190. A saved adapter holds the P rows alone.
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 import surgery
 
-Encoder = Literal["none", "mlp", "ptuning", "lstm"]
+Encoder = Literal["none", "mlp", "ptuning"]
 
 
 class Prompt(nn.Module):
@@ -42,7 +41,6 @@ class Prompt(nn.Module):
         super().__init__()
         hidden = method.hidden
         self.rows = nn.Parameter(torch.randn(method.length, width) * method.std)
-        self.lstm: nn.LSTM | None = None
         self.encoder: nn.Module = nn.Identity()
         if method.encoder == "mlp":
             outer = [nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)]
@@ -50,10 +48,6 @@ class Prompt(nn.Module):
         elif method.encoder == "ptuning":
             inner = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
             self.encoder = nn.Sequential(*inner, nn.Linear(hidden, width))
-        elif method.encoder == "lstm":
-            self.lstm = nn.LSTM(width, hidden, 2, bidirectional=True, batch_first=True)
-            outer = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width)]
-            self.encoder = nn.Sequential(*outer)
         self.causal = self.running = self.known = False
         self.total = 0  # length of a sequence that the prompt was put in front of
 
@@ -81,8 +75,7 @@ class Prompt(nn.Module):
         return super().train(mode)
 
     def forward(self) -> Tensor:
-        rows = self.rows if self.lstm is None else self.lstm(self.rows.unsqueeze(0))[0][0]
-        made: Tensor = self.encoder(rows)
+        made: Tensor = self.encoder(self.rows)
         return made
 
 
@@ -123,14 +116,7 @@ class Attend(Part):
         if self.shared.running or self.seen is None:
             return torch.zeros_like(merged)
         keys, values = self.seen
-        groups = query.shape[1] // keys.shape[0]
-        grouped = query.unflatten(1, (-1, groups))  # (B, G, H/G, n, d)
-        scores = (grouped @ keys.mT.unsqueeze(1) * self.scale).flatten(1, 2).to(lse.dtype)
-        g = torch.sigmoid(scores.logsumexp(-1) - lse)  # (B, H, n)
-        weights = scores.softmax(-1).to(query.dtype).unflatten(1, (-1, groups))
-        context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d)
-        f = merged.unflatten(-1, (query.shape[1], -1))
-        return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
+        return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": None}  # it may carry history, which cannot be copied
@@ -163,12 +149,14 @@ class Call(Part):
 
     Args:
         ids: the name of the argument that holds the token ids.
-        settings: the other arguments of an example call, but for tensors and caches.
+        settings: the other arguments of an example call, but for tensors.
+        trunk: the module itself.
     """
 
-    def __init__(self, prompt: Any, ids: str, settings: dict[str, Any]) -> None:
+    def __init__(self, prompt: Any, ids: str, settings: dict[str, Any], trunk: nn.Module) -> None:
         super().__init__(prompt)
         self.ids, self.settings = ids, settings
+        self.trunk = surgery.Reference(trunk)
 
     def forward(self, forward: Any, **arguments: Any) -> Any:
         prompt, ids = self.shared, arguments.get(self.ids)
@@ -182,7 +170,7 @@ class Call(Part):
                 return forward(**self.lengthened(arguments, ids))
         if not (prompt.known and ids.shape[1] == 1 and not torch.is_grad_enabled()):
             own = torch.zeros(1, prompt.length, dtype=ids.dtype, device=ids.device)
-            with prompt.in_sequence(0):
+            with prompt.in_sequence(0), surgery.without_checkpointing(self.trunk.module):
                 forward(**{**self.settings, self.ids: own})
             prompt.known = not torch.is_grad_enabled()  # a text is generated from one run
         return forward(**arguments)
@@ -233,14 +221,13 @@ class PromptTuning(surgery.Method):
 
     Args:
         length: P.
-        encoder: what makes the rows: ``none``, ``mlp``, ``ptuning`` or ``lstm``, see this module.
+        encoder: what makes the rows: ``none``, ``mlp`` or ``ptuning``, see this module.
         hidden: inner width m of the encoder.
         init: rows of the vocabulary, ``vocabulary``, or N(0, std), ``normal``.
         std: of ``normal``.
 
     Start: none. Not mergeable. Stored: P D; trained besides, mlp: 2 D m + m + D; ptuning:
-    2 D m + m^2 + 2 m + D; lstm: more. It needs all attention of the model to be of one kind, and,
-    if causal, positions that are encoded by number.
+    2 D m + m^2 + 2 m + D. A causal model must encode positions by number.
     """
 
     name = "prompt"
@@ -256,11 +243,10 @@ class PromptTuning(surgery.Method):
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.length, int) and self.length >= 1, "length", "an integer >= 1")
-        known = ("none", "mlp", "ptuning", "lstm")
+        known = ("none", "mlp", "ptuning")
         self.require(self.encoder in known, "encoder", f"one of {', '.join(known)}")
         self.require(isinstance(self.hidden, int) and self.hidden >= 1, "hidden", "an integer >= 1")
-        known = ("vocabulary", "normal")
-        self.require(self.init in known, "init", f"one of {', '.join(known)}")
+        self.require(self.init in ("vocabulary", "normal"), "init", "'vocabulary' or 'normal'")
         self.require(self.std > 0, "std", "a number > 0")
 
     @property
@@ -305,7 +291,7 @@ class PromptTuning(surgery.Method):
             site.port("output").insert(Embed(prompt), name=self.name)
         elif site.kind == "trunk":
             settings = {n: x for n, x in site.call.items() if not isinstance(x, Tensor)}
-            site.port("call").wrap(Call(prompt, site.ids, settings), name=self.name)
+            site.port("call").wrap(Call(prompt, site.ids, settings, site.base()), name=self.name)
         else:
             site.port("call").wrap(Cut(prompt), name=f"{self.name}_cut")
 

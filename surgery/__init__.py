@@ -20,7 +20,9 @@ from surgery.errors import (
     SurgeryError,
     suggest,
 )
+from surgery.frozen import Reference
 from surgery.hookspecs import Register, hookimpl
+from surgery.huggingface import without_checkpointing
 from surgery.locate import locate
 from surgery.merge import Merged, merge
 from surgery.method import Method, Start
@@ -30,6 +32,7 @@ from surgery.sites import Port, Site
 from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
 from surgery.train import freeze_base, spliced_parameters, summary
+from surgery.virtual import virtual_tokens
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,7 @@ __all__ = [
     "MethodError",
     "Port",
     "PortError",
+    "Reference",
     "Register",
     "Site",
     "SiteError",
@@ -64,4 +68,6 @@ __all__ = [
     "suggest",
     "summary",
     "variants",
+    "virtual_tokens",
+    "without_checkpointing",
 ]

@@ -7,7 +7,8 @@ here answers "nothing special".
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,23 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
         dtype = next(model.parameters()).dtype
         return {"pixel_values": pixels.reshape(2, channels, height, width).to(dtype)}
     return None
+
+
+@contextmanager
+def without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Run what is inside without recomputing activations in the backward pass.
+
+    For a second, small run of a model inside a forward: recomputed, it could not be told from the
+    first.
+    """
+    on = [m for m in module.modules() if vars(m).get("gradient_checkpointing") is True]
+    try:
+        for each in on:
+            vars(each)["gradient_checkpointing"] = False
+        yield
+    finally:
+        for each in on:
+            vars(each)["gradient_checkpointing"] = True
 
 
 def fresh_parameters(model: nn.Module) -> list[str]:

@@ -72,7 +72,8 @@ def features(made: Projection) -> Tensor:
 
 def _only(start: fx.Node, end: fx.Node) -> bool:
     """Does every element flow on, so that there is nothing to choose?"""
-    if value(start).numel() != value(end).numel():
+    sizes = {v.numel() for n in flow(start, end) if isinstance(v := value(n), Tensor)}
+    if sizes != {value(start).numel()}:
         return False
     copies = {"repeat", "repeat_interleave", "expand", "expand_as", "cat", "stack", "pad", "unfold"}
     return not any(op_name(node) in copies for node in flow(start, end))

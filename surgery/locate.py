@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import huggingface
+from surgery.call_sites import call_sites, common
 from surgery.dataflow import op_name, origin, value
 from surgery.errors import SiteError
 from surgery.layout import causal
-from surgery.module_sites import call_sites, common, module_sites
+from surgery.module_sites import module_sites
 from surgery.observe import Call, Observation, observe
 from surgery.patterns import Pattern, PortNode, find_patterns, joins_residual, linear_patterns
 from surgery.projection import bias_of, weight_of

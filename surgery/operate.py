@@ -17,6 +17,7 @@ from surgery.host import (
     capture_host,
     finish,
     install,
+    run,
     signature,
     state_of,
     uninstall,
@@ -25,7 +26,14 @@ from surgery.method import Method
 from surgery.pattern import Pattern
 from surgery.report import Inserted, Report
 from surgery.sites import CALLS, Edit, HostPlan, Site
-from surgery.verify import present_outputs, verify_reach, verify_start
+from surgery.verify import (
+    difference,
+    outputs,
+    present_outputs,
+    verify_reach,
+    verify_start,
+    verify_wraps,
+)
 
 
 def operate(
@@ -40,16 +48,12 @@ def operate(
     module = model.get_submodule(path)
     plan = pairs[0][1].host
     assert plan is not None
-    if any(site.kind in CALLS for _, site in pairs):
-        if not all(site.kind in CALLS for _, site in pairs):
-            raise SpliceError(
-                f"{path}: this module both holds a site in its own forward and is the whole trunk; "
-                "what wraps the trunk cannot be spliced here."
-            )
-        operation, new, inserted = _build(model, module, path, pairs, report, common, [])
-        undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
-        _put_in(module, plan, operation, new)
-        report.inserted += inserted
+    calls = [pair for pair in pairs if pair[1].kind in CALLS]
+    if calls:
+        inside = [pair for pair in pairs if pair not in calls]
+        if inside:
+            operate(model, path, inside, report, common, undo)
+        _wrap(model, module, path, calls, report, common, undo)
         return
     base = present_outputs(module, plan.args, plan.kwargs)
     known = state_of(module)
@@ -83,6 +87,33 @@ def operate(
     report.inserted += inserted
 
 
+def _wrap(
+    model: nn.Module,
+    module: nn.Module,
+    path: str,
+    pairs: list[tuple[Method, Site]],
+    report: Report,
+    common: dict[int, dict[str, nn.Module]],
+    undo: list[Any],
+) -> None:
+    """The same for what goes around the call of a module."""
+    plan = pairs[0][1].host
+    assert plan is not None
+    base = present_outputs(module, plan.args, plan.kwargs)
+    operation, new, inserted = _build(model, module, path, pairs, report, common, [])
+    undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
+    state = _put_in(module, plan, operation, new)
+    report.inserted += inserted
+    if any(i.method.together for i in inserted):
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(module, state, args, kwargs)
+
+    report.change[path] = difference(base, outputs(module, forward, plan.args, plan.kwargs))
+    verify_wraps(module, state, forward, operation.children, plan.args, plan.kwargs)
+
+
 def _put_in(
     module: nn.Module, plan: HostPlan, operation: Operation, new: list[tuple[str, nn.Module]]
 ) -> HostState:
@@ -91,7 +122,9 @@ def _put_in(
     for child, made in new:
         made.train(module.training)
         module.add_module(child, made)
-    state.operations[operation.name] = operation
+    before = state.operations.get(operation.name, Operation(operation.name, [], []))
+    edits, children = before.edits + operation.edits, before.children + operation.children
+    state.operations[operation.name] = Operation(operation.name, edits, children)
     state.refresh()
     return state
 

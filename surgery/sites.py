@@ -24,7 +24,8 @@ Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n,
 Of the other kinds, a linear layer or a norm has ``input`` and ``output``, an embedding of tokens
 ``ids`` and ``output``, a position ``positions``, the whole numbers that are encoded there. The
 trunk, the smallest module from token ids to all attention, and the stack, the module in it that
-holds all attention but not the embedding, if there is one, have ``call`` (:meth:`Port.wrap`).
+holds all attention but not the embedding, if there is one, and a block, the smallest module with
+an attention and an FFN, have ``call`` (:meth:`Port.wrap`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ from torch import nn
 from surgery.errors import PortError, suggest
 from surgery.frozen import FrozenModule, FrozenProjection, Reference
 
-Kind = Literal["attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack"]
-CALLS = ("trunk", "stack")  # sites whose one port is the call of the module
+Kind = Literal[
+    "attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack", "block"
+]
+CALLS = ("trunk", "stack", "block")  # sites whose one port is the call of the module
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Port:
     def wrap(self, module: nn.Module, name: str) -> None:
         """``module(forward, **arguments)`` takes the place of ``forward(**arguments)``.
 
-        Only for the port ``call`` of a trunk or a stack.
+        Only for the port ``call`` of a trunk, a stack or a block.
         """
         if self.name != "call":
             raise PortError(f"port {self.name!r} at {self.site.path}: only 'call' can be wrapped.")

@@ -61,6 +61,7 @@ class Tracer(TracerBase):
         self.root_node: fx.Node | None = None
         self.guards: list[Guard] = []
         self.guarded: set[tuple[fx.Node, Any]] = set()
+        self.modes: list[fx.Node] = []  # gradient modes that the forward has left and comes back to
         self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owner = [""]
@@ -189,6 +190,26 @@ class Tracer(TracerBase):
 
         return answer
 
+    def gradient_mode(self, mode: bool) -> None:
+        """Record a ``no_grad`` and its end: what it goes back to is known only when it runs."""
+        frame = sys._getframe(1)
+        steps = []  # no_grad leaves by way of set_grad_enabled
+        while frame := frame.f_back:  # type: ignore[assignment]
+            if frame.f_globals.get("__name__") == "torch.autograd.grad_mode":
+                steps.append((frame.f_code.co_name, frame.f_locals.get("self")))
+            elif steps:
+                break
+        step, context = steps[-1] if steps else ("", None)
+        ends = step == "__exit__" or (step == "__call__" and self.modes)
+        if step == "__enter__" and isinstance(context, torch.set_grad_enabled):
+            return  # it was set when the object was made
+        if ends and self.modes:
+            node = self.graph.call_function(torch._C._set_grad_enabled, (self.modes.pop(),))
+        else:
+            node = self.graph.call_function(enter_gradient_mode, (mode,))
+            self.modes.append(node)
+        node.meta.update(value=None, owner=self.owner[-1])
+
     # -- modules ---------------------------------------------------------------------------
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,6 +237,13 @@ class Tracer(TracerBase):
             self.reads.setdefault((id(owner), name), (owner, name, value))
 
 
+def enter_gradient_mode(mode: bool) -> bool:
+    """Set whether gradients are recorded; what it was before."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(mode)
+    return before
+
+
 class Recorder(TorchFunctionMode):
     """Turns torch calls that no proxy takes part in (factories, parameters) into nodes too."""
 
@@ -231,6 +259,8 @@ class Recorder(TorchFunctionMode):
         tracer = self.tracer
         if tracer.executing:
             return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return tracer.gradient_mode(*args)
         if not any_proxy((args, kwargs)):
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 if func.__name__ == "__get__" or func.__name__ in ("__repr__", "__format__"):

@@ -93,3 +93,13 @@ def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
     return dict(list(named.items())[1:])
+
+
+def is_whole(x: Any) -> bool:
+    """Is this a tensor of whole numbers?"""
+    return isinstance(x, Tensor) and not x.is_floating_point() and x.dim() > 0
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Are these two alike, as far as one can see?"""
+    return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or bool((a == b).all()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,22 @@ def verify_reach(
     Raises:
         SpliceError: a parameter is not used, or a module cannot change the output.
     """
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return variant.run(module, module, *leaves((given, named)))
+
+    verify_wraps(module, state, forward, children, args, kwargs)
+
+
+def verify_wraps(
+    module: nn.Module,
+    state: HostState,
+    forward: Callable[..., Any],
+    children: list[str],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """:func:`verify_reach` for any forward."""
     named = [
         (child, name, parameter)
         for child in children
@@ -73,43 +89,27 @@ def verify_reach(
     parameters = [parameter for _, _, parameter in named]
     if not parameters or parameters[0].is_meta:
         return
-    gradients = _gradients(module, state, variant, children, parameters, (args, kwargs))
-    if any(g is not None and not bool((g != 0).any()) for g in gradients):
+
+    def tried(arguments: Any) -> list[Tensor | None]:
+        with silenced(module):
+            found = gradients(forward, parameters, arguments)
+        return _dead(state, children) if found is None else found
+
+    reached = tried((args, kwargs))
+    if any(g is not None and not bool((g != 0).any()) for g in reached):
         # The example may be degenerate (a decoder that starts from zeros): try noise instead.
-        noisy = _noise((args, kwargs))
-        again = _gradients(module, state, variant, children, parameters, noisy)
-        pairs = zip(gradients, again, strict=True)
-        gradients = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
-    for (child, name, _), gradient in zip(named, gradients, strict=True):
+        pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
+        reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
+    for (child, name, _), gradient in zip(named, reached, strict=True):
         if gradient is None:
             raise SpliceError(
                 f"{state.path}: no gradient reaches {child}.{name}. The inserted module does not "
                 "use it; remove the parameter or use it in forward."
             )
     for child in children:
-        mine = [g for (c, _, _), g in zip(named, gradients, strict=True) if c == child]
+        mine = [g for (c, _, _), g in zip(named, reached, strict=True) if c == child]
         if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
             _dead(state, [child])
-
-
-def _gradients(
-    module: nn.Module,
-    state: HostState,
-    variant: Variant,
-    children: list[str],
-    parameters: list[nn.Parameter],
-    arguments: Any,
-) -> list[Tensor | None]:
-    """Gradients of the inserted parameters of one host at a random point."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return variant.run(module, module, *leaves((args, kwargs)))
-
-    with silenced(module):
-        found = gradients(forward, parameters, arguments)
-    if found is None:
-        _dead(state, children)
-    return found or []
 
 
 def gradients(
@@ -153,7 +153,7 @@ def _noise(arguments: Any) -> Any:
     )
 
 
-def _dead(state: HostState, children: list[str]) -> None:
+def _dead(state: HostState, children: list[str]) -> NoReturn:
     raise SpliceError(
         f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
         "its parameters stand. The port that it edits is not used here; choose another."

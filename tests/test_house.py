@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "core dropout errors fastpath frozen guards huggingface patching proxy values",
+    0: "core dropout errors fastpath frozen guards huggingface patching proxy values virtual",
     1: "compiled edit quiet recipe sites",
     2: "border method selection",
     3: "assign dataflow hookspecs report tracer",
     4: "capture projection registry train",
     5: "layout observe pattern",
-    6: "attention_ports ffn_pattern lse module_sites",
+    6: "attention_ports call_sites ffn_pattern lse module_sites",
     7: "attention_pattern variant",
     8: "patterns",
     9: "apply locate",
@@ -26,7 +26,7 @@ FLOORS = {
     13: "splice",
     14: "merge store",
     15: "__init__",
-    16: "cli",
+    16: "cli testing",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 LIBRARY = sorted((ROOT / "surgery").glob("*.py"))
@@ -65,7 +65,7 @@ def test_files_are_short_and_say_what_they_do(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_only_one_file_knows_transformers(path: Path) -> None:
-    if path.stem not in ("huggingface", "cli"):
+    if path.stem not in ("huggingface", "cli", "testing"):
         assert not [n for n in imported(path) if n.split(".")[0] == "transformers"]
 
 
@@ -79,6 +79,8 @@ def test_methods_import_only_the_public_surgery_and_torch(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_no_model_name_in_the_library(path: Path) -> None:
+    if path.stem == "testing":  # which builds three small models to check methods on
+        return
     names = r"\b(gpt2|gpt_neox|llama|roberta|bert|t5|bart|falcon|bloom|mistral|qwen|vit|gemma)\b"
     assert not re.search(names, path.read_text(), re.IGNORECASE)
 

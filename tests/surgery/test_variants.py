@@ -48,6 +48,22 @@ class ByArgument(Attention):
         return self.merge(y) * (2 if twice else 1)
 
 
+class WithoutGradient(Attention):
+    """A rotation-like factor, computed in three ways of saying that no gradient is wanted."""
+
+    @torch.no_grad()
+    def factor(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            a = x.cos().mean()
+        return a + x.sin().mean()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        with torch.set_grad_enabled(False):
+            b = x.mean()
+        return self.merge(F.scaled_dot_product_attention(q * self.factor(q), k + b, v))
+
+
 class ByData(Attention):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
@@ -198,3 +214,20 @@ def test_a_call_pattern_without_end_is_reported() -> None:
 
     with pytest.warns(UserWarning, match=r"24 variants of one host.*surgery\.variants"):
         many_lengths()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_region_without_gradient_gives_the_mode_back_that_it_found(first: bool) -> None:
+    torch.manual_seed(0)
+    model, x = WithoutGradient(), torch.randn(2, 3, 16)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    with torch.set_grad_enabled(first):  # the mode that the graph is captured in
+        surgery.splice(model, surgery.method("lora", rank=2), example_inputs=x)
+    assert torch.is_grad_enabled()
+    for mode in (True, False, True):
+        with torch.set_grad_enabled(mode):
+            assert model(x).requires_grad == mode
+            assert torch.is_grad_enabled() == mode
+    own = [p for n, p in model.named_parameters() if "lora" not in n]
+    gradients = torch.autograd.grad(model(x).sum(), own)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))

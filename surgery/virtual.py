@@ -1,0 +1,53 @@
+"""Virtual tokens: keys and values that every query attends to, without concatenating any.
+
+    softmax([s_P ; S]) [P_v ; V] = (1 - g) f + g softmax(s_P) P_v        g = sigmoid(lse_P - lse)
+
+s_P (P scores per query) and S are scaled scores, f = softmax(S) V, lse = logsumexp(S). The identity
+is exact (Chen et al. 2022, arXiv:2210.14469, section 3), so a fused kernel can compute f and lse,
+its mask and its cache as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def virtual_tokens(
+    merged: Tensor,
+    query: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    scores: Callable[[Tensor], Tensor] | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """What P virtual keys and values change in the merged heads: ``g (context_P - f)``.
+
+    Args:
+        merged: f, heads side by side (B, n, H d_v).
+        query: query heads as they are scored (B, H, n, d).
+        lse: logsumexp of their scores (B, H, n).
+        keys, values: (G, P, d) and (G, P, d_v), G dividing H.
+        scale: the factor of the model's own scores.
+        scores: applied to s_P (B, H, n, P), for methods that bend them.
+        gate: one factor of g for each head (H,).
+
+    Returns:
+        (B, n, H d_v), to be added to ``merged``.
+    """
+    heads, groups = query.shape[1], query.shape[1] // keys.shape[0]
+    grouped = torch.unflatten(query, 1, (-1, groups))  # (B, G, H/G, n, d)
+    own = (grouped @ keys.mT.unsqueeze(1) * scale).flatten(1, 2).to(lse.dtype)  # (B, H, n, P)
+    if scores is not None:
+        own = scores(own)
+    g = torch.sigmoid(own.logsumexp(-1) - lse)  # (B, H, n)
+    if gate is not None:
+        g = g * gate.to(g.dtype).unsqueeze(-1)
+    weights = torch.unflatten(own.softmax(-1).to(query.dtype), 1, (-1, groups))
+    context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d_v)
+    f = torch.unflatten(merged, -1, (heads, -1))
+    return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
