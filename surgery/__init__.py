@@ -14,19 +14,22 @@ from surgery.errors import (
     CaptureError,
     MethodError,
     PortError,
+    RecipeError,
     SiteError,
     SpliceError,
     StoreError,
     SurgeryError,
     suggest,
 )
-from surgery.hookspecs import Register, hookimpl
+from surgery.hookspecs import Register, RegisterTask, hookimpl
 from surgery.locate import locate
 from surgery.method import Method, Start
-from surgery.registry import method, methods
+from surgery.registry import method, methods, task, tasks
+from surgery.rows import train_rows
 from surgery.sites import Port, Site, Sites
 from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
+from surgery.task import Task
 from surgery.train import freeze_base, spliced_parameters, summary
 
 __version__ = "0.1.0"
@@ -38,7 +41,9 @@ __all__ = [
     "MethodError",
     "Port",
     "PortError",
+    "RecipeError",
     "Register",
+    "RegisterTask",
     "Site",
     "SiteError",
     "Sites",
@@ -46,6 +51,7 @@ __all__ = [
     "Start",
     "StoreError",
     "SurgeryError",
+    "Task",
     "disabled",
     "freeze_base",
     "hookimpl",
@@ -59,5 +65,8 @@ __all__ = [
     "spliced_parameters",
     "suggest",
     "summary",
+    "task",
+    "tasks",
+    "train_rows",
     "variants",
 ]

@@ -27,6 +27,7 @@ from surgery.errors import SpliceError, StoreError
 from surgery.locate import locate
 from surgery.registry import method
 from surgery.report import records
+from surgery.rows import fits, train_rows, trained_rows
 from surgery.sites import Site, Sites
 from surgery.splice import remove, splice
 from surgery.train import kept_parameters, spliced_parameters
@@ -50,6 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     tensors: dict[str, Tensor] = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
     tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
+    tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
     data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = f"surgery-{digest[:12]}.safetensors"
@@ -64,6 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             "fingerprint": fingerprint(model),
         },
         "kept": kept_parameters(model),
+        "rows": trained_rows(model),
         "splices": [_describe(report) for report in records(model).values()],
     }
     target = Path(folder)
@@ -93,7 +96,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     description, tensors = read(folder)
     sites = locate(model, example_inputs)
     plans = [_match(saved, sites, folder) for saved in description["splices"]]
+    rows = description.get("rows", {})
     _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
     done: list[str] = []
     try:
         for saved, at in plans:
@@ -103,12 +108,28 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             made = [i.path for i in report.inserted]
             if made != saved["modules"]:
                 raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
-        _fill(model, tensors, folder)
+        _fill(model, tensors, rows, folder)
     except BaseException:
         for name in reversed(done):
             remove(model, name)
         raise
     vars(model)["_surgery_kept"] = list(description["kept"])
+    for name, chosen in rows.items():
+        train_rows(model, name, chosen)
+    return model
+
+
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put saved tensors back into a model that is spliced as it was when they were saved.
+
+    Raises:
+        StoreError: files are missing or damaged, or the model is spliced otherwise.
+    """
+    description, tensors = read(folder)
+    rows = description.get("rows", {})
+    _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
+    _fill(model, tensors, rows, folder)
     return model
 
 
@@ -203,11 +224,22 @@ def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> No
             raise StoreError(_misfit(folder, name, tuple(tensor.shape), here))
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+def _check_rows(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
+) -> None:
+    for name, chosen in rows.items():
+        if not fits(model, name, chosen, tensors[f"rows.{name}"]):
+            raise StoreError(_misfit(folder, f"{len(chosen)} rows of {name}", max(chosen), "none"))
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
+) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
     wanted: dict[str, Tensor] = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
     wanted |= {f"inserted.{n}": b for n, b in _buffers(model)}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
+    wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
         raise StoreError(
@@ -219,6 +251,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
     with torch.no_grad():
         for key, target in wanted.items():
             target.copy_(tensors[key])
+        for name, chosen in rows.items():
+            own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
