@@ -55,9 +55,7 @@ def answers(
 
 
 @torch.no_grad()
-def _answer(
-    model: Any, task: surgery.Task, tokenizer: Any, features: list[Features]
-) -> list[Any]:
+def _answer(model: Any, task: surgery.Task, tokenizer: Any, features: list[Features]) -> list[Any]:
     collate = Collator(pad_id(tokenizer), "left" if task.kind == "decoder" else "right")
     batch = {name: tensor.to(model.device) for name, tensor in collate(features).items()}
     if task.kind == "classifier":

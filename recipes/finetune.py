@@ -18,7 +18,6 @@ from rich.console import Console
 from surgery_recipes import results
 from surgery_recipes.answers import answers
 from surgery_recipes.build import (
-    Plan,
     freeze_all_but_head,
     load_base,
     plan,

@@ -114,9 +114,7 @@ def _adds_segments(config: Any) -> bool:
     return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
 
 
-def _limited(
-    splits: dict[str, list[Example]], limit: dict[str, Any]
-) -> dict[str, list[Example]]:
+def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[str, list[Example]]:
     for name, count in limit.items():
         if name not in splits:
             raise RecipeError(

@@ -13,7 +13,6 @@ from surgery.errors import RecipeError, suggest
 from surgery.extend import override, read_extended
 
 
-
 @dataclass(frozen=True)
 class Recipe:
     """A training run, complete.

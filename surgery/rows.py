@@ -53,7 +53,7 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     hooks: dict[str, _Only] = vars(model).setdefault(_ROWS, {})
     if name not in hooks:
         hooks[name] = _Only(rows)
-        own[name].register_hook(hooks[name])
+        own[name].register_hook(hooks[name])  # type: ignore[no-untyped-call]
     hooks[name].rows = list(rows)
 
 

@@ -36,9 +36,7 @@ def f1(answer: str, reference: str) -> float:
     return 2 * shared / (len(ours) + len(theirs))
 
 
-def against(
-    measure: Callable[[str, str], float], answer: str, references: Sequence[str]
-) -> float:
+def against(measure: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
     """The best over the references, averaged over leaving each of them out."""
     values = [measure(answer, reference) for reference in references]
     if len(values) == 1:

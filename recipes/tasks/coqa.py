@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from surgery_recipes.files import data_folder, find_file, read_hub, read_json
 from surgery_recipes.metrics import coqa
 from surgery_recipes.tasks.classification import hold_out
-from surgery_recipes.tasks.generation import Generation, Piece, not_empty
+from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
 
 import surgery
 from surgery import RecipeError
-from surgery.task import Example
+from surgery.task import Example, Features
 
 BOS, EOS = "<bos_qa>", "<eos_qa>"
 QUESTION, ANSWER, DOCUMENT = "<question>", "<answer>", "<document>"
@@ -69,10 +69,23 @@ class CoQA(Generation):
     def pieces(self, example: Example) -> list[Piece]:
         turns = [
             piece
-            for question, answer in example["turns"][-self.history :] if self.history
+            for question, answer in example["turns"][-self.history :]
+            if self.history
             for piece in ((QUESTION, question), (ANSWER, answer))
         ]
-        return [(DOCUMENT, example["story"]), *turns, (QUESTION, example["question"]), (ANSWER, None)]
+        return [
+            (DOCUMENT, example["story"]),
+            *turns,
+            (QUESTION, example["question"]),
+            (ANSWER, None),
+        ]
+
+    def prompt(self, example: Example, tokenizer: Any) -> Features:
+        """Of the pieces, behind <bos_qa>, which counts as part of the document."""
+        features = super().prompt(example, tokenizer)
+        segment = features.get("token_type_ids", [])[:1]
+        first = {"input_ids": token_ids(tokenizer, BOS), "token_type_ids": segment}
+        return {name: first[name] + ids for name, ids in features.items()}
 
     def cut(self, token: str, ids: list[int]) -> list[int]:
         return ids[: self.max_document] if token == DOCUMENT else ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery_recipes.files import data_folder, find_file, read_hub, read_rows, require_columns
@@ -64,7 +63,9 @@ class MNLI(Classification):
     def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         scores = {}
         for name in SETS:
-            chosen = [a == e["label"] for a, e in zip(answers, examples, strict=True) if e["set"] == name]
+            chosen = [
+                a == e["label"] for a, e in zip(answers, examples, strict=True) if e["set"] == name
+            ]
             if chosen:
                 scores[f"accuracy_{name}"] = sum(chosen) / len(chosen)
         return scores

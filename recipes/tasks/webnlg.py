@@ -129,7 +129,7 @@ class WebNLG(Generation):
         except (KeyError, TypeError, AttributeError, StopIteration) as error:
             raise RecipeError(
                 f"{file}: not in the challenge's format, {type(error).__name__}: {error}. "
-                'Expected {"entries": [{"1": {"category", "modifiedtripleset", "lexicalisations"}}]}.'
+                'Expected {"entries": [{"1": {"modifiedtripleset", "lexicalisations", ...}}]}.'
             ) from error
 
 

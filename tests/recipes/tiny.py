@@ -1,4 +1,4 @@
-"""Tiny: models of the recipes' architectures with a byte tokenizer, and data in official formats."""
+"""Tiny models of the recipes' architectures, with a byte tokenizer, and a few made-up data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ FILES = ("vocab.json", "merges.txt")
 def save_model(kind: str, folder: Path, tokenizer: Path | None = None) -> Path:
     """A random model of two layers with a tokenizer: of bytes, or the one with those files."""
     folder.mkdir(parents=True, exist_ok=True)
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
+    special = (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
+    )
     if tokenizer is None:
         letters = [*special, *sorted(ByteLevel.alphabet())]
         (folder / FILES[0]).write_text(json.dumps({c: i for i, c in enumerate(letters)}))
@@ -63,7 +65,11 @@ def _webnlg(folder: Path, count: int) -> None:
         entries = []
         for i in range(count):
             new = split == "test" and i % 2
-            triple = {"subject": f"Town_{i}", "property": "isIn", "object": f'"Land {i}"'}
+            triple = {
+                "subject": "New_" * i + f"Town_{i}",
+                "property": "isIn",
+                "object": f'"Land {i}"',
+            }
             texts = [f"Town {i} is in land {i}.", f"In land {i} there is town {i}."]
             entry = {
                 "category": "Artist" if new else "City",
@@ -92,7 +98,11 @@ def _mnli(folder: Path, count: int) -> None:
     labels = ("entailment", "neutral", "contradiction", "-")
     for split in ("train", "dev_matched", "dev_mismatched"):
         rows = [
-            {"sentence1": f"It is {i}.", "sentence2": f"It is {i + 1}.", "gold_label": labels[i % 4]}
+            {
+                "sentence1": f"It is {i}.",
+                "sentence2": f"It is {i + 1}.",
+                "gold_label": labels[i % 4],
+            }
             for i in range(count)
         ]
         text = "\n".join(map(json.dumps, rows))
@@ -103,6 +113,17 @@ def _sst2(folder: Path, count: int) -> None:
     for split in ("train", "dev"):
         rows = [f"{'good' if i % 2 else 'bad'} film number {i} \t{i % 2}" for i in range(count)]
         (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+
+
+def prepared(task: str, root: Path) -> tuple[Path, Path]:
+    """A model and data for a task, made below ``root`` if they are not there."""
+    kind = FAMILY[task]
+    model, data = root / kind, root / task
+    if not model.is_dir():
+        save_model(kind, model)
+    if not data.is_dir():
+        save_data(task, data)
+    return model, data
 
 
 def overrides(task: str, model: Path, data: Path, output: Path) -> list[str]:
