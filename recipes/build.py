@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from surgery_recipes.answers import pad_id
 from surgery_recipes.collate import Collator
-from surgery_recipes.prepare import Prepared, longest
+from surgery_recipes.prepare import Prepared
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
@@ -102,18 +103,23 @@ def try_out(model: Any, prepared: Prepared) -> float:
     Raises:
         RecipeError: they do not go through.
     """
-    batch = Collator(pad_id(prepared.tokenizer))(longest(prepared.features["train"], 2))
+    collate = Collator(pad_id(prepared.tokenizer))
+    examples, prompts = (collate(features) for features in prepared.longest)
     model.eval()
     try:
         with torch.no_grad():
-            loss = float(model(**batch).loss)
+            loss = float(model(**examples).loss)
+            model(**prompts)
     except (IndexError, RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"the longest examples ({batch['input_ids'].shape[1]} tokens) do not go through the "
-            f"model: {error}. Lower data.max_length, or take a model with more positions."
+            f"the longest examples ({examples['input_ids'].shape[1]} tokens to learn, "
+            f"{prompts['input_ids'].shape[1]} to answer) do not go through the model: "
+            f"{error}. Lower data.max_length, or take a model with more positions."
         ) from error
     finally:
         model.train()
-    if not loss == loss:
-        raise RecipeError("the loss of a first batch is not a number. Is the base trained?")
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss of the longest examples is {loss}. The base may be damaged: fetch it again."
+        )
     return loss

@@ -13,7 +13,6 @@ from typing import Any
 
 from surgery import RecipeError
 
-ENDINGS = (".json", ".jsonl", ".tsv")
 DATA = "SURGERY_DATA"
 
 
@@ -36,14 +35,16 @@ def data_folder(path: str, name: str) -> Path | None:
     return folder if root and folder.is_dir() else None
 
 
-def find_file(folder: Path, stems: Sequence[str]) -> Path:
+def find_file(
+    folder: Path, stems: Sequence[str], endings: Sequence[str] = (".jsonl", ".tsv")
+) -> Path:
     """The one file of ``folder`` that is called like a stem: the first stem that any file fits.
 
     Raises:
         RecipeError: no file fits, or more than one.
     """
     for stem in stems:
-        patterns = [f"{stem}*{end}{zipped}" for end in ENDINGS for zipped in ("", ".gz")]
+        patterns = [f"{stem}*{end}{zipped}" for end in endings for zipped in ("", ".gz")]
         found = sorted(path for pattern in patterns for path in folder.glob(pattern))
         if len(found) == 1:
             return found[0]
@@ -52,7 +53,9 @@ def find_file(folder: Path, stems: Sequence[str]) -> Path:
             raise RecipeError(f"{folder}: {names} all look like {stem!r}. Leave one of them there.")
     here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     wished = " or ".join(f"{stem}*" for stem in stems)
-    raise RecipeError(f"{folder}: no {wished} with {', '.join(ENDINGS)} or .gz. Here: {here}.")
+    raise RecipeError(
+        f"{folder}: no {wished} with {', '.join(endings)}, or these and .gz. Here: {here}."
+    )
 
 
 def read_text(path: Path) -> str:

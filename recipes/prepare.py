@@ -35,6 +35,8 @@ class Prepared:
         source: folder or hub id of the base.
         new: ids of tokens that were added to the vocabulary.
         examples: every split.  features: what is trained on, and what validates.
+        longest: a batch of the longest examples, and one of the longest prompts that are scored:
+            what they need, no other batch exceeds.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Prepared:
     new: tuple[int, ...]
     examples: dict[str, list[Example]]
     features: dict[str, list[Features]]
+    longest: tuple[list[Features], list[Features]]
 
     @property
     def scored(self) -> list[str]:
@@ -73,12 +76,21 @@ def prepare(recipe: Recipe) -> Prepared:
         for name in FITTED
         if name in examples
     }
-    _check_room(features["train"], "train", config, task, 0)
-    for name in examples.keys() - set(FITTED):
-        prompts = [task.prompt(example, tokenizer) for example in examples[name]]
-        _check_room(prompts, name, config, task, task.decoding.get("max_new_tokens", 0))
+    prompts = {
+        name: [task.prompt(example, tokenizer) for example in examples[name]]
+        for name in examples
+        if name not in FITTED
+    }
+    for name, rows in features.items():
+        _check_room(rows, name, config, task, 0)
+    for name, rows in prompts.items():
+        _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
+    longest = (
+        _longest([row for rows in features.values() for row in rows]),
+        _longest([row for rows in prompts.values() for row in rows]),
+    )
     ids = tuple(tokenizer.convert_tokens_to_ids(new))
-    return Prepared(recipe, task, source, tokenizer, ids, examples, features)
+    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
 
 
 def _config(source: str, task: surgery.Task) -> Any:
@@ -148,6 +160,5 @@ def _check_room(
             )
 
 
-def longest(features: Sequence[Features], count: int) -> list[Features]:
-    """The longest examples: what they need, no other batch exceeds."""
+def _longest(features: Sequence[Features], count: int = 2) -> list[Features]:
     return sorted(features, key=lambda f: len(f["input_ids"]), reverse=True)[:count]

@@ -115,7 +115,7 @@ class CoQA(Generation):
         folder = data_folder(self.path, "coqa")
         if folder is None:
             return [_from_hub(row, f"{HUB} {split}") for row in read_hub(HUB, split)]
-        file = find_file(folder, stems)
+        file = find_file(folder, stems, [".json"])
         try:
             return [_from_file(story, str(file)) for story in read_json(file)["data"]]
         except (KeyError, TypeError, AttributeError) as error:

@@ -121,7 +121,7 @@ class WebNLG(Generation):
         if folder is None:
             rows = read_hub(HUB, name, "webnlg_challenge_2017")
             return [_from_hub(row, f"{HUB} {name}: row {i + 1}") for i, row in enumerate(rows)]
-        file = find_file(folder, (name,))
+        file = find_file(folder, (name,), [".json"])
         content = read_json(file)
         try:
             numbered = [next(iter(entry.items())) for entry in content["entries"]]

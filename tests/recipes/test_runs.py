@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -62,14 +63,24 @@ def test_a_finished_run_is_not_written_over_unasked(root: Path, tmp_path: Path) 
     assert finetune.train(made, QUIET, finetune.Run(overwrite=True))[0].losses == first[0].losses
 
 
-def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(root: Path, tmp_path: Path) -> None:
+def as_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count dropouts from 1 again: their masks depend on which they are."""
+    monkeypatch.setattr("surgery.dropout._salts", itertools.count(1))
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_in_a_fresh_process(monkeypatch)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     dropping = ["training.load_best_model_at_end=false", "patience=0"]
     finetune.train(recipe("webnlg/inducer_lora", root, whole, *dropping), QUIET)
     made = recipe("webnlg/inducer_lora", root, broken, *dropping)
+    as_in_a_fresh_process(monkeypatch)
     stop_at(3, made)
-    with pytest.raises(RecipeError, match="holds an unfinished run. Go on with --resume"):
+    with pytest.raises(RecipeError, match=r"holds an unfinished run\. Go on with --resume"):
         finetune.train(made, QUIET)
+    as_in_a_fresh_process(monkeypatch)
     finetune.train(made, QUIET, finetune.Run(resume=True))
     one, two = tensors(whole), tensors(broken)
     assert one.keys() == two.keys()
