@@ -45,7 +45,6 @@ zoo: .venv/dev
 
 .venv/dev: .venv/run
 	$(INSTALL) -e '.[dev]'
-	$(INSTALL) --no-deps pycocoevalcap==1.2
 	touch $@
 
 clean:

@@ -17,7 +17,7 @@ LABEL = "METEOR 1.5, -l en -norm (pycocoevalcap)"
 def why_not() -> str:
     """Why there is no METEOR here; empty if there is."""
     if importlib.util.find_spec("pycocoevalcap") is None:
-        return "no METEOR: pip install --no-deps pycocoevalcap"
+        return "no METEOR: pip install 'surgery[recipes]'"
     if shutil.which("java") is None:
         return "no METEOR: it needs Java"
     return ""
