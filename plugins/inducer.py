@@ -88,6 +88,16 @@ class Inducer(nn.Module):
         nothing = lse < torch.finfo(lse.dtype).min / 2
         return torch.sigmoid(score - lse.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0)
 
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Merging: b2 is all that does not depend on the query."""
+        return weight, bias + self.value_b2.to(bias)
+
+    needs_bias = True
+
+    def rest(self) -> None:
+        """What is left once b2 is folded."""
+        nn.init.zeros_(self.value_b2)
+
     def forward(self, query: Tensor, lse: Tensor) -> Tensor:
         gate = self.dropout(self.gate(query, lse))  # (B, H, n)
         hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)

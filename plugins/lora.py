@@ -1,15 +1,18 @@
 """LoRA: low-rank updates of frozen projections.
 
-    y = x W + b + (alpha / rank) * (drop(x) A B + c)
+    y = x W + b + s (drop(x) A B + c)            s = alpha / r, or alpha / sqrt(r) with ``rslora``
 
-Hu et al. 2021, arXiv:2106.09685, eq. 3. The trainable bias c is an option of the inducer paper's
-code (Chen et al. 2022, arXiv:2210.14469), which scales it likewise.
+Hu et al. 2021, arXiv:2106.09685, eq. 3; rank-stabilised scaling: Kalajdzievski 2023,
+arXiv:2312.03732. The trainable bias c is an option of the inducer paper's code (Chen et al. 2022,
+arXiv:2210.14469), which scales it likewise.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ class LowRank(nn.Module):
     Args:
         d_in, d_out: widths of the projection that it updates.
         rank: inner width r.
-        alpha: numerator of the scale.
+        scale: s.
         dropout: probability, on the input of A.
         bias: whether c is there.
 
@@ -42,10 +45,10 @@ class LowRank(nn.Module):
     """
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, alpha: float, dropout: float, bias: bool
+        self, d_in: int, d_out: int, rank: int, scale: float, dropout: float, bias: bool
     ) -> None:
         super().__init__()
-        self.scale = alpha / rank
+        self.scale = scale
         self.dropout = surgery.Dropout(dropout)
         self.a = nn.Linear(d_in, rank, bias=False)
         self.b = nn.Linear(rank, d_out, bias=bias)
@@ -53,6 +56,18 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.b.weight)
         if bias:
             nn.init.zeros_(self.b.bias)
+
+    @property
+    def needs_bias(self) -> bool:
+        """Merging puts c into the projection's bias."""
+        return self.b.bias is not None
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``(W + s A B, b + s c)``, W (d_in, d_out)."""
+        a, b = self.a.weight.to(weight), self.b.weight.to(weight)
+        if bias is not None and self.b.bias is not None:
+            bias = bias + self.scale * self.b.bias.to(bias)
+        return weight + self.scale * (b @ a).T, bias
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.b(self.a(self.dropout(x)))  # (B, n, d_out)
@@ -68,7 +83,10 @@ class LoRA(surgery.Method):
 
     Args:
         rank: inner width r, at least 1.
-        alpha: numerator of the scale alpha / rank.
+        alpha: numerator of the scale s.
+        rslora: s = alpha / sqrt(r) instead of alpha / r.
+        ranks: other ranks for some sites, ``{"layers.0.": 16, "mlp": 4}``: a regular expression
+            for the path of a site, and its rank; the first that matches counts.
         ports: which projections: query, key, value, output (attention); up, gate, output (FFN);
             output (linear).
         dropout: probability, on the input of A.
@@ -84,11 +102,16 @@ class LoRA(surgery.Method):
     ports: tuple[str, ...] = ("query", "value")
     dropout: float = 0.0
     bias: bool = False
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ports = (self.ports,) if isinstance(self.ports, str) else tuple(self.ports)
         object.__setattr__(self, "ports", ports)
         self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
+        for pattern, rank in self.ranks.items():
+            fits = isinstance(rank, int) and rank >= 1 and _compiles(pattern)
+            self.require(fits, "ranks", "regular expressions of paths, with integers >= 1")
         self.require(self.alpha > 0, "alpha", "a number > 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         known = sorted({port for ports in PROJECTIONS.values() for port in ports})
@@ -110,10 +133,18 @@ class LoRA(surgery.Method):
     def splice(self, site: surgery.Site) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
             assert port.in_width is not None  # see suits
-            update = LowRank(
-                port.in_width, port.width, self.rank, self.alpha, self.dropout, self.bias
-            )
+            rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)
+            scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
+            update = LowRank(port.in_width, port.width, rank, scale, self.dropout, self.bias)
             port.add(update, name=self.name)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 @surgery.hookimpl

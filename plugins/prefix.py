@@ -8,64 +8,184 @@ Li and Liang 2021, arXiv:2101.00190; the second line is exact (Chen et al. 2022,
 section 3), so no key is concatenated, no mask grows and no position shifts: prefix keys are always
 visible, and they are not rotated where queries are. ``gate`` multiplies g by a trained scalar per
 head that starts at 0 (as tanh of it, Zhang et al. 2023, arXiv:2303.16199).
+
+``share`` says what P_k and P_v are made of (Le et al. 2024, arXiv:2410.02200; rows p are (P, D)):
+
+    none     free parameters                                         ("no-share")
+    simple   p Wk + bk, p Wv + bv with the layer's frozen projections, behind its norm if it is
+             in front of the attention; not rotated                  ("simple-share")
+    linear   tanh(p W + b)
+    layer    tanh(p Wa + ba) Wb + bb                                 ("deep-share")
+    global   the same with p, Wa, ba for all layers                  (Li and Liang's MLP)
+
+What is trained then is more than what is stored: a saved adapter holds plain keys and values.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import surgery
 
+Share = Literal["none", "simple", "linear", "layer", "global"]
+
+
+class Rows(nn.Module):
+    """Rows p (P, D), and what is shared by all layers of ``global``: tanh(p Wa + ba) (P, m).
+
+    Parameters: rows N(0, std); inward D m + m: weight N(0, std), bias 0
+    """
+
+    def __init__(self, length: int, width: int, hidden: int, std: float) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(length, width) * std)
+        self.inward = _linear(width, hidden, std) if hidden else None
+
+    def forward(self) -> Tensor:
+        return self.rows if self.inward is None else torch.tanh(self.inward(self.rows))
+
+
+class Reparametrised(nn.Module):
+    """Keys and values of one layer as functions of rows.
+
+    Args:
+        site: of the layer.  share, length, hidden, std: as in :class:`PrefixTuning`.
+
+    Shape: () -> keys (G, P, d), values (G, P, d_v)
+    Cost: see ``PrefixTuning``.
+    """
+
+    def __init__(
+        self, site: surgery.Site, share: Share, length: int, hidden: int, std: float
+    ) -> None:
+        super().__init__()
+        self.share, self.groups = share, site.kv_heads
+        self.widths = [site.kv_heads * site.head_width, site.kv_heads * site.value_width]
+        inner = hidden if share in ("layer", "global") else 0
+
+        def rows() -> nn.Module:
+            return Rows(length, site.width, inner, std)
+
+        self.rows: Any = site.share("rows", rows) if share == "global" else rows()
+        if share == "simple":
+            self.norm = site.frozen_norm()
+            self.projections = [site.port(name).frozen() for name in ("key", "value")]
+        else:
+            self.outward = _linear(inner or site.width, sum(self.widths), std)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        rows = self.rows()  # (P, D), or (P, m) behind the first half of an MLP
+        if self.share == "simple":
+            rows = self.norm(rows)
+            made = [project(rows) for project in self.projections]
+        else:
+            both = self.outward(rows)
+            both = torch.tanh(both) if self.share == "linear" else both
+            made = list(both.split(self.widths, -1))
+        keys, values = (x.unflatten(-1, (self.groups, -1)).transpose(0, 1) for x in made)
+        return keys, values
+
+    def sources(self) -> Iterable[Tensor]:
+        """Every parameter that keys and values depend on, one that is registered elsewhere too."""
+        rows = self.rows if isinstance(self.rows, nn.Module) else self.rows.module
+        return [*self.parameters(), *rows.parameters()]
+
+
+def _linear(width: int, out: int, std: float) -> nn.Linear:
+    linear = nn.Linear(width, out)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
 
 class Prefix(nn.Module):
     """What the prefix changes in the merged heads: ``g (prefix's context - f)``, to be added.
 
     Args:
-        heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
-        length: P.
-        scale: the factor of the model's own scores.
-        gate: whether g is multiplied by tanh of a trained scalar per head.
-        std: of the normal distribution that keys and values start from; 0 starts them at zero.
+        site: where it is.  method: its options.
 
     Shape:
         merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n) -> (B, n, H d)
     Parameters:
-        keys (G, P, d)  values (G, P, d)  N(0, std);  gate (H,)  zeros, if ``gate``
-    Cost: 2 P G d [+ H] parameters.
+        keys (G, P, d)  values (G, P, d)  N(0, std), or ``made``, see :class:`Reparametrised`
+        gate (H,)  zeros, if ``gate``;  tau (2,)  ones, in NoRGa
     """
 
-    def __init__(
-        self,
-        heads: int,
-        kv_heads: int,
-        head_width: int,
-        value_width: int,
-        length: int,
-        scale: float,
-        gate: bool,
-        std: float,
-    ) -> None:
+    def __init__(self, site: surgery.Site, method: PrefixTuning) -> None:
         super().__init__()
-        self.heads, self.scale = heads, scale
-        self.keys = nn.Parameter(torch.randn(kv_heads, length, head_width) * std)
-        self.values = nn.Parameter(torch.randn(kv_heads, length, value_width) * std)
-        self.gate = nn.Parameter(torch.zeros(heads)) if gate else None
+        assert site.scale is not None
+        self.heads, self.scale = site.heads, site.scale
+        self.made: Reparametrised | None = None
+        if method.share == "none":
+            shape = (site.kv_heads, method.length)
+            self.keys = nn.Parameter(method.start_values(*shape, site.head_width))
+            self.values = nn.Parameter(method.start_values(*shape, site.value_width))
+        else:
+            self.made = Reparametrised(site, method.share, method.length, method.hidden, method.std)
+        self.dropout = surgery.Dropout(method.dropout)
+        self.gate = nn.Parameter(torch.zeros(site.heads)) if method.gate else None
+        self.tau = nn.Parameter(torch.ones(2)) if method.residual else None
+        self._known: tuple[Any, tuple[Tensor, Tensor]] | None = None
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Keys (G, P, d) and values (G, P, d_v). Without gradient they are made once."""
+        if self.made is None:
+            return self.keys, self.values
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            self._known = None
+            return self.made()
+        stamp = [(p.data_ptr(), p._version, p.dtype) for p in self.made.sources()]
+        if self._known is None or self._known[0] != stamp:
+            self._known = stamp, self.made()
+        return self._known[1]
+
+    def train(self, mode: bool = True) -> Prefix:
+        self._known = None
+        return super().train(mode)
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """What is left after training: keys, values, and the scalars."""
+        with torch.no_grad():
+            keys, values = self.tables()
+        scalars = dict(self.named_parameters(recurse=False))
+        return {**scalars, "keys": keys.detach(), "values": values.detach()}
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
-        groups = self.heads // self.keys.shape[0]
+        keys, values = (self.dropout(table) for table in self.tables())
+        groups = self.heads // keys.shape[0]
         grouped = query.unflatten(1, (-1, groups))  # (B, G, H/G, n, d)
-        scores = grouped @ self.keys.mT.unsqueeze(1) * self.scale  # (B, G, H/G, n, P)
+        scores = grouped @ keys.mT.unsqueeze(1) * self.scale  # (B, G, H/G, n, P)
         scores = scores.flatten(1, 2).to(lse.dtype)  # (B, H, n, P)
+        if self.tau is not None:
+            inner, outer = self.tau.to(scores.dtype)
+            scores = scores + outer * torch.tanh(inner * scores)
         g = torch.sigmoid(scores.logsumexp(-1) - lse)  # (B, H, n)
         if self.gate is not None:
             g = g * torch.tanh(self.gate.to(g.dtype)).unsqueeze(-1)
         weights = scores.softmax(-1).to(query.dtype).unflatten(1, (-1, groups))
-        context = (weights @ self.values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d)
+        context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d)
         f = merged.unflatten(-1, (self.heads, -1))
         return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
+
+
+class Later(nn.Module):
+    """Positions behind those of the prefix: ``positions + P``.
+
+    Shape: (..., n) -> (..., n). No parameters.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return positions + self.length
 
 
 @dataclass(frozen=True)
@@ -75,39 +195,104 @@ class PrefixTuning(surgery.Method):
     Args:
         length: P, how many keys and values per layer.
         gate: start exactly at the base model, through a gate per head that starts at zero.
-        std: of the normal distribution that keys and values start from; 0 starts them at zero,
-            and the outputs of attention at (1 - g) f.
+        std: of the normal distribution that keys and values, or rows and weights, start from;
+            0 starts keys and values at zero, and the outputs of attention at (1 - g) f.
+        share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see this module.
+        hidden: inner width m of the MLP of ``layer`` and ``global``.
+        shift: give the real tokens the positions P, P + 1, ..., as implementations do that put
+            the prefix into a KV cache. Needs a model that encodes positions by number.
+        dropout: probability, on keys and values.
 
-    Start: none; with ``gate`` gated. Not mergeable. A KV cache stays that of the base.
+    Start: none; with ``gate`` and without ``shift`` gated. Not mergeable. A KV cache stays that of
+    the base. Cost per layer: 2 P G d [+ H], which is also what is stored; trained are instead
+    simple P D; linear P D + (D + 1) 2 G d; layer P D + (D + 1) m + (m + 1) 2 G d;
+    global (m + 1) 2 G d, and P D + (D + 1) m once.
     """
 
     name = "prefix"
+    kinds = ("attention", "position")
 
     length: int = 20
     gate: bool = False
     std: float = 0.02
+    share: Share = "none"
+    hidden: int = 512
+    shift: bool = False
+    dropout: float = 0.0
+
+    residual = False  # NoRGa's
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.length, int) and self.length >= 1, "length", "an integer >= 1")
-        self.require(isinstance(self.gate, bool), "gate", "True or False")
+        for option in ("gate", "shift"):
+            self.require(isinstance(getattr(self, option), bool), option, "True or False")
         self.require(self.std >= 0, "std", "a number >= 0")
+        known = ("none", "simple", "linear", "layer", "global")
+        self.require(self.share in known, "share", f"one of {', '.join(known)}")
+        moving = self.share == "none" or self.std > 0
+        self.require(moving, "std", "a number > 0 where keys and values are made of rows")
+        self.require(isinstance(self.hidden, int) and self.hidden >= 1, "hidden", "an integer >= 1")
+        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
     @property
     def start(self) -> surgery.Start:
-        return "gated" if self.gate else "none"
+        return "gated" if self.gate and not self.shift else "none"
+
+    def start_values(self, *shape: int) -> Tensor:
+        """Keys or values to start from."""
+        return torch.randn(shape) * self.std
+
+    def plain(self) -> PrefixTuning:
+        return dataclasses.replace(self, share="none")
+
+    def check(self, sites: list[surgery.Site]) -> None:
+        if self.shift and not any(site.kind == "position" for site in sites):
+            raise surgery.SiteError(
+                f"method {self.name!r} with shift=True: this model encodes positions nowhere by "
+                "number (or not in a module of its own), so they cannot be shifted. Leave it out."
+            )
 
     def suits(self, site: surgery.Site) -> bool:
+        if site.kind == "position":
+            return self.shift
+        if self.share == "simple":
+            ports = [site.ports.get(name) for name in ("key", "value")]
+            widths = (site.kv_heads * site.head_width, site.kv_heads * site.value_width)
+            pairs = zip(ports, widths, strict=True)
+            if not all(port and port.weight and port.width == width for port, width in pairs):
+                return False
         return "lse" in site.ports
 
     def splice(self, site: surgery.Site) -> None:
-        prefix = Prefix(
-            site.heads, site.kv_heads, site.head_width, site.value_width, self.length, site.scale,
-            self.gate, self.std,
-        )  # fmt: skip
-        port = site.port("merged")
-        port.add(prefix, name=self.name, reads=("merged", "query_heads", "lse"))
+        if site.kind == "position":
+            site.port("positions").insert(Later(self.length), name=self.name)
+            return
+        reads = ("merged", "query_heads", "lse")
+        site.port("merged").add(Prefix(site, self), name=self.name, reads=reads)
+
+
+@dataclass(frozen=True)
+class NoRGa(PrefixTuning):
+    """Prefix-tuning with a nonlinear residual gate on the scores of the prefix.
+
+        s := s + tau_2 tanh(tau_1 s)              two scalars per layer, ones at the start
+
+    Le et al. 2024, arXiv:2405.14124.
+
+    Args:
+        as for ``prefix``; keys and values start from U(-1, 1) with ``share="none"``.
+
+    Start: none; with ``gate`` gated. Not mergeable. Cost: that of the prefix and 2 per layer.
+    """
+
+    name = "norga"
+    residual = True
+
+    def start_values(self, *shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-1, 1)
 
 
 @surgery.hookimpl
 def register_methods(register: surgery.Register) -> None:
     register(PrefixTuning)
+    register(NoRGa)

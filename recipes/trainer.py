@@ -48,7 +48,7 @@ class AdapterTrainer(Trainer):
         if not records(self.model):
             super()._save(folder, state_dict)
         elif self.args.should_save:
-            surgery.save(self.model, folder)
+            surgery.save(self.model, folder, plain=False)
             torch.save(self.args, Path(folder) / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

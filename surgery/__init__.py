@@ -23,10 +23,12 @@ from surgery.errors import (
 )
 from surgery.hookspecs import Register, RegisterTask, hookimpl
 from surgery.locate import locate
+from surgery.merge import Merged, merge
 from surgery.method import Method, Start
 from surgery.registry import method, methods, task, tasks
 from surgery.rows import train_rows
-from surgery.sites import Port, Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Port, Site
 from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
 from surgery.task import Task
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Dropout",
+    "Merged",
     "Method",
     "MethodError",
     "Port",
@@ -57,6 +60,7 @@ __all__ = [
     "hookimpl",
     "load",
     "locate",
+    "merge",
     "method",
     "methods",
     "remove",

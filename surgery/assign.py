@@ -6,7 +6,8 @@ from torch import nn
 
 from surgery.errors import SiteError
 from surgery.method import Method
-from surgery.sites import Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Site
 
 
 def assign(
@@ -19,9 +20,10 @@ def assign(
     """
     todo: dict[str, list[tuple[Method, Site]]] = {}
     for method in methods:
-        suitable = [site for site in sites if method.suits(site)]
+        suitable = [site for site in offered(method, sites) if method.suits(site)]
         if not suitable:
             raise SiteError(_nowhere(method, sites))
+        method.check(suitable)
         for site in suitable:
             if site.host is None:
                 raise SiteError(f"{site.path}: this site was not made by surgery.locate.")
@@ -37,6 +39,11 @@ def assign(
     return todo
 
 
+def offered(method: Method, sites: Sites) -> list[Site]:
+    """The sites that a method may take: attention and FFN, and others whose kind it names."""
+    return [*sites, *(site for site in sites.others if site.kind in method.kinds)]
+
+
 def left_out(method: Method, sites: Sites) -> list[Site]:
     """Sites of the kinds that a method operates on which lack something that it needs."""
     suitable = {id(site): site.kind for site in sites if method.suits(site)}
@@ -48,6 +55,8 @@ def _nowhere(method: Method, sites: Sites) -> str:
     lacking = dict.fromkeys(f"; no {p}: {why}" for s in sites for p, why in s.missing.items())
     if method.kinds == ("attention",) and not any(s.kind == "attention" for s in sites):
         lacking = {"; there is no attention site": None}
+    if method.needs:
+        lacking = {f"; it needs {method.needs}": None}
     if len(sites.linear):
         lacking[f"; there are {len(sites.linear)} linear sites, in locate(...).linear"] = None
     return (

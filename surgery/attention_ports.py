@@ -79,7 +79,7 @@ def assemble(
         node, chosen = columns(made, heads)
         fused = len(chosen) < made.width
         exact = node is not made.node or not fused
-        ports[name] = PortNode(node, made, None if exact else chosen)
+        ports[name] = PortNode(node, made, None if exact else chosen, chosen if fused else None)
         nodes += flow(made.node, heads)
         if name == "query":
             ports["query_unrotated"] = PortNode(before_rotation(made.node, query))

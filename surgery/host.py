@@ -19,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery import huggingface
+from surgery.apply import apply_edit
 from surgery.capture import capture
 from surgery.compiled import prepare
 from surgery.errors import CaptureError, SpliceError
+from surgery.module_sites import module_pattern
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
 from surgery.registry import registry
 from surgery.sites import Edit, HostPlan
 from surgery.tracer import Captured
-from surgery.variant import GuardFlipped, Variant, apply_edit
+from surgery.values import by_name
+from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
@@ -53,10 +56,16 @@ class HostState:
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    wraps: tuple[str, ...] = ()  # children around the call, the first innermost
+    edited: bool = False  # does the forward itself run a rewritten graph?
 
     def refresh(self) -> None:
         """To be called when the operations, or which of them are off, have changed."""
         self.active = tuple(name for name in self.operations if name not in self.off)
+        on = [self.operations[name] for name in self.active]
+        pairs = [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
+        self.wraps = tuple(child for edit, child in pairs if edit.verb == "wrap")
+        self.edited = len(self.wraps) < len(pairs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "variants": {}}  # they refer to this very module: capture anew
@@ -146,6 +155,23 @@ def uninstall(module: nn.Module) -> None:
 
 
 def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """What the host does now: its graph, inside what is wrapped around the call."""
+    if not state.wraps:
+        return _run_graph(module, state, args, kwargs)
+
+    own = original_class(module).forward
+
+    def forward(**named: Any) -> Any:
+        if state.edited:
+            return _run_graph(module, state, (), named)
+        return own(module, **named)
+
+    for child in state.wraps:
+        forward = functools.partial(getattr(module, child), forward)
+    return forward(**by_name(own, module, args, kwargs))
+
+
+def _run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
     key, inputs = signature(args, kwargs, state.active)
     if torch.compiler.is_dynamo_compiling():
@@ -243,7 +269,7 @@ def capture_host(
         registry().is_leaf,
     )
     captured.ambient += [(question, question()) for question in huggingface.questions(module)]
-    return captured, find_patterns(captured.graph, module)
+    return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)
 
 
 def finish(captured: Captured) -> Variant:

@@ -31,7 +31,7 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
 
     Returns:
         a node of shape (..., width) that holds just these columns if the graph has one, else that
-        of the projection; and the columns, sorted.
+        of the projection; and the columns, in the order of that node, sorted if it has more.
     """
     start, width = made.node, made.width
     if _only(start, end):
@@ -59,7 +59,7 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     for node, label in labels.items():
         if isinstance(label, Tensor) and tuple(label.shape) == shape:
             if torch.unique(label).tolist() == chosen:
-                return node, chosen
+                return node, label.reshape(-1, len(chosen))[0].tolist()
     return start, chosen
 
 

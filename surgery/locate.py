@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import huggingface
-from surgery.dataflow import op_name, value
+from surgery.dataflow import op_name, origin, value
 from surgery.errors import SiteError
 from surgery.layout import causal
+from surgery.module_sites import call_sites, common, module_sites
 from surgery.observe import Call, Observation, observe
-from surgery.patterns import Pattern, find_patterns, joins_residual, linear_patterns
-from surgery.sites import HostPlan, Port, Site, Sites
+from surgery.patterns import Pattern, PortNode, find_patterns, joins_residual, linear_patterns
+from surgery.projection import bias_of, weight_of
+from surgery.selection import Sites
+from surgery.sites import HostPlan, Port, Site
+from surgery.values import leaves
 
 
 def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
@@ -56,7 +60,11 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         for group in groups
         if pattern in group.patterns
     ]
-    return Sites(sites, type(model).__name__, linear)
+    given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+    whole = [x for x in given if not x.is_floating_point()]
+    others = module_sites(model, observation, whole)
+    others += call_sites(model, observation, sites, others)
+    return Sites(sites, type(model).__name__, linear + others)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,7 +126,7 @@ def _groups(patterns: list[Pattern], observation: Observation, model: nn.Module)
     """Hosts for all sites; two that overlap become one."""
     groups: dict[str, _Group] = {}
     for pattern in patterns:
-        path = _common([*_owners(pattern)])
+        path = common([*_owners(pattern)])
         # Not a container that is never called itself, nor one that would call what is inserted.
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
@@ -132,17 +140,6 @@ def _groups(patterns: list[Pattern], observation: Observation, model: nn.Module)
                     outer.patterns += groups.pop(inner.path).patterns
                     merged = True
     return list(groups.values())
-
-
-def _common(paths: list[str]) -> str:
-    """The longest module path that all paths lie at or below."""
-    split = [path.split(".") if path else [] for path in paths]
-    shared: list[str] = []
-    for names in zip(*split, strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    return ".".join(shared)
 
 
 def _below(path: str, host: str) -> str:
@@ -176,15 +173,27 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
         dtype=anchor.dtype,
         device=tensor.device,  # of its weights only while it runs, where they are offloaded
         host=plan,
+        norm=_norm(pattern, model),
         **options,
     )
     for name, port in ports.items():
-        made = port.projection
-        site.ports[name] = Port(name, port.width, made.in_width if made else None, site)
+        site.ports[name] = _port(name, port, site, model)
     site.missing.update(pattern.missing)
     if pattern.kind == "attention" and "lse" not in site.missing:
         site.ports["lse"] = Port("lse", 1, None, site)
     return site
+
+
+def _port(name: str, port: PortNode, site: Site, model: nn.Module) -> Port:
+    made = port.projection
+    if made is None:
+        return Port(name, port.width, None, site)
+    bias = bias_of(made, model)
+    if isinstance(bias, fx.Node):
+        bias = str(bias.target) if bias.op == "get_attr" else ""
+    columns = None if port.features is None else tuple(port.features)
+    weight, transposed = weight_of(made, model)
+    return Port(name, port.width, made.in_width, site, weight, bias or "", transposed, columns)
 
 
 def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
@@ -197,6 +206,17 @@ def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
                     return parameter
     out: Tensor = value(pattern.ports["output"].node)
     return out
+
+
+def _norm(pattern: Pattern, model: nn.Module) -> str:
+    """The norm that makes a site's input, unless the residual stream goes through it too."""
+    if "input" not in pattern.ports:
+        return ""
+    node = origin(pattern.ports["input"].node)
+    if node.op != "call_module" or any(op_name(user) in ("add", "iadd") for user in node.users):
+        return ""
+    own = [p.dim() for p in model.get_submodule(str(node.target)).parameters()]
+    return str(node.target) if own and max(own) == 1 else ""
 
 
 def _is_cross(pattern: Pattern) -> bool:

@@ -21,6 +21,9 @@ class Method:
 
     * ``name``: what ``surgery.method(name, ...)`` and recipes call it.
     * ``kinds``: the kinds of site that it is for, or :meth:`suits` for a finer choice.
+    * ``needs``: what it says that it needs, where it suits no site.
+    * ``together``: do its modules work only all together? Then what they do is verified in one run
+      of the trunk, not host by host.
     * :attr:`start`: what a fresh splice does to the model. ``exact`` leaves every output bit
       (a zero-initialised residual), ``gated`` too, through a gate that starts at zero, ``none``
       changes outputs. ``surgery.splice`` verifies what is declared.
@@ -30,6 +33,8 @@ class Method:
 
     name: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
+    needs: ClassVar[str] = ""
+    together: ClassVar[bool] = False
 
     @property
     def start(self) -> Start:
@@ -39,6 +44,17 @@ class Method:
     def suits(self, site: Site) -> bool:
         """Is this method for that site?"""
         return site.kind in self.kinds
+
+    def check(self, sites: list[Site]) -> None:
+        """Look at all sites that it is about to be spliced at; raise if one is missing."""
+
+    def plain(self) -> Method:
+        """The method whose modules hold what is left of this one's after training.
+
+        A module whose own parameters are not what it leaves (a reparametrised prefix) has
+        ``plain_state()``: the ``state_dict`` of the module that ``plain()`` would insert there.
+        """
+        return self
 
     def splice(self, site: Site) -> None:
         """Insert modules at ports of ``site``. Called once per site, in the order of the list."""

@@ -12,12 +12,18 @@ from surgery.projection import Projection
 
 @dataclass
 class PortNode:
-    """A port in one graph: the node that holds its value, and the projection that makes it."""
+    """A port in one graph: the node that holds its value, and the projection that makes it.
+
+    ``columns`` are the port's columns of ``node``, ``features`` those of its projection; None is
+    all of them.
+    """
 
     node: fx.Node
     projection: Projection | None = None
-    columns: list[int] | None = None  # the port's columns of ``node``; None is all of them
+    columns: list[int] | None = None
+    features: list[int] | None = None
     sequence_first: bool = False  # (n, B, D), where everything else has the batch first
+    own: fx.Node | None = None  # the call of its projection that only this port reads, once fed
 
     @property
     def width(self) -> int:

@@ -130,7 +130,7 @@ def _one_score(parts: list[Pattern]) -> Pattern:
         chosen = {column for port in made for column in port.columns or ()}
         whole = len(chosen) == value.projection.width
         columns = None if whole or not chosen else sorted(chosen)
-        ports["value"] = PortNode(value.projection.node, value.projection, columns)
+        ports["value"] = PortNode(value.projection.node, value.projection, columns, columns)
     nodes = [node for part in parts for node in part.nodes]
     return dataclasses.replace(parts[0], ports=ports, nodes=nodes)
 

@@ -43,7 +43,7 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
     out = value(node)
     if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() < 2:
         return None
-    caller = _first_output_of(node)
+    caller = caller_of(node)
     if caller.op == "call_module":
         module = root.get_submodule(str(caller.target))
         source = next((n for n in caller.all_input_nodes if _floats(n)), None)
@@ -82,7 +82,70 @@ def _floats(node: fx.Node) -> bool:
     return isinstance(value(node), Tensor) and bool(value(node).is_floating_point())
 
 
-def _first_output_of(node: fx.Node) -> fx.Node:
+def bias_of(made: Projection, root: nn.Module) -> str | fx.Node | None:
+    """The bias that a projection adds: a parameter's name, or the node that has it."""
+    if made.module:
+        bias = getattr(root.get_submodule(made.module), "bias", None)
+        plain = isinstance(bias, Tensor) and bias.shape == (made.width,)
+        return f"{made.module}.bias" if plain else None
+    name, args = op_name(made.node), made.node.args
+    found: object = None
+    if name == "linear":
+        found = args[2] if len(args) > 2 else made.node.kwargs.get("bias")
+    elif name == "addmm":
+        found = args[0]
+    return found if isinstance(found, fx.Node) and is_weight(found) else None
+
+
+def weight_of(made: Projection, root: nn.Module) -> tuple[str, bool]:
+    """The name of a projection's matrix, and whether it is (out, in).
+
+    The name is empty unless the projection is ``x W + b`` with one matrix of floating point: the
+    values that it was seen with are the proof.
+    """
+    if made.module:
+        own = root.get_submodule(made.module).named_parameters(recurse=False)
+        names = [f"{made.module}.{name}" for name, p in own if p.dim() == 2]
+    else:
+        weights = [n for n in made.node.all_input_nodes if n.op == "get_attr"]
+        names = [str(n.target) for n in weights if value(n).dim() == 2]
+    widths = (made.in_width, made.width)
+    if len(names) != 1 or made.in_axes != 1 or made.axes != 1:
+        return "", False
+    weight = _attribute(root, names[0])
+    fits = [t for t in (False, True) if tuple(weight.shape)[:: -1 if t else 1] == widths]
+    if not weight.is_floating_point() or not fits:
+        return "", False
+    x, y = value(made.source), value(made.node)
+    if x.is_meta:  # no values, but it may be clear from the shapes
+        return (names[0], fits[0]) if len(fits) == 1 else ("", False)
+    if weight.device != x.device or not x.numel():
+        return "", False
+    bias = bias_of(made, root)
+    shift = _attribute(root, bias) if isinstance(bias, str) else value(bias) if bias else None
+    x, y = x.detach().flatten(0, -2)[0].double(), y.detach().flatten(0, -2)[0].double()
+    some = slice(0, 16)  # features are enough to tell
+    added = 0.0 if shift is None else shift.detach()[some].double()
+    for transposed in fits:
+        matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
+        gap = (x @ matrix + added - y[some]).abs().max()
+        if gap <= 0.05 * y[some].abs().max().clamp(min=1e-6):
+            return names[0], transposed
+    return "", False
+
+
+def _attribute(root: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    found: Tensor = getattr(root.get_submodule(owner), last)
+    return found
+
+
+def reads_now(call: fx.Node) -> fx.Node:
+    """What a projection's call reads, as edits have left it."""
+    return next(n for n in call.all_input_nodes if _floats(n) and not is_weight(n))
+
+
+def caller_of(node: fx.Node) -> fx.Node:
     """The module call that a node is the first output of; the node itself if it is none."""
     if op_name(node) == "getitem" and node.args[1] == 0:
         base = node.args[0]

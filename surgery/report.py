@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from surgery.method import Method
-from surgery.sites import Edit, Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Edit, Site
 
 RECORD = "_surgery_record"
 
@@ -33,6 +34,7 @@ class Report:
         change: for each host, the largest change of an output that was measured: 0.0 means that
             every bit is as before, None that there were no values to measure (``meta`` device).
         left_out: which method was left out at which sites, for want of a port.
+        merged: has a part of it been folded into the base?
     """
 
     name: str
@@ -40,6 +42,7 @@ class Report:
     inserted: list[Inserted] = field(default_factory=list)
     change: dict[str, float | None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    merged: bool = False
 
     @property
     def start(self) -> str:

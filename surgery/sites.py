@@ -20,22 +20,29 @@ Ports of an attention site:
 
 Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n, F), ``activation``
 (B, n, F; what the last projection reads), ``output`` (B, n, D).
+
+Of the other kinds, a linear layer or a norm has ``input`` and ``output``, an embedding of tokens
+``ids`` and ``output``, a position ``positions``, the whole numbers that are encoded there. The
+trunk, the smallest module from token ids to all attention, and the stack, the module in it that
+holds all attention but not the embedding, if there is one, have ``call`` (:meth:`Port.wrap`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from surgery.errors import PortError, SiteError, suggest
+from surgery.errors import PortError, suggest
+from surgery.frozen import FrozenModule, FrozenProjection, Reference
 
-Kind = Literal["attention", "ffn", "linear"]
+Kind = Literal["attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack"]
+CALLS = ("trunk", "stack")  # sites whose one port is the call of the module
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Edit:
 
     site: str
     port: str
-    verb: Literal["insert", "add", "replace"]
+    verb: Literal["insert", "add", "replace", "feed", "wrap"]
     child: str
     reads: tuple[str, ...]
 
@@ -52,6 +59,12 @@ class Edit:
     def batched(self) -> bool:
         """Is what it inserts (B, n, D), because it is made from heads?"""
         return any(name in ("query_unrotated", "query_heads", "lse") for name in self.reads)
+
+    def columns_of(self, port: Any) -> list[int] | None:
+        """The columns of a fused projection that it needs to know: to take, or to put back."""
+        whole = self.verb == "feed" or any(read.endswith(".bias") for read in self.reads)
+        chosen: list[int] | None = port.features if whole else port.columns
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -72,12 +85,20 @@ class Port:
         name: one of the names in the legend of this module.
         width: size of its last axis.
         in_width: width of what its projection reads; None if no projection makes it.
+        weight, bias: names in the model of that projection's matrix and bias; empty if it has
+            none, or none of its own.
+        transposed: is that matrix (out, in)?
+        columns: which columns of a fused projection are the port's; None is all of them.
     """
 
     name: str
     width: int
     in_width: int | None
     site: Site = field(repr=False, compare=False)
+    weight: str = ""
+    bias: str = ""
+    transposed: bool = False
+    columns: tuple[int, ...] | None = field(default=None, repr=False)
 
     def insert(self, module: nn.Module, name: str) -> None:
         """``y := module(y)``."""
@@ -90,8 +111,43 @@ class Port:
         self.site._edit(self, "add", module, name, reads)
 
     def replace(self, module: nn.Module, name: str, reads: tuple[str, ...]) -> None:
-        """``y := module(*reads)``; name the port itself among ``reads`` to keep its value."""
+        """``y := module(*reads)``; name the port itself among ``reads`` to keep its value.
+
+        Beside ports, ``"query.source"`` may be read (what the query's projection reads) and
+        ``"query.bias"`` (the bias that it adds, or None).
+        """
         self.site._edit(self, "replace", module, name, reads)
+
+    def wrap(self, module: nn.Module, name: str) -> None:
+        """``module(forward, **arguments)`` takes the place of ``forward(**arguments)``.
+
+        Only for the port ``call`` of a trunk or a stack.
+        """
+        if self.name != "call":
+            raise PortError(f"port {self.name!r} at {self.site.path}: only 'call' can be wrapped.")
+        self.site._edit(self, "wrap", module, name, ())
+
+    def frozen(self) -> FrozenProjection:
+        """The port's own projection as the base has it, ``x W + b``, to be called as a function.
+
+        Raises:
+            PortError: no plain matrix makes this port.
+        """
+        if not self.weight or self.site.model is None:
+            raise PortError(f"port {self.name!r} at {self.site.path}: no plain matrix makes it.")
+        return FrozenProjection(
+            self.site.model, self.weight, self.bias, self.transposed, self.columns
+        )
+
+    def feed(self, module: nn.Module, name: str) -> None:
+        """``y = P(x)`` becomes ``y = P(module(x))``, P being this port's own projection.
+
+        Raises:
+            PortError: no projection makes this port.
+        """
+        if self.in_width is None:
+            raise PortError(f"port {self.name!r} at {self.site.path}: no projection makes it.")
+        self.site._edit(self, "feed", module, name, ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +157,7 @@ class Site:
     Attributes:
         path: the module that contains it whole, output projection included (its host).
         key: tells it from other sites of the same host.
-        kind: ``attention``, ``ffn`` or ``linear``.
+        kind: ``attention``, ``ffn``, or one of the others in the legend of this module.
         layer: the first number in its path, None if there is none.
         cross: does it attend to another sequence?  causal: does no query see later keys?
         heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
@@ -109,6 +165,11 @@ class Site:
         scale: the factor of the scores, where it could be read.
         dtype, device: what inserted modules are cast to.
         missing: ports that it might have and has not, and why.
+        norm: the path of the norm in front of it, if it reads one that nothing else is added to.
+        ids, call: of a trunk: the argument that holds the token ids, and its arguments by name in
+            an example.
+        model, shared: while a method edits it, the model that it is in, and what the sites of one
+            splice share.
     """
 
     path: str
@@ -128,6 +189,11 @@ class Site:
     host: HostPlan | None = field(default=None, repr=False)
     edits: list[tuple[Edit, nn.Module]] | None = field(default=None, repr=False)
     missing: dict[str, str] = field(default_factory=dict)
+    norm: str = ""
+    ids: str = ""
+    call: dict[str, Any] = field(default_factory=dict, repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
+    shared: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -141,8 +207,8 @@ class Site:
 
     @property
     def description(self) -> str:
-        if self.kind == "linear":
-            return "linear"
+        if self.kind not in ("attention", "ffn"):
+            return self.kind
         if self.kind == "ffn":
             if "activation" not in self.ports:
                 return "expert FFN"
@@ -169,9 +235,31 @@ class Site:
         """The ports of these names, in this order."""
         return [self.port(name) for name in names]
 
-    def open(self) -> Site:
+    def share(self, name: str, make: Callable[[], nn.Module]) -> nn.Module | Reference:
+        """A module that all sites of one splice share, made by the first that asks.
+
+        That site gets the module, to be registered as a child of what it inserts; the others get a
+        reference to it, which is called alike and not registered.
+        """
+        if name in self.shared:
+            return Reference(self.shared[name])
+        self.shared[name] = make().to(device=self.device, dtype=self.dtype)
+        return self.shared[name]
+
+    def base(self) -> Any:
+        """The module of the base that is this site, while a method edits it."""
+        assert self.model is not None
+        return self.model.get_submodule(self.path)
+
+    def frozen_norm(self) -> FrozenModule | nn.Identity:
+        """The norm in front of this site as a function; the identity where there is none."""
+        if not self.norm or self.model is None:
+            return nn.Identity()
+        return FrozenModule(self.model.get_submodule(self.norm))
+
+    def open(self, model: nn.Module | None, shared: dict[str, nn.Module]) -> Site:
         """A copy that a method may edit; the edits gather in its ``edits``."""
-        copy = dataclasses.replace(self, edits=[], ports={})
+        copy = dataclasses.replace(self, edits=[], ports={}, model=model, shared=shared)
         copy.ports.update({n: dataclasses.replace(p, site=copy) for n, p in self.ports.items()})
         return copy
 
@@ -184,83 +272,6 @@ class Site:
                 "Call surgery.splice(model, method, at=sites)."
             )
         for read in reads:
-            self.port(read.removesuffix(".source"))
+            self.port(read.removesuffix(".source").removesuffix(".bias"))
         module.to(device=self.device, dtype=self.dtype)
         self.edits.append((Edit(self.key, port.name, verb, f"{name}_{port.name}", reads), module))
-
-
-class Sites:
-    """The sites of a model, in the order of its computation. Selections are Sites again."""
-
-    def __init__(
-        self, sites: list[Site], model: str = "", linear: list[Site] | None = None
-    ) -> None:
-        self._sites, self._model, self._linear = list(sites), model, list(linear or ())
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __getitem__(self, index: int) -> Site:
-        return self._sites[index]
-
-    @property
-    def attention(self) -> Sites:
-        """The attention sites."""
-        return self.where(lambda site: site.kind == "attention")
-
-    @property
-    def ffn(self) -> Sites:
-        """The feed-forward sites."""
-        return self.where(lambda site: site.kind == "ffn")
-
-    @property
-    def linear(self) -> Sites:
-        """Projections of no attention and no FFN (a state space's, a head); not iterated over."""
-        return Sites(self._linear, self._model)
-
-    def layers(self, start: int, stop: int) -> Sites:
-        """The sites whose layer number is in ``range(start, stop)``."""
-        return self.where(lambda site: site.layer is not None and start <= site.layer < stop)
-
-    def matching(self, regex: str) -> Sites:
-        """The sites whose path matches ``regex`` somewhere."""
-        return self.where(lambda site: re.search(regex, site.path) is not None)
-
-    def where(self, keep: Any) -> Sites:
-        """The sites for which ``keep(site)`` is true."""
-        return Sites([site for site in self if keep(site)], self._model)
-
-    def expect(self, n: int) -> Sites:
-        """These sites, if there are ``n`` of them.
-
-        Raises:
-            SiteError: there are more, or fewer; it lists what there is.
-        """
-        if len(self) != n:
-            raise SiteError(f"expected {n} sites in {self._model}, found {len(self)}:\n{self}")
-        return self
-
-    def __add__(self, other: Sites) -> Sites:
-        return Sites([*{s.identity: s for s in [*self, *other]}.values()], self._model)
-
-    def __repr__(self) -> str:
-        rows: list[tuple[str, ...]] = [("site", "what", "heads", "kv", "d", "width", "ports")]
-        for s in self:
-            numbers = (s.heads, s.kv_heads, s.head_width) if s.kind == "attention" else ("", "", "")
-            ports = " ".join(s.ports)
-            rows.append(
-                (s.path or "(root)", s.description, *map(str, numbers), str(s.width), ports)
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]])
-            for row in rows
-        ]
-        count = f"{len(self.attention)} attention, {len(self.ffn)} FFN"
-        if len(self.linear):
-            count += f" (and {len(self.linear)} linear, see .linear)"
-        head = f"{len(self)} sites in {self._model}: {count}"
-        return "\n".join([head, *lines])

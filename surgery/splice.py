@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgery import fastpath
 from surgery.assign import assign, left_out
 from surgery.errors import SpliceError, suggest
-from surgery.host import (
-    Operation,
-    capture_host,
-    finish,
-    hosts,
-    install,
-    is_host,
-    signature,
-    state_of,
-    uninstall,
-)
+from surgery.host import hosts, is_host, state_of
 from surgery.locate import locate
 from surgery.method import Method
+from surgery.operate import operate, take_out
 from surgery.quiet import evaluating
-from surgery.report import RECORD, Inserted, Report, records
-from surgery.sites import Edit, Site, Sites
-from surgery.variant import Variant, apply_edit, require_applied
-from surgery.verify import present_outputs, verify_reach, verify_start
+from surgery.report import RECORD, Report, records
+from surgery.selection import Sites
+from surgery.sites import Site
+from surgery.together import verify_together
+from surgery.variant import Variant
 
 
 def splice(
@@ -67,10 +57,12 @@ def splice(
     report = Report(name, chosen)
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
     undo: list[Any] = []
+    shared: dict[int, dict[str, nn.Module]] = {}  # by method: modules that its sites share
     try:
         with evaluating(model):
             for path, pairs in todo.items():
-                _operate(model, path, pairs, report, undo)
+                operate(model, path, pairs, report, shared, undo)
+            verify_together(model, report, sites.others)
         _verify_starts(report)
     except BaseException:
         for step in reversed(undo):
@@ -99,96 +91,6 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
         )
 
 
-def _operate(
-    model: nn.Module,
-    path: str,
-    pairs: list[tuple[Method, Site]],
-    report: Report,
-    undo: list[Any],
-) -> None:
-    """Build, insert and verify one host; each change leaves its undoing in ``undo``."""
-    module = model.get_submodule(path)
-    plan = pairs[0][1].host
-    assert plan is not None
-    base = present_outputs(module, plan.args, plan.kwargs)
-    known = state_of(module)
-    through = plan.through if known is None else known.through
-    captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
-    if known is not None:
-        for earlier in (known.operations[n] for n in known.active):
-            for edit, child in zip(earlier.edits, earlier.children, strict=True):
-                apply_edit(patterns, edit, child, module)
-    seen = {p.key: p.one_key for p in patterns}
-    operation = Operation(report.name, [], [])
-    new: list[tuple[str, nn.Module]] = []
-    inserted: list[Inserted] = []
-    shared: dict[int, nn.Parameter] = {}  # modules of one site may share
-    for method, site in pairs:
-        opened = site.open()
-        method.splice(opened)
-        if not opened.edits:
-            raise SpliceError(f"method {method.name!r} at {path}: it inserted nothing.")
-        for edit, child_module in opened.edits:
-            child = _free_name(module, edit.child, report.name, [c for c, _ in new])
-            ports = next((p.ports for p in patterns if p.key == edit.site), {})
-            if edit.port in ports and ports[edit.port].columns is not None:
-                index = torch.tensor(ports[edit.port].columns, device=site.device)
-                child_module.register_buffer("_columns", index, persistent=False)
-            new.append((child, child_module))
-            operation.edits.append(edit)
-            operation.children.append(child)
-            fresh = {id(p): p for p in child_module.parameters() if id(p) not in shared}
-            shared.update(fresh)
-            count = sum(p.numel() for p in fresh.values())
-            full = f"{path}.{child}" if path else child
-            inserted.append(Inserted(_lean(site), method, edit, full, count))
-
-    undo.append(lambda: _take_out(module, report.name, [c for c, _ in new]))
-    state = install(module, plan)
-    fastpath.close(model, path)
-    for child, child_module in new:
-        child_module.train(module.training)
-        module.add_module(child, child_module)
-    for edit, child in zip(operation.edits, operation.children, strict=True):
-        require_applied(apply_edit(patterns, edit, child, module), edit, path)
-    state.operations[report.name] = operation
-    state.refresh()
-    variant = finish(captured)
-    key, _ = signature(plan.args, plan.kwargs, state.active)
-    state.variants = {key: [variant]}
-    try:
-        report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
-        heard = [
-            c for e, c in zip(operation.edits, operation.children, strict=True) if _heard(e, seen)
-        ]
-        verify_reach(module, state, variant, heard, plan.args, plan.kwargs)
-    except (RuntimeError, IndexError, ValueError) as error:
-        names = ", ".join(m.name for m in report.methods)
-        raise SpliceError(
-            f"{path}: the forward fails with {names} spliced in ({type(error).__name__}: {error}). "
-            "What the method inserts does not fit this site; leave it out with at=."
-        ) from error
-    report.inserted += inserted
-
-
-def _heard(edit: Edit, one_key: dict[str, bool]) -> bool:
-    """Can an edit be heard in the example? A softmax over one key is 1, whatever query and key."""
-    return not one_key.get(edit.site) or edit.port not in ("query", "key")
-
-
-def _lean(site: Site) -> Site:
-    """The site without its example inputs, to be kept."""
-    assert site.host is not None
-    return dataclasses.replace(site, host=dataclasses.replace(site.host, args=(), kwargs={}))
-
-
-def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:
-    """The name of an inserted child: ``lora_query``, with the splice's name unless default."""
-    child = child if name == "default" else f"{name}_{child}"
-    candidates = [child, *(f"{child}_{i}" for i in range(2, 99))]
-    return next(c for c in candidates if c not in taken and not hasattr(module, c))
-
-
 def _verify_starts(report: Report) -> None:
     wrong = {p: c for p, c in report.change.items() if c}
     if report.start == "exact" and wrong:
@@ -200,21 +102,6 @@ def _verify_starts(report: Report) -> None:
         )
 
 
-def _take_out(module: nn.Module, name: str, children: list[str]) -> None:
-    for child in children:
-        if child in module._modules:
-            delattr(module, child)
-    state = state_of(module)
-    if state is None:
-        return
-    state.operations.pop(name, None)
-    state.off -= {name}
-    state.refresh()
-    state.variants = {}
-    if not state.operations:
-        uninstall(module)
-
-
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take out one splice, or all: bit for bit the model that it was.
 
@@ -224,12 +111,12 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         SpliceError: nothing is spliced under that name.
     """
     names = list(records(model)) if name is None else [name]
-    _known(model, names)
+    known(model, names)
     for host in list(hosts(model).values()):
         state = state_of(host)
         for each in names:
             if state is not None and each in state.operations:
-                _take_out(host, each, state.operations[each].children)
+                take_out(host, each, state.operations[each].children)
     for each in names:
         del records(model)[each]
     if not records(model):
@@ -242,7 +129,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """Run the model without one splice, or without any, inside a ``with`` block."""
     names = frozenset(records(model)) if name is None else frozenset({name})
-    _known(model, list(names))
+    known(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
     before = [state.off for state in states]
     try:
@@ -256,7 +143,8 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
             state.refresh()
 
 
-def _known(model: nn.Module, names: list[str]) -> None:
+def known(model: nn.Module, names: list[str]) -> None:
+    """Raise unless there are splices of these names."""
     there = list(records(model))
     for name in names or [""]:
         if name not in there:

@@ -12,51 +12,59 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from surgery import huggingface
+from surgery.adapter_files import FORMAT, JSON, read, write_whole
 from surgery.errors import SpliceError, StoreError
 from surgery.locate import locate
 from surgery.registry import method
 from surgery.report import records
 from surgery.rows import fits, train_rows, trained_rows
-from surgery.sites import Site, Sites
+from surgery.selection import Sites
+from surgery.sites import Site
 from surgery.splice import remove, splice
-from surgery.train import kept_parameters, spliced_parameters
-
-_FORMAT = 1
-_JSON = "surgery.json"
+from surgery.train import kept_parameters, plain_state, spliced_parameters
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
     """Save every splice of a model, and what of its base was trained along, into ``folder``.
+
+    Args:
+        model: a spliced model.
+        folder: made if it is not there; an older adapter in it is replaced.
+        plain: drop what only training needs, and store what it makes (a reparametrised prefix as
+            plain keys and values); ``False`` stores all, to go on training from.
 
     Returns:
         the folder.
 
     Raises:
-        SpliceError: nothing is spliced.
+        SpliceError: nothing is spliced, or it is partly merged.
     """
     if not records(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
+    merged = [report.name for report in records(model).values() if report.merged]
+    if merged:
+        raise SpliceError(
+            f"splice {merged[0]!r} is partly merged into the base, whose weights have changed: an "
+            "adapter alone would not hold that. Save it before merging, or save the whole model."
+        )
     own = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {f"inserted.{name}": p for name, p in spliced_parameters(model)}
-    tensors |= {f"inserted.{name}": b for name, b in _buffers(model)}
+    inserted = plain_state(model) if plain else _full_state(model)
+    tensors = {f"inserted.{name}": t for name, t in inserted.items()}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
     tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
     data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = f"surgery-{digest[:12]}.safetensors"
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "tensors": file,
         "sha256": digest,
         "versions": {"surgery": _version(), "torch": str(torch.__version__)},
@@ -67,12 +75,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         },
         "kept": kept_parameters(model),
         "rows": trained_rows(model),
-        "splices": [_describe(report) for report in records(model).values()],
+        "splices": [_describe(report, plain) for report in records(model).values()],
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / file, data)
-    _write(target / _JSON, json.dumps(description, indent=1).encode())
+    write_whole(target / file, data)
+    write_whole(target / JSON, json.dumps(description, indent=1).encode())
     for old in target.glob("surgery-*.safetensors"):
         if old.name != file:
             old.unlink()
@@ -133,37 +141,6 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter, checked for damage."""
-    path = Path(folder) / _JSON
-    if not path.is_file():
-        raise StoreError(f"{folder}: no {_JSON} here, so this is no adapter saved by surgery.save.")
-    try:
-        description = json.loads(path.read_bytes())
-        file, digest = description["tensors"], description["sha256"]
-        number, _ = description["format"], description["splices"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}). Save the adapter again.") from error
-    if number != _FORMAT:
-        raise StoreError(
-            f"{path} has format {number}, this surgery reads {_FORMAT}. Install the version "
-            f"{description.get('versions', {}).get('surgery')} that wrote it."
-        )
-    tensors = Path(folder) / file
-    if not tensors.is_file():
-        raise StoreError(f"{tensors} is missing. Copy the whole folder, or save again.")
-    data = tensors.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise StoreError(
-            f"{tensors} is damaged or truncated: {len(data):,} bytes, and not those that {_JSON} "
-            "was written for. Copy it again, or save again."
-        )
-    try:
-        return description, load_tensors(data)
-    except SafetensorError as error:
-        raise StoreError(f"{tensors} is damaged ({error}).") from error
-
-
 def fingerprint(model: nn.Module) -> str:
     """A digest of the names and shapes of the base's parameters."""
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
@@ -172,10 +149,11 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()[:16]
 
 
-def _describe(report: Any) -> dict[str, Any]:
+def _describe(report: Any, plain: bool) -> dict[str, Any]:
+    methods = [m.plain() if plain else m for m in report.methods]
     return {
         "name": report.name,
-        "methods": [{"name": m.name, "options": m.options()} for m in report.methods],
+        "methods": [{"name": m.name, "options": m.options()} for m in methods],
         "sites": [_shape(site) for site in report.sites],
         "modules": [i.path for i in report.inserted],
     }
@@ -190,7 +168,7 @@ def _shape(site: Site) -> dict[str, Any]:
 
 def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
     """The sites of this model that a saved splice was made at."""
-    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.linear]}
+    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.others]}
     chosen: list[Site] = []
     wrong: list[str] = []
     for shape in saved["sites"]:
@@ -236,8 +214,7 @@ def _fill(
     model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
 ) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
-    wanted: dict[str, Tensor] = {f"inserted.{n}": p for n, p in spliced_parameters(model)}
-    wanted |= {f"inserted.{n}": b for n, b in _buffers(model)}
+    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -253,6 +230,10 @@ def _fill(
             target.copy_(tensors[key])
         for name, chosen in rows.items():
             own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
+
+
+def _full_state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(spliced_parameters(model)) | dict(_buffers(model))
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -271,20 +252,6 @@ def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
         f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
         "here. Load it into the base that it was made for (see 'base' in surgery.json)."
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _version() -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import huggingface
 from surgery.errors import SpliceError, suggest
@@ -32,6 +34,20 @@ def spliced_parameters(
                     if id(parameter) not in seen:
                         seen.add(id(parameter))
                         yield f"{inserted.path}.{own}", parameter
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a saved adapter holds of the inserted modules (see ``Method.plain``), by name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for report in records(model).values():
+        for inserted in report.inserted:
+            module: Any = model.get_submodule(inserted.path)
+            state = getattr(module, "plain_state", partial(module.state_dict, keep_vars=True))()
+            fresh = {n: t for n, t in state.items() if id(t) not in seen}
+            seen.update(id(t) for t in fresh.values())
+            found |= {f"{inserted.path}.{n}": t for n, t in fresh.items()}
+    return found
 
 
 def kept_parameters(model: nn.Module) -> list[str]:
@@ -105,6 +121,7 @@ class Summary:
 
     Attributes:
         reports: the splices.  base: parameters of the base.  inserted: parameters inserted.
+        stored: values of theirs that a saved adapter holds.
         trainable: parameters that require gradient now.  kept: those of the base among them.
     """
 
@@ -112,6 +129,7 @@ class Summary:
     reports: tuple[Report, ...]
     base: int
     inserted: int
+    stored: int
     trainable: int
     kept: int
 
@@ -137,6 +155,9 @@ class Summary:
                     f"    {method}\n      at {len(sites)} sites ({', '.join(kinds)}), "
                     f"{len(own)} modules, {sum(i.parameters for i in own):,} parameters"
                 )
+        if self.stored != self.inserted:
+            share = 100 * self.stored / self.base
+            lines.append(f"  stored    {self.stored:>14,}  {share:.4f} % of the base's")
         lines += [
             f"  inserted  {self.inserted:>14,}  {self.percent:.4f} % of the base's {self.base:,}",
             f"  trainable {self.trainable:>14,}  {100 * self.trainable / self.total:.4f} % of all "
@@ -157,6 +178,7 @@ def summary(model: nn.Module) -> Summary:
         reports=tuple(records(model).values()),
         base=sum(p.numel() for p in base),
         inserted=sum(p.numel() for p in inserted.values()),
+        stored=sum(t.numel() for t in plain_state(model).values()),
         trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
         kept=sum(
             numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted

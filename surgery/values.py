@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,3 +83,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack.extend(item.values())
         elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
             stack.extend(vars(item).values())
+
+
+def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by the names that ``forward`` gives them."""
+    signature = inspect.signature(forward)
+    named = signature.bind(module, *args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    return dict(list(named.items())[1:])

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.edit import (
-    add,
-    add_columns,
-    add_sequence_first,
-    chain,
-    put_columns,
-    rewrite,
-    take_columns,
-)
-from surgery.errors import PortError, SpliceError
+from surgery.errors import SpliceError
 from surgery.guards import Guard, is_pure
-from surgery.lse import expose_lse, first_of, merged_tokens, second_of, split_heads
-from surgery.patterns import Pattern, PortNode
-from surgery.sites import Edit
+from surgery.lse import first_of, second_of
 from surgery.tracer import Captured
 
 _count = 0
@@ -65,77 +54,6 @@ class Variant:
             return self._early is None or bool(self._early(host, host, *inputs))
         except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
             return False
-
-
-def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Module) -> bool:
-    """Apply one edit to a graph, wherever its site occurs.
-
-    Returns:
-        False if the port is not computed in this graph (keys that come from a cache).
-    """
-    done = False
-    for pattern in patterns:
-        if pattern.key == edit.site and edit.port in pattern.ports:
-            _edit(pattern, edit, child, root)
-            done = True
-    return done
-
-
-def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
-    port = pattern.ports[edit.port]
-    before = set(port.node.graph.nodes)
-    reads = tuple(_read(pattern, name) for name in edit.reads)
-    columns = port.columns is not None
-    if columns:
-        index = f"{child}._columns"
-
-    def make(graph: fx.Graph) -> fx.Node:
-        y: Any = port.node
-        at = graph.get_attr(index) if columns else None
-        if columns:
-            with graph.inserting_after(at):
-                return steps(graph, y, at)
-        return steps(graph, y, at)
-
-    def steps(graph: fx.Graph, y: Any, at: Any) -> fx.Node:
-        if edit.verb == "add":
-            plain = add_sequence_first if port.sequence_first and edit.batched else add
-            how = (add_columns, (y, ..., at)) if columns else (plain, (y, ...))
-            return chain(graph, (child, reads), how)
-        if not columns:
-            return chain(graph, (child, reads or (y,)))
-        put = (put_columns, (y, ..., at))
-        if reads:
-            return chain(graph, (child, reads), put)
-        return chain(graph, (take_columns, (y, at)), (child, (...,)), put)
-
-    new = rewrite(port.node, reads, make, set(port.node.graph.nodes) - before)
-    new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
-    old = port.node
-    for other in pattern.ports.values():
-        if other.node is old:
-            other.node = new
-
-
-def _read(pattern: Pattern, name: str) -> fx.Node:
-    if name == "lse" and "lse" not in pattern.ports:
-        pattern.ports["lse"] = PortNode(expose_lse(pattern))
-    if name in ("query_unrotated", "query_heads"):
-        return split_heads(pattern.ports[name].node, pattern)
-    if name == "merged":
-        return merged_tokens(pattern)
-    port = pattern.ports[name.removesuffix(".source")]
-    if name.endswith(".source") and port.projection is not None:
-        return _flat(port.projection.source, port.projection.in_axes)
-    return port.node
-
-
-def _flat(node: fx.Node, axes: int) -> fx.Node:
-    """Features on one axis."""
-    if axes == 1:
-        return node
-    with node.graph.inserting_after(node):
-        return node.graph.call_method("flatten", (node, -axes))
 
 
 def _early(node: fx.Node) -> bool:
@@ -229,12 +147,3 @@ def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     namespace = dict(generated.globals)
     exec(compile(generated.src, name, "exec"), namespace)
     return namespace["forward"], generated.src
-
-
-def require_applied(done: bool, edit: Edit, path: str) -> None:
-    """Raise if an edit found no place in the graph that it was made for."""
-    if not done:
-        raise PortError(
-            f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed "
-            "in this forward, so nothing was inserted. Choose another port."
-        )

@@ -100,19 +100,35 @@ def _gradients(
     parameters: list[nn.Parameter],
     arguments: Any,
 ) -> list[Tensor | None]:
-    """Gradients of the inserted parameters at a random point; they are put back afterwards."""
+    """Gradients of the inserted parameters of one host at a random point."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return variant.run(module, module, *leaves((args, kwargs)))
+
+    with silenced(module):
+        found = gradients(forward, parameters, arguments)
+    if found is None:
+        _dead(state, children)
+    return found or []
+
+
+def gradients(
+    forward: Callable[..., Any], parameters: list[nn.Parameter], arguments: Any
+) -> list[Tensor | None] | None:
+    """Gradients at a random point of parameters, which are put back; None if there are none."""
     before = [(p.detach().clone(), p.requires_grad) for p in parameters]
     try:
-        with silenced(module), torch.enable_grad():
+        with torch.enable_grad():
             torch.manual_seed(0)
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 with torch.no_grad():
                     parameter.add_(torch.randn_like(parameter) * 0.1)
-            output = variant.run(module, module, *leaves(detached_copy(arguments)))
+            args, kwargs = detached_copy(arguments)
+            output = forward(*args, **kwargs)
             loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))
             if not loss.requires_grad:
-                _dead(state, children)
+                return None
             return list(torch.autograd.grad(loss, parameters, allow_unused=True))
     finally:
         with torch.no_grad():

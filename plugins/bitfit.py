@@ -1,0 +1,63 @@
+"""BitFit: only biases are trained.
+
+    y = x W + b + delta        for every projection of attention and FFN that has a bias
+    y = LN(x) + delta          for every norm that has one
+
+Ben Zaken et al. 2022, arXiv:2106.10199. The biases themselves stay frozen; their changes are
+inserted, and so are saved, switched off and removed like any other method's, and merging adds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+
+
+class Shift(nn.Module):
+    """``y + delta``.
+
+    Shape: (..., width) -> (..., width)
+    Parameters: delta (width,), zeros
+    """
+
+    needs_bias = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(width))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.delta
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, bias + self.delta.to(bias)
+
+
+@dataclass(frozen=True)
+class BitFit(surgery.Method):
+    """Train the biases of attention, FFN and norms.
+
+    A model without biases is refused; the head of a task is trained whole (see ``freeze_base``).
+
+    Start: exact. Mergeable. Cost: the width of every bias.
+    """
+
+    name = "bitfit"
+    kinds = ("attention", "ffn", "norm")
+    needs = "a projection or a norm that has a bias"
+
+    def suits(self, site: surgery.Site) -> bool:
+        return site.kind in self.kinds and any(port.bias for port in site.ports.values())
+
+    def splice(self, site: surgery.Site) -> None:
+        for port in [port for port in site.ports.values() if port.bias]:
+            port.insert(Shift(port.width), name=self.name)
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    register(BitFit)

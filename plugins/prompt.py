@@ -1,0 +1,315 @@
+"""Prompt-tuning: trained rows in front of the input embeddings.
+
+    prompt    E (P, D), free parameters
+    mlp       tanh(E W_a + b_a) W_b + b_b           hidden width m
+    ptuning   relu(relu(E W_1 + b_1) W_2 + b_2) W_3 + b_3
+    lstm      two bidirectional LSTM layers, then relu(h W_1 + b_1) W_2 + b_2
+
+Lester et al. 2021, arXiv:2104.08691; P-tuning: Liu et al. 2021, arXiv:2103.10385; ``mlp``: Li and
+Liang 2021, arXiv:2101.00190. A saved adapter holds the P rows alone.
+
+In a causal model nothing depends on the prompt's neighbours behind it, so its keys and values are
+the same for every sequence: it runs through the model once, by itself, and the real tokens attend
+to what it left at each layer (see ``prefix``: no key is concatenated, no mask and no cache grows).
+They get the positions P, P + 1, .... In an encoder every token sees every other, so there the
+sequence itself is made longer, and cut again behind the last layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+
+Encoder = Literal["none", "mlp", "ptuning", "lstm"]
+
+
+class Prompt(nn.Module):
+    """The rows of the prompt, and whether they are in the sequence that runs now.
+
+    Shape: () -> (P, D)
+    Parameters: rows (P, D), N(0, std) or rows of the vocabulary; the encoder's as torch starts them
+    """
+
+    def __init__(self, method: PromptTuning, width: int) -> None:
+        super().__init__()
+        hidden = method.hidden
+        self.rows = nn.Parameter(torch.randn(method.length, width) * method.std)
+        self.lstm: nn.LSTM | None = None
+        self.encoder: nn.Module = nn.Identity()
+        if method.encoder == "mlp":
+            outer = [nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)]
+            self.encoder = nn.Sequential(*outer)
+        elif method.encoder == "ptuning":
+            inner = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            self.encoder = nn.Sequential(*inner, nn.Linear(hidden, width))
+        elif method.encoder == "lstm":
+            self.lstm = nn.LSTM(width, hidden, 2, bidirectional=True, batch_first=True)
+            outer = [nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width)]
+            self.encoder = nn.Sequential(*outer)
+        self.causal = self.running = self.known = False
+        self.total = 0  # length of a sequence that the prompt was put in front of
+
+    @property
+    def length(self) -> int:
+        return int(self.rows.shape[0])
+
+    def start_from(self, vocabulary: Tensor) -> None:
+        """Take rows of the vocabulary, (V, D), to start from."""
+        with torch.no_grad():
+            chosen = torch.randint(len(vocabulary), (self.length,), device=vocabulary.device)
+            self.rows.copy_(vocabulary[chosen])
+
+    @contextmanager
+    def in_sequence(self, others: int) -> Iterator[None]:
+        """While the prompt runs, by itself or in front of ``others`` tokens."""
+        self.running, self.total = True, self.length + others if others else 0
+        try:
+            yield
+        finally:
+            self.running, self.total = False, 0
+
+    def train(self, mode: bool = True) -> Prompt:
+        self.known = False
+        return super().train(mode)
+
+    def forward(self) -> Tensor:
+        rows = self.rows if self.lstm is None else self.lstm(self.rows.unsqueeze(0))[0][0]
+        made: Tensor = self.encoder(rows)
+        return made
+
+
+class Part(nn.Module):
+    """Inserted at one site; the first of a splice owns the prompt, the others refer to it."""
+
+    def __init__(self, prompt: Any) -> None:
+        super().__init__()
+        self.prompt = prompt
+
+    @property
+    def shared(self) -> Prompt:
+        prompt: Prompt = self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module
+        return prompt
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """What is left after training: the rows."""
+        with torch.no_grad():
+            return {"prompt.rows": self.prompt()} if isinstance(self.prompt, Prompt) else {}
+
+
+class Attend(Part):
+    """Lets the tokens of one causal attention attend to the keys and values of the prompt.
+
+    Shape:
+        merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n), key and value heads
+        (B, G, m, d) -> (B, n, H d), to be added to merged
+    """
+
+    def __init__(self, prompt: Any, scale: float) -> None:
+        super().__init__(prompt)
+        self.scale = scale
+        self.seen: tuple[Tensor, Tensor] | None = None  # keys, values (G, P, d) of the last run
+
+    def forward(self, merged: Tensor, query: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.shared.running:
+            self.seen = k[0], v[0]
+        if self.shared.running or self.seen is None:
+            return torch.zeros_like(merged)
+        keys, values = self.seen
+        groups = query.shape[1] // keys.shape[0]
+        grouped = query.unflatten(1, (-1, groups))  # (B, G, H/G, n, d)
+        scores = (grouped @ keys.mT.unsqueeze(1) * self.scale).flatten(1, 2).to(lse.dtype)
+        g = torch.sigmoid(scores.logsumexp(-1) - lse)  # (B, H, n)
+        weights = scores.softmax(-1).to(query.dtype).unflatten(1, (-1, groups))
+        context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d)
+        f = merged.unflatten(-1, (query.shape[1], -1))
+        return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "seen": None}  # it may carry history, which cannot be copied
+
+
+class Embed(Part):
+    """Puts the rows in the place of the first P embeddings, where those stand for the prompt.
+
+    Shape: embeddings (B, n, D) -> (B, n, D)
+    """
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        prompt = self.shared
+        if not prompt.running:
+            return embeddings
+        rows = prompt().to(embeddings.dtype).expand(len(embeddings), -1, -1)  # (B, P, D)
+        return torch.cat([rows, embeddings[:, prompt.length :]], 1)
+
+
+class Later(Part):
+    """Positions of the real tokens behind the prompt; those of a prompt that runs stay."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        prompt = self.shared
+        return positions if prompt.running else positions + prompt.length
+
+
+class Call(Part):
+    """Around the trunk: runs the prompt first by itself (causal), or in front of each sequence.
+
+    Args:
+        ids: the name of the argument that holds the token ids.
+        settings: the other arguments of an example call, but for tensors and caches.
+    """
+
+    def __init__(self, prompt: Any, ids: str, settings: dict[str, Any]) -> None:
+        super().__init__(prompt)
+        self.ids, self.settings = ids, settings
+
+    def forward(self, forward: Any, **arguments: Any) -> Any:
+        prompt, ids = self.shared, arguments.get(self.ids)
+        if not isinstance(ids, Tensor):
+            raise surgery.SpliceError(
+                f"method 'prompt': the model was called without {self.ids!r}. It puts its rows in "
+                "the place of token embeddings; pass token ids, or switch it off with disabled()."
+            )
+        if not prompt.causal:
+            with prompt.in_sequence(ids.shape[1]):
+                return forward(**self.lengthened(arguments, ids))
+        if not (prompt.known and ids.shape[1] == 1 and not torch.is_grad_enabled()):
+            own = torch.zeros(1, prompt.length, dtype=ids.dtype, device=ids.device)
+            with prompt.in_sequence(0):
+                forward(**{**self.settings, self.ids: own})
+            prompt.known = not torch.is_grad_enabled()  # a text is generated from one run
+        return forward(**arguments)
+
+    def lengthened(self, arguments: dict[str, Any], ids: Tensor) -> dict[str, Any]:
+        """The arguments with P more places in front of each sequence."""
+        length, longer = self.shared.length, dict(arguments)
+        for name, x in arguments.items():
+            if not isinstance(x, Tensor) or x.dim() < 2 or ids.shape[1] not in x.shape[1:]:
+                continue
+            if x.shape != ids.shape:
+                raise surgery.SpliceError(
+                    f"method 'prompt': {name!r} of shape {tuple(x.shape)} cannot be made longer. "
+                    f"Pass masks of the shape {tuple(ids.shape)} of {self.ids!r}."
+                )
+            front = torch.ones_like(x[:, :1]) if "mask" in name else x[:, :1]
+            longer[name] = torch.cat([front.expand(-1, length), x], 1)
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor):  # a token that is no padding stands for the prompt
+            real = ids.gather(1, mask.long().argmax(1, keepdim=True))
+            longer[self.ids] = torch.cat([real.expand(-1, length), ids], 1)
+        return longer
+
+
+class Cut(Part):
+    """Around the stack of an encoder: takes the places of the prompt out of what it gives."""
+
+    def forward(self, forward: Any, **arguments: Any) -> Any:
+        return self.cut(forward(**arguments))
+
+    def cut(self, x: Any) -> Any:
+        prompt = self.shared
+        if not prompt.total:
+            return x
+        if isinstance(x, Tensor):
+            whole = x.dim() == 3 and x.shape[1] == prompt.total
+            return x[:, prompt.length :] if whole else x
+        if isinstance(x, dict):
+            for name, value in x.items():
+                x[name] = self.cut(value)
+            return x
+        return type(x)(map(self.cut, x)) if type(x) in (tuple, list) else x
+
+
+@dataclass(frozen=True)
+class PromptTuning(surgery.Method):
+    """Trained rows in front of the input embeddings, of a causal model or an encoder.
+
+    Args:
+        length: P.
+        encoder: what makes the rows: ``none``, ``mlp``, ``ptuning`` or ``lstm``, see this module.
+        hidden: inner width m of the encoder.
+        init: rows of the vocabulary, ``vocabulary``, or N(0, std), ``normal``.
+        std: of ``normal``.
+
+    Start: none. Not mergeable. Stored: P D; trained besides, mlp: 2 D m + m + D; ptuning:
+    2 D m + m^2 + 2 m + D; lstm: more. It needs all attention of the model to be of one kind, and,
+    if causal, positions that are encoded by number.
+    """
+
+    name = "prompt"
+    kinds = ("attention", "position", "embedding", "trunk", "stack")
+    needs = "token ids that are embedded at one place"
+    together = True
+
+    length: int = 20
+    encoder: Encoder = "none"
+    hidden: int = 512
+    init: Literal["vocabulary", "normal"] = "vocabulary"
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        self.require(isinstance(self.length, int) and self.length >= 1, "length", "an integer >= 1")
+        known = ("none", "mlp", "ptuning", "lstm")
+        self.require(self.encoder in known, "encoder", f"one of {', '.join(known)}")
+        self.require(isinstance(self.hidden, int) and self.hidden >= 1, "hidden", "an integer >= 1")
+        known = ("vocabulary", "normal")
+        self.require(self.init in known, "init", f"one of {', '.join(known)}")
+        self.require(self.std > 0, "std", "a number > 0")
+
+    @property
+    def start(self) -> surgery.Start:
+        return "none"
+
+    def plain(self) -> PromptTuning:
+        return dataclasses.replace(self, encoder="none")
+
+    def suits(self, site: surgery.Site) -> bool:
+        if site.kind == "attention":
+            return site.causal and not site.cross and "lse" in site.ports
+        return site.kind in self.kinds
+
+    def check(self, sites: list[surgery.Site]) -> None:
+        kinds = {site.kind for site in sites}
+        if "trunk" not in kinds:
+            raise surgery.SiteError(
+                "method 'prompt': this model embeds token ids nowhere, or at several places, or "
+                "the selection has lost that place. Splice without at=, or with Sites.where."
+            )
+        if "attention" in kinds and "position" not in kinds:
+            raise surgery.SiteError(
+                "method 'prompt': this causal model encodes positions nowhere by number (or not in "
+                "a module of its own), so the tokens cannot be placed behind the prompt."
+            )
+
+    def splice(self, site: surgery.Site) -> None:
+        prompt = site.share("prompt", lambda: Prompt(self, site.width))
+        if site.kind == "attention":
+            assert site.scale is not None
+            own = prompt if isinstance(prompt, Prompt) else prompt.module
+            own.causal = True
+            reads = ("merged", "query_heads", "lse", "key_heads", "value_heads")
+            site.port("merged").add(Attend(prompt, site.scale), name=self.name, reads=reads)
+        elif site.kind == "position":
+            site.port("positions").insert(Later(prompt), name=self.name)
+        elif site.kind == "embedding":
+            if self.init == "vocabulary":
+                own = prompt if isinstance(prompt, Prompt) else prompt.module
+                own.start_from(site.base().weight)
+            site.port("output").insert(Embed(prompt), name=self.name)
+        elif site.kind == "trunk":
+            settings = {n: x for n, x in site.call.items() if not isinstance(x, Tensor)}
+            site.port("call").wrap(Call(prompt, site.ids, settings), name=self.name)
+        else:
+            site.port("call").wrap(Cut(prompt), name=f"{self.name}_cut")
+
+
+@surgery.hookimpl
+def register_methods(register: surgery.Register) -> None:
+    register(PromptTuning)

@@ -1,0 +1,164 @@
+"""Apply: one edit of a method, carried out on the patterns of one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.edit import (
+    add,
+    add_columns,
+    add_sequence_first,
+    chain,
+    put_columns,
+    rewrite,
+    take_columns,
+)
+from surgery.errors import PortError
+from surgery.lse import expose_lse, merged_tokens, split_heads
+from surgery.patterns import Pattern, PortNode
+from surgery.projection import bias_of, caller_of, reads_now
+from surgery.sites import Edit
+
+
+def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Module) -> bool:
+    """Apply one edit to a graph, wherever its site occurs.
+
+    Returns:
+        False if the port is not computed in this graph (keys that come from a cache).
+    """
+    done = False
+    for pattern in patterns:
+        if pattern.key == edit.site and edit.port in pattern.ports:
+            act = _feed if edit.verb == "feed" else _edit
+            act(pattern, edit, child, root)
+            done = True
+    return done
+
+
+def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
+    port = pattern.ports[edit.port]
+    before = set(port.node.graph.nodes)
+    reads = tuple(_read(pattern, name, child, root) for name in edit.reads)
+    columns = port.columns is not None
+    if columns:
+        index = f"{child}._columns"
+
+    def make(graph: fx.Graph) -> fx.Node:
+        y: Any = port.node
+        at = graph.get_attr(index) if columns else None
+        if columns:
+            with graph.inserting_after(at):
+                return steps(graph, y, at)
+        return steps(graph, y, at)
+
+    def steps(graph: fx.Graph, y: Any, at: Any) -> fx.Node:
+        if edit.verb == "add":
+            plain = add_sequence_first if port.sequence_first and edit.batched else add
+            how = (add_columns, (y, ..., at)) if columns else (plain, (y, ...))
+            return chain(graph, (child, reads), how)
+        if not columns:
+            return chain(graph, (child, reads or (y,)))
+        put = (put_columns, (y, ..., at))
+        if reads:
+            return chain(graph, (child, reads), put)
+        return chain(graph, (take_columns, (y, at)), (child, (...,)), put)
+
+    nodes = [node for node in reads if node is not None]
+    new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
+    new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
+    old = port.node
+    for other in pattern.ports.values():
+        if other.node is old:
+            other.node = new
+        if other.projection is not None and other.projection.source is old:
+            other.projection = dataclasses.replace(other.projection, source=new)
+
+
+def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
+    """``P(x)`` becomes ``P(child(x))``; in a fused projection only for the port's own columns."""
+    port = pattern.ports[edit.port]
+    made = port.projection
+    assert made is not None  # Port.feed has asked
+    graph = made.node.graph
+    if port.own is None and port.features is not None:
+        _split_off(pattern, port, child)
+    port.own = port.own or caller_of(made.node)
+    source = reads_now(port.own)
+    with graph.inserting_before(port.own):
+        fed = graph.call_module(child, (source,))
+    fed.meta.update(value=source.meta.get("value"), owner=source.meta.get("owner"))
+    port.own.replace_input_with(source, fed)
+
+
+def _split_off(pattern: Pattern, port: PortNode, child: str) -> None:
+    """Give a port inside a fused projection a call of that projection of its own."""
+    assert port.projection is not None
+    raw = port.projection.node
+    graph = raw.graph
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_after(raw):
+        at = last = graph.get_attr(f"{child}._columns")
+    for node in dict.fromkeys((caller_of(raw), raw)):
+        with graph.inserting_after(last):
+            copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
+    with graph.inserting_after(last):
+        own = graph.call_function(take_columns, (last, at))
+    with graph.inserting_after(own):
+        new = graph.call_function(put_columns, (raw, own, at))
+    new.meta.update(raw.meta)
+    kept = {new, *copies.values()}
+    raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
+    for other in pattern.ports.values():
+        if other.node is raw:
+            other.node = new
+    port.own = copies[caller_of(raw)]
+
+
+def _bias(port: PortNode, child: str, root: nn.Module) -> fx.Node | None:
+    """The bias that a port's projection adds, or None."""
+    found = None if port.projection is None else bias_of(port.projection, root)
+    if found is None:
+        return None
+    graph = port.node.graph
+    with graph.inserting_before(port.node):
+        node = graph.get_attr(found) if isinstance(found, str) else found
+        if port.features is None:
+            return node
+        at = graph.get_attr(f"{child}._columns")
+        return graph.call_function(take_columns, (node, at))
+
+
+def _read(pattern: Pattern, name: str, child: str, root: nn.Module) -> fx.Node | None:
+    if name.endswith(".bias"):
+        return _bias(pattern.ports[name.removesuffix(".bias")], child, root)
+    if name == "lse" and "lse" not in pattern.ports:
+        pattern.ports["lse"] = PortNode(expose_lse(pattern))
+    if name in ("query_unrotated", "query_heads"):
+        return split_heads(pattern.ports[name].node, pattern)
+    if name == "merged":
+        return merged_tokens(pattern)
+    port = pattern.ports[name.removesuffix(".source")]
+    if name.endswith(".source") and port.projection is not None:
+        return _flat(port.projection.source, port.projection.in_axes)
+    return port.node
+
+
+def _flat(node: fx.Node, axes: int) -> fx.Node:
+    """Features on one axis."""
+    if axes == 1:
+        return node
+    with node.graph.inserting_after(node):
+        return node.graph.call_method("flatten", (node, -axes))
+
+
+def require_applied(done: bool, edit: Edit, path: str) -> None:
+    """Raise if an edit found no place in the graph that it was made for."""
+    if not done:
+        raise PortError(
+            f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed "
+            "in this forward, so nothing was inserted. Choose another port."
+        )

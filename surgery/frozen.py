@@ -1,0 +1,59 @@
+"""Frozen: parts of the base, and modules registered elsewhere, for use inside an inserted module.
+
+What is assigned to an attribute of an ``nn.Module`` becomes a child of it, and would be moved,
+counted, trained and saved with it. These hold a module without owning it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Reference:
+    """A module that is registered elsewhere, called as if it were here."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class FrozenModule(Reference):
+    """A module of the base, such as a norm; no gradient reaches its parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frozen = {name: p.detach() for name, p in self.module.named_parameters()}
+        return functional_call(self.module, frozen, args, kwargs)
+
+
+class FrozenProjection:
+    """``x W + b``, a projection of the base, or the columns of it that belong to one port.
+
+    Shape: (..., in_width) -> (..., width)
+    """
+
+    def __init__(
+        self, model: nn.Module, weight: str, bias: str, transposed: bool, columns: Any
+    ) -> None:
+        self._weight = _place(model, weight)
+        self._bias = _place(model, bias) if bias else None
+        self.transposed, self.columns = transposed, columns
+
+    def __call__(self, x: Tensor) -> Tensor:
+        owner, name = self._weight
+        weight: Tensor = getattr(owner, name).detach()
+        matrix = weight.T if self.transposed else weight  # (in_width, out)
+        columns = slice(None) if self.columns is None else list(self.columns)
+        y = x @ matrix[:, columns].to(x.dtype)
+        if self._bias is not None:
+            y = y + getattr(*self._bias).detach()[columns].to(x.dtype)
+        return y
+
+
+def _place(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    path, _, name = parameter.rpartition(".")
+    return model.get_submodule(path), name

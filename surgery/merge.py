@@ -1,0 +1,219 @@
+"""Merge: fold inserted modules into the weights of the base, where that is exact.
+
+A port is made by a projection, y = x W + b. A module whose effect on y is again of that form says
+so with one method, and ``merge`` computes the new W and b in float64 and rounds them once:
+
+    fold(weight, bias) -> (weight, bias)     behind the projection: add, insert, replace
+    fold_input(weight) -> weight             in front of it: feed
+
+W is (in, out), only the columns of the port if the projection is fused; b is None where there is
+none. A module that can be folded in part only (the inducer's b2) also has ``rest()``, which takes
+that part out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SpliceError
+from surgery.operate import take_out
+from surgery.report import RECORD, Inserted, Report, records
+from surgery.sites import Port, Site
+from surgery.splice import known
+
+
+@dataclass
+class Merged:
+    """What ``merge`` did. Print it; as long as it is held, :meth:`undo` can put back the weights.
+
+    Attributes:
+        folded: the modules that are gone.  left: those that are still spliced.
+        originals: the weights as they were, by name.
+    """
+
+    folded: list[Inserted] = field(default_factory=list)
+    left: list[Inserted] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def undo(self, model: nn.Module) -> None:
+        """Give the base its own weights back, bit for bit. (What was folded is not spliced again:
+        load the adapter for that.)"""
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.originals.items():
+                own[name].copy_(tensor)
+
+    def __repr__(self) -> str:
+        text = f"folded {len(self.folded)} modules into {len(self.originals)} weights and biases"
+        names = sorted({i.method.name for i in self.left})
+        return text + (f"; still spliced: {', '.join(names)}" if names else "")
+
+
+def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> Merged:
+    """Fold one splice, or all, into the base's weights; outputs stay what they are.
+
+    Args:
+        model: a spliced model.
+        name: of the splice; all of them if None.
+        partial: leave spliced what cannot be folded, instead of refusing.
+
+    Returns:
+        what was folded, what is left, and the original weights.
+
+    Raises:
+        SpliceError: something cannot be folded; the method and the reason are named, and nothing
+            has changed.
+    """
+    names = list(records(model)) if name is None else [name]
+    known(model, names)
+    plan = _Plan(model, names, partial)
+    own = dict(model.named_parameters())
+    merged = Merged(plan.whole, plan.left)
+    merged.originals = {n: own[n].detach().clone() for n in plan.weights}
+    with torch.no_grad():
+        for n, tensor in plan.weights.items():
+            own[n].copy_(tensor)
+        for inserted in plan.parts:
+            model.get_submodule(inserted.path).rest()  # type: ignore[operator]
+    for report in [records(model)[n] for n in names]:
+        _forget(model, report, {i.path for i in plan.whole})
+    return merged
+
+
+class _Plan:
+    """The new weights, and which modules they make superfluous. Nothing is changed here."""
+
+    def __init__(self, model: nn.Module, names: list[str], partial: bool) -> None:
+        self.model, self.partial = model, partial
+        self.own = dict(model.named_parameters())
+        self.weights: dict[str, Tensor] = {}
+        self.whole: list[Inserted] = []
+        self.parts: list[Inserted] = []
+        self.left: list[Inserted] = []
+        ports: dict[tuple[Any, str], list[tuple[Inserted, bool]]] = {}
+        for report in records(model).values():
+            for i in report.inserted:
+                place = (i.site.identity, i.edit.port)
+                ports.setdefault(place, []).append((i, report.name in names))
+        self.everything = [entry for entries in ports.values() for entry in entries]
+        for entries in ports.values():
+            self.fold(entries)
+
+    def fold(self, entries: list[tuple[Inserted, bool]]) -> None:
+        """Fold what was chosen at one port."""
+        why = {i.path: self.why_not(i, entries) for i, chosen in entries if chosen}
+        refused = [i for i, chosen in entries if chosen and why[i.path]]
+        if refused and not self.partial:
+            first = refused[0]
+            raise SpliceError(
+                f"method {first.method.name!r} at {first.site.path} cannot be merged: "
+                f"{why[first.path]}. Nothing has changed; merge(..., partial=True) leaves it "
+                "spliced and folds the rest."
+            )
+        self.left += refused
+        chosen = [i for i, _ in entries if why.get(i.path) == ""]
+        if chosen:
+            self.compute(chosen)
+
+    def compute(self, chosen: list[Inserted]) -> None:
+        """The projection's weight and bias with these modules folded in."""
+        port = chosen[0].site.port(chosen[0].edit.port)
+        weight, bias = self.stored(port.weight), self.stored(port.bias)
+        at: Any = slice(None) if port.columns is None else torch.tensor(port.columns)
+        matrix = weight.T if port.transposed and weight is not None else weight
+        w = matrix[:, at] if matrix is not None else None
+        b = bias[at] if bias is not None else None
+        feeds = [i for i in chosen if i.edit.verb == "feed"]
+        behind = [i for i in chosen if i.edit.verb != "feed"]
+        for inserted in [*reversed(feeds), *behind]:
+            module: Any = self.model.get_submodule(inserted.path)
+            with torch.no_grad():
+                if inserted.edit.verb == "feed":
+                    w = module.fold_input(w)
+                else:
+                    w, b = module.fold(w, b)
+            (self.parts if hasattr(module, "rest") else self.whole).append(inserted)
+        if w is not None and not bool(w.isfinite().all()):
+            raise SpliceError(
+                f"{chosen[0].site.path}: the merged weight has values that are not finite."
+            )
+        if matrix is not None:
+            assert w is not None
+            matrix[:, at] = w  # a view: it writes to ``weight``
+        if bias is not None:
+            assert b is not None
+            bias[at] = b
+
+    def stored(self, name: str) -> Tensor | None:
+        """The float64 copy of a parameter that the new values gather in."""
+        if not name:
+            return None
+        if name not in self.weights:
+            self.weights[name] = self.own[name].detach().double().clone()
+        return self.weights[name]
+
+    def why_not(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
+        """Why a module cannot be folded; empty if it can."""
+        module, edit = self.model.get_submodule(inserted.path), inserted.edit
+        port = inserted.site.port(edit.port)
+        fold = "fold_input" if edit.verb == "feed" else "fold"
+        if not hasattr(module, fold):
+            return "what it does is no linear map of its projection's input"
+        if hasattr(module, "rest") and not self.partial:
+            return "only a part of it is linear"
+        if not port.weight and not (inserted.site.kind == "norm" and port.bias):
+            return f"port {port.name!r} is not made by one plain floating-point matrix"
+        if getattr(module, "needs_bias", False) and not port.bias:
+            return f"the projection of port {port.name!r} has no bias to take up its own"
+        return self.shared(inserted.site, port) or self.in_the_way(inserted, entries)
+
+    def shared(self, site: Site, port: Port) -> str:
+        """Is a weight used elsewhere too?"""
+        for name in filter(None, (port.weight, port.bias)):
+            tied = self.model.named_parameters(remove_duplicate=False)
+            others = [n for n, p in tied if p is self.own[name] and n != name]
+            if others:
+                return f"its weight {name} is also {others[0]}, which must stay as it is"
+        for other in site.ports.values():
+            overlap = other.columns is None or not {*other.columns}.isdisjoint(port.columns or ())
+            if other.name != port.name and port.weight and other.weight == port.weight and overlap:
+                return f"its weight {port.weight} also makes port {other.name!r}"
+        return ""
+
+    def in_the_way(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
+        """Does something that stays stand between the projection and this module?"""
+        earlier = True
+        for other, chosen in entries:
+            earlier = earlier and other is not inserted
+            stays = not chosen or (other is not inserted and not self.foldable(other))
+            sums = other.edit.verb == inserted.edit.verb == "add"
+            if (
+                stays
+                and other is not inserted
+                and (other.edit.verb == "feed" or (earlier and not sums))
+            ):
+                return f"{other.method.name!r} stands before it and stays"
+        return ""
+
+    def foldable(self, inserted: Inserted) -> bool:
+        module = self.model.get_submodule(inserted.path)
+        return hasattr(module, "fold_input" if inserted.edit.verb == "feed" else "fold")
+
+
+def _forget(model: nn.Module, report: Report, folded: set[str]) -> None:
+    """Take the folded modules out of their hosts and of the record."""
+    gone = [i for i in report.inserted if i.path in folded]
+    for host in {i.site.path for i in gone}:
+        children = [i.path.rpartition(".")[2] for i in gone if i.site.path == host]
+        take_out(model.get_submodule(host), report.name, children)
+    left = [i for i in report.inserted if i.path not in folded]
+    records(model)[report.name] = dataclasses.replace(report, inserted=left, merged=True)
+    if not left:
+        del records(model)[report.name]
+    if not records(model):
+        del vars(model)[RECORD]
