@@ -84,7 +84,7 @@ def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
         "output_dir": str(Path(recipe.output) / CHECKPOINTS),
         "report_to": [*logs, *(["wandb"] if wandb else [])] or "none",
         "save_strategy": "no",
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": recipe.device == "cpu",
     }
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -18,9 +19,11 @@ from rich.console import Console
 from surgery_recipes import finetune, results
 from surgery_recipes.shipped import find
 from surgery_recipes.trainer import AdapterTrainer
+from typer.testing import CliRunner
 
 import surgery
 from surgery.adapter_files import read
+from surgery.cli import app
 from surgery.errors import RecipeError
 from surgery.recipe import Recipe, read_recipe
 from tests.recipes import tiny
@@ -133,10 +136,44 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(root: Path, tmp_pa
     made = recipe("webnlg/lora", root, tmp_path / "run", *rising, "training.save_total_limit=1")
     rows = finetune.train(made, QUIET)
     assert rows[0].losses[-1][0] == 4
-    best = read(tmp_path / "run/checkpoints/checkpoint-2")[1]
-    assert all(
-        torch.equal(tensor, best[name]) for name, tensor in tensors(tmp_path / "run").items()
-    )
+    best, kept = read(tmp_path / "run/checkpoints/checkpoint-2")[1], tensors(tmp_path / "run")
+    assert all(torch.equal(kept[name], best[name]) for name in kept)
+
+
+def test_tensorboard_logs_by_default_where_it_is_installed(root: Path, tmp_path: Path) -> None:
+    made = recipe("sst2/lora", root, tmp_path / "run")
+    del made.training["report_to"]
+    finetune.train(made, QUIET)
+    there = importlib.util.find_spec("tensorboard") is not None
+    assert bool(list((tmp_path / "run").rglob("events.out.tfevents*"))) == there
+
+
+def test_wandb_is_missed_by_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe("sst2/lora", root, tmp_path / "run")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install wandb"):
+        finetune.train(made, QUIET, finetune.Run(wandb=True))
+
+
+def test_the_command_line_tries_a_recipe_out_and_trains_it(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model, data = tiny.prepared("webnlg", root)
+    words = ["webnlg/inducer", *tiny.overrides("webnlg", model, data, run)]
+    runner = CliRunner()
+    tried = runner.invoke(app, ["train", *words, "--dry-run"])
+    assert tried.exit_code == 0, tried.output
+    assert "16 examples" in tried.output
+    assert not run.exists()
+    trained = runner.invoke(app, ["train", *words])
+    assert trained.exit_code == 0, trained.output
+    assert "score it again with" in trained.output
+    again = runner.invoke(app, ["train", *words])
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+    scored = runner.invoke(app, ["eval", str(run)])
+    assert scored.exit_code == 0, scored.output
 
 
 def test_samples_are_escaped(root: Path, tmp_path: Path) -> None:
