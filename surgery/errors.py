@@ -34,6 +34,10 @@ class StoreError(SurgeryError):
     """A saved adapter is damaged, or does not fit the model it is loaded into."""
 
 
+class RecipeError(SurgeryError):
+    """A recipe has an unknown key or a bad value, or its data or model are not as it says."""
+
+
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """``Did you mean 'query'? `` if a known name is near ``wrong``, else the empty string."""
     close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)

@@ -12,8 +12,10 @@ import pluggy
 from torch import nn
 
 from surgery.method import Method
+from surgery.task import Task
 
 Register = Callable[[type[Method]], None]
+RegisterTask = Callable[[type[Task]], None]
 
 hookspec = pluggy.HookspecMarker("surgery")
 hookimpl = pluggy.HookimplMarker("surgery")
@@ -24,6 +26,15 @@ def register_methods(register: Register) -> None:
     """Offer methods: call ``register(MyMethod)`` once per class.
 
     :param register: takes a frozen dataclass that derives from :class:`surgery.Method`.
+        Its ``name`` must be unique; a clash is an error that names both plugins.
+    """
+
+
+@hookspec
+def register_tasks(register: RegisterTask) -> None:
+    """Offer tasks for recipes: call ``register(MyTask)`` once per class.
+
+    :param register: takes a frozen dataclass that derives from :class:`surgery.Task`.
         Its ``name`` must be unique; a clash is an error that names both plugins.
     """
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from surgery.errors import SurgeryError, suggest
-
-
-class RecipeError(SurgeryError):
-    """A recipe has an unknown key, a bad value, or a file is missing."""
+from surgery.errors import RecipeError, suggest
+from surgery.extend import override, read_extended
 
 
 @dataclass(frozen=True)
@@ -24,22 +20,33 @@ class Recipe:
     Attributes:
         model: a hub id, a local folder, or ``package:NAME`` for an installed package that carries
             a model and tells where with ``get_model_path()``.
-        task: what is trained and scored; a task of ``recipes/tasks.py``.
+        task: what is trained and scored, by its registered name; ``surgery recipes`` lists some.
+        about: what this run is, in a few words.
         data: the options of the task: files, columns, lengths.
         splice: one entry per method: ``method``, its options, and where: ``at`` (attention or ffn)
-            and ``layers`` ([first, last + 1]).
-        keep: modules of the base that are trained too; a freshly initialised head always is.
+            and ``layers`` ([first, last + 1]). With no entry the whole model is trained.
+        keep: modules of the base that are trained too.
+        train_head: train a freshly initialised head (yes, unless a protocol freezes it).
         baseline: also train the base with nothing spliced and only its head, for comparison.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        limit: for trials, take so many examples of a split, drawn at random but always the same:
+            ``{train: 100, test: 10}``.
+        patience: stop after so many validations without a better one; 0 never stops early.
         training: passed on to ``transformers.TrainingArguments`` as it is.
         output: the folder of the run.
     """
 
     model: str
     task: str
+    about: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     splice: list[dict[str, Any]] = field(default_factory=list)
     keep: list[str] = field(default_factory=list)
+    train_head: bool = True
     baseline: bool = False
+    device: str = "auto"
+    limit: dict[str, Any] = field(default_factory=dict)
+    patience: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     output: str = "runs/latest"
 
@@ -50,18 +57,10 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         RecipeError: no such file, an unknown key, a value of the wrong kind.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise RecipeError(f"{file}: no such recipe. Give the path of a YAML file.")
-    try:
-        content = yaml.load(file.read_text(), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: this is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{file}: a recipe is a mapping of keys; see surgery.recipe.Recipe.")
-    for override in overrides or []:
-        _override(content, override)
-    return make_recipe(content, str(file))
+    content = read_extended(Path(path))
+    for text in overrides or []:
+        override(content, text)
+    return make_recipe(content, str(path))
 
 
 def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -76,49 +75,20 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     for key in ("model", "task"):
         if key not in content:
             raise RecipeError(f"{where}: the key {key!r} is missing.")
-    kinds = {
-        "model": str,
-        "task": str,
-        "output": str,
-        "baseline": bool,
-        "splice": list,
-        "keep": list,
-    }
+    blank = Recipe(model="", task="")
     for key, value in content.items():
-        kind = kinds.get(key, dict)
-        if not isinstance(value, kind):
+        kind = type(getattr(blank, key))
+        if type(value) is not kind:
             raise RecipeError(f"{where}: {key}={value!r} must be a {kind.__name__}.")
     recipe = Recipe(**content)
     for entry in recipe.splice:
         if not isinstance(entry, dict) or "method" not in entry:
             raise RecipeError(f"{where}: splice entry {entry!r} needs a key 'method'.")
+    if recipe.device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"{where}: device={recipe.device!r} must be auto, cpu or cuda.")
     return recipe
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe beside its results."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as text; here it is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"override {override!r}: write key=value, such as training.max_steps=10.")
-    *parents, last = name.split(".")
-    place: Any = content
-    for key in parents:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is no mapping.")
-    place[last] = yaml.load(text, _Loader)

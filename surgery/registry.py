@@ -1,6 +1,6 @@
-"""Registry: finds plugins under the entry-point group ``surgery`` and hands out their methods.
+"""Registry: finds plugins under the entry-point group ``surgery``; hands out methods and tasks.
 
-The methods that come with the package are listed in its own entry points: they use this same door.
+Those that come with the package are listed in its own entry points: they use this same door.
 Entry points load one by one; one that fails, or repeats a name, is reported and the others go on.
 """
 
@@ -16,18 +16,46 @@ import pluggy
 from torch import nn
 
 from surgery import hookspecs
-from surgery.errors import MethodError, suggest
+from surgery.errors import MethodError, RecipeError, SurgeryError, suggest
 from surgery.method import Method
+from surgery.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """A kind of thing that plugins offer: its hook, its base class, and how errors speak of it."""
+
+    what: str
+    option: str
+    hook: str
+    base: type[Any]
+    error: type[SurgeryError]
+
+    def check(self, cls: Any, plugin: str) -> None:
+        if not (
+            isinstance(cls, type) and issubclass(cls, self.base) and dataclasses.is_dataclass(cls)
+        ):
+            raise self.error(
+                f"plugin {plugin!r} offers {cls!r}, which is not a dataclass deriving from "
+                f"surgery.{self.base.__name__}. Decorate it with @dataclass(frozen=True)."
+            )
+        if not getattr(cls, "name", ""):
+            raise self.error(f'plugin {plugin!r}: {cls.__name__} has no name. Set `name = "..."`.')
+
+
+_METHODS = _Offer("method", "option", "register_methods", Method, MethodError)
+_TASKS = _Offer("task", "data option", "register_tasks", Task, RecipeError)
+_OFFERS = (_METHODS, _TASKS)
 
 
 class Registry:
-    """The plugins of one process, and the methods that they offer."""
+    """The plugins of one process, and the methods and tasks that they offer."""
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager("surgery")
         self.manager.add_hookspecs(hookspecs)
         self.failures: dict[str, str] = {}
-        self._offered: dict[str, tuple[type[Method], str]] = {}
+        self._offered: dict[str, dict[str, tuple[type[Any], str]]] = {k.what: {} for k in _OFFERS}
 
     def load(self, found: list[EntryPoint]) -> None:
         """Load entry points, one by one."""
@@ -60,61 +88,73 @@ class Registry:
         """Register one plugin: a module or object with ``hookimpl`` functions.
 
         Raises:
-            MethodError: a method of it has no name, or a name that another plugin's method has.
+            MethodError, RecipeError: a method or task of it has no name, or a name that another
+                plugin's has. Nothing of the plugin is registered then.
         """
-        offered: list[type[Method]] = []
-        implementation = getattr(plugin, "register_methods", None)
-        if implementation is not None:
-            implementation(register=offered.append)
-        for cls in offered:
-            _check(cls, name)
-            if cls.name in self._offered:
-                raise MethodError(
-                    f"plugins {self._offered[cls.name][1]!r} and {name!r} both offer a method "
-                    f"{cls.name!r}. Rename one of them; the first is used."
-                )
+        accepted: dict[str, dict[str, tuple[type[Any], str]]] = {}
+        for kind in _OFFERS:
+            offered: list[type[Any]] = []
+            implementation = getattr(plugin, kind.hook, None)
+            if implementation is not None:
+                implementation(register=offered.append)
+            for cls in offered:
+                kind.check(cls, name)
+                taken = self._offered[kind.what].get(cls.name)
+                if taken is not None:
+                    raise kind.error(
+                        f"plugins {taken[1]!r} and {name!r} both offer a {kind.what} "
+                        f"{cls.name!r}. Rename one of them; the first is used."
+                    )
+            accepted[kind.what] = {cls.name: (cls, name) for cls in offered}
         self.manager.register(plugin, name)
-        self._offered.update({cls.name: (cls, name) for cls in offered})
+        for what, new in accepted.items():
+            self._offered[what].update(new)
 
     def methods(self) -> dict[str, type[Method]]:
         """Every method, by name."""
-        return {name: cls for name, (cls, _) in sorted(self._offered.items())}
+        return {name: cls for name, (cls, _) in sorted(self._offered["method"].items())}
+
+    def tasks(self) -> dict[str, type[Task]]:
+        """Every task, by name."""
+        return {name: cls for name, (cls, _) in sorted(self._offered["task"].items())}
 
     def method(self, name: str, options: dict[str, Any]) -> Method:
         """An instance of the method of that name."""
-        if name not in self._offered:
+        made: Method = self._make(_METHODS, name, options)
+        return made
+
+    def task(self, name: str, options: dict[str, Any]) -> Task:
+        """An instance of the task of that name."""
+        made: Task = self._make(_TASKS, name, options)
+        return made
+
+    def _make(self, kind: _Offer, name: str, options: dict[str, Any]) -> Any:
+        offered = self._offered[kind.what]
+        if name not in offered:
             hint = "".join(f"\n  {text}" for text in self.failures.values())
-            raise MethodError(
-                f"no method {name!r}. {suggest(name, self._offered)}"
-                f"Methods here: {', '.join(sorted(self._offered)) or 'none'}.{hint}"
+            raise kind.error(
+                f"no {kind.what} {name!r}. {suggest(name, offered)}"
+                f"{kind.what.capitalize()}s here: {', '.join(sorted(offered)) or 'none'}.{hint}"
             )
-        cls = self._offered[name][0]
+        cls = offered[name][0]
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for option in options:
             if option not in known:
-                raise MethodError(
-                    f"method {name!r} has no option {option!r}. {suggest(option, known)}"
-                    f"Options: {', '.join(known) or 'none'}."
+                raise kind.error(
+                    f"{kind.what} {name!r} has no {kind.option} {option!r}. "
+                    f"{suggest(option, known)}Options: {', '.join(known) or 'none'}."
                 )
         try:
             return cls(**options)
         except TypeError as error:
-            raise MethodError(f"method {name!r}: {error}. Options: {', '.join(known)}.") from error
+            raise kind.error(
+                f"{kind.what} {name!r}: {error}. Options: {', '.join(known)}."
+            ) from error
 
     def is_leaf(self, module: nn.Module, path: str) -> bool | None:
         """What the plugins say about keeping a module whole."""
         answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)
         return answer
-
-
-def _check(cls: type[Method], plugin: str) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-        raise MethodError(
-            f"plugin {plugin!r} offers {cls!r}, which is not a dataclass deriving from "
-            "surgery.Method. Decorate it with @dataclass(frozen=True)."
-        )
-    if not cls.name:
-        raise MethodError(f'plugin {plugin!r}: {cls.__name__} has no name. Set `name = "..."`.')
 
 
 @functools.cache
@@ -137,3 +177,17 @@ def method(name: str, **options: Any) -> Method:
 def methods() -> dict[str, type[Method]]:
     """Every installed method, by name."""
     return registry().methods()
+
+
+def task(name: str, **options: Any) -> Task:
+    """A task by its registered name: ``surgery.task("sst2", path="data/sst2")``.
+
+    Raises:
+        RecipeError: no such task or option, or a value that is not possible.
+    """
+    return registry().task(name, options)
+
+
+def tasks() -> dict[str, type[Task]]:
+    """Every installed task, by name."""
+    return registry().tasks()

@@ -12,28 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from surgery import huggingface
+from surgery.adapter_files import FORMAT, JSON, read, write_whole
 from surgery.errors import SpliceError, StoreError
 from surgery.locate import locate
 from surgery.registry import method
 from surgery.report import records
+from surgery.rows import fits, train_rows, trained_rows
 from surgery.selection import Sites
 from surgery.sites import Site
 from surgery.splice import remove, splice
 from surgery.train import kept_parameters, plain_state, spliced_parameters
-
-_FORMAT = 1
-_JSON = "surgery.json"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
@@ -63,11 +59,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     inserted = plain_state(model) if plain else _full_state(model)
     tensors = {f"inserted.{name}": t for name, t in inserted.items()}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
+    tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
     data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = f"surgery-{digest[:12]}.safetensors"
     description = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "tensors": file,
         "sha256": digest,
         "versions": {"surgery": _version(), "torch": str(torch.__version__)},
@@ -77,12 +74,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
             "fingerprint": fingerprint(model),
         },
         "kept": kept_parameters(model),
+        "rows": trained_rows(model),
         "splices": [_describe(report, plain) for report in records(model).values()],
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _write(target / file, data)
-    _write(target / _JSON, json.dumps(description, indent=1).encode())
+    write_whole(target / file, data)
+    write_whole(target / JSON, json.dumps(description, indent=1).encode())
     for old in target.glob("surgery-*.safetensors"):
         if old.name != file:
             old.unlink()
@@ -106,7 +104,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     description, tensors = read(folder)
     sites = locate(model, example_inputs)
     plans = [_match(saved, sites, folder) for saved in description["splices"]]
+    rows = description.get("rows", {})
     _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
     done: list[str] = []
     try:
         for saved, at in plans:
@@ -116,44 +116,29 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             made = [i.path for i in report.inserted]
             if made != saved["modules"]:
                 raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
-        _fill(model, tensors, folder)
+        _fill(model, tensors, rows, folder)
     except BaseException:
         for name in reversed(done):
             remove(model, name)
         raise
     vars(model)["_surgery_kept"] = list(description["kept"])
+    for name, chosen in rows.items():
+        train_rows(model, name, chosen)
     return model
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter, checked for damage."""
-    path = Path(folder) / _JSON
-    if not path.is_file():
-        raise StoreError(f"{folder}: no {_JSON} here, so this is no adapter saved by surgery.save.")
-    try:
-        description = json.loads(path.read_bytes())
-        file, digest = description["tensors"], description["sha256"]
-        number, _ = description["format"], description["splices"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}). Save the adapter again.") from error
-    if number != _FORMAT:
-        raise StoreError(
-            f"{path} has format {number}, this surgery reads {_FORMAT}. Install the version "
-            f"{description.get('versions', {}).get('surgery')} that wrote it."
-        )
-    tensors = Path(folder) / file
-    if not tensors.is_file():
-        raise StoreError(f"{tensors} is missing. Copy the whole folder, or save again.")
-    data = tensors.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise StoreError(
-            f"{tensors} is damaged or truncated: {len(data):,} bytes, and not those that {_JSON} "
-            "was written for. Copy it again, or save again."
-        )
-    try:
-        return description, load_tensors(data)
-    except SafetensorError as error:
-        raise StoreError(f"{tensors} is damaged ({error}).") from error
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put saved tensors back into a model that is spliced as it was when they were saved.
+
+    Raises:
+        StoreError: files are missing or damaged, or the model is spliced otherwise.
+    """
+    description, tensors = read(folder)
+    rows = description.get("rows", {})
+    _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
+    _fill(model, tensors, rows, folder)
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -217,10 +202,21 @@ def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> No
             raise StoreError(_misfit(folder, name, tuple(tensor.shape), here))
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+def _check_rows(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
+) -> None:
+    for name, chosen in rows.items():
+        if not fits(model, name, chosen, tensors[f"rows.{name}"]):
+            raise StoreError(_misfit(folder, f"{len(chosen)} rows of {name}", max(chosen), "none"))
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
+) -> None:
     own: dict[str, Tensor] = dict(model.named_parameters())
     wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
+    wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
         raise StoreError(
@@ -232,6 +228,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
     with torch.no_grad():
         for key, target in wanted.items():
             target.copy_(tensors[key])
+        for name, chosen in rows.items():
+            own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
 
 
 def _full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -254,20 +252,6 @@ def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
         f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
         "here. Load it into the base that it was made for (see 'base' in surgery.json)."
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _version() -> str:

@@ -35,17 +35,17 @@ def make_model(shape: str) -> Any:
     import transformers as tr
 
     torch.manual_seed(0)
-    special = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+    special: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
     if shape == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
         config: Any = tr.GPT2Config(vocab_size=VOCABULARY, **sizes, **special)
-        return tr.GPT2LMHeadModel(config).eval()
+        return tr.GPT2LMHeadModel(config).eval()  # type: ignore[no-untyped-call]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
     if shape == "llama":
         config = tr.LlamaConfig(num_key_value_heads=2, **sizes, **special)
-        return tr.LlamaForCausalLM(config).eval()
-    return tr.RobertaForMaskedLM(tr.RobertaConfig(**sizes, **special)).eval()
+        return tr.LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    return tr.RobertaForMaskedLM(tr.RobertaConfig(**sizes, **special)).eval()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -115,7 +115,7 @@ def _gradients_reach_what_was_inserted_and_nothing_else(method: surgery.Method, 
     surgery.freeze_base(model, fresh=False)
     inserted = dict(surgery.spliced_parameters(model))
     torch.manual_seed(1)
-    (_logits(model, _ids(), train=True) * torch.randn(1)).square().sum().backward()
+    (_logits(model, _ids(), train=True) * torch.randn(1)).square().sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
         if name in inserted:
             assert parameter.grad is not None, f"no gradient for {name}"

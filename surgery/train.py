@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery import huggingface
 from surgery.errors import SpliceError, suggest
 from surgery.report import Report, records
+from surgery.rows import trained_rows
 
 _KEPT = "_surgery_kept"
 _log = logging.getLogger("surgery")
@@ -169,12 +170,17 @@ def summary(model: nn.Module) -> Summary:
     """Sites, methods, trainable and total parameters of a model."""
     inserted = {id(p): p for _, p in spliced_parameters(model)}
     base = [p for p in model.parameters() if id(p) not in inserted]
+    named = list(model.named_parameters())
+    rows = trained_rows(model)
+    numbers = {n: len(rows[n]) * p[0].numel() for n, p in named if n in rows}
     return Summary(
         model=type(model).__name__,
         reports=tuple(records(model).values()),
         base=sum(p.numel() for p in base),
         inserted=sum(p.numel() for p in inserted.values()),
         stored=sum(t.numel() for t in plain_state(model).values()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        kept=sum(p.numel() for p in base if p.requires_grad),
+        trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
+        kept=sum(
+            numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted
+        ),
     )

@@ -22,6 +22,14 @@ settings.register_profile("slow", parent=settings.get_profile("default"), max_ex
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of real data run where $SURGERY_DATA says where they are."""
+    if "SURGERY_DATA" not in os.environ:
+        without = [item for item in items if item.get_closest_marker("data")]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

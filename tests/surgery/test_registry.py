@@ -92,3 +92,48 @@ def test_hook_is_leaf_keeps_a_module_whole() -> None:
 
 def test_the_registry_is_made_once() -> None:
     assert registry() is registry()
+
+
+def test_hook_register_tasks_brings_the_built_ins_in_by_the_same_door() -> None:
+    assert {"sst2", "mnli", "webnlg", "coqa", "sentence_classification"} <= set(surgery.tasks())
+    assert surgery.task("sst2", held_out=5) == surgery.tasks()["sst2"](held_out=5)
+    with pytest.raises(surgery.RecipeError, match=r"no task 'sst'. Did you mean 'sst2'\?"):
+        surgery.task("sst")
+
+
+def task_plugin(name: str, task_name: str, base: type = surgery.Task) -> None:
+    """Put a plugin module with a task where an entry point can import it."""
+
+    @dataclass(frozen=True)
+    class Made(base):  # type: ignore[misc, valid-type]
+        """A task."""
+
+        name = task_name
+
+    module: Any = types.ModuleType(name)
+    module.register_tasks = surgery.hookimpl(lambda register: register(Made))
+    sys.modules[name] = module
+
+
+def test_two_tasks_of_one_name_are_told_and_a_failing_plugin_stops_no_other() -> None:
+    task_plugin("tasks_one", "same")
+    task_plugin("tasks_two", "same")
+    task_plugin("tasks_three", "other")
+    task_plugin("tasks_four", "", object)
+    made = Registry()
+    with pytest.warns(RuntimeWarning) as told:
+        made.load(
+            [point(n[6:], n) for n in ("tasks_one", "tasks_two", "tasks_four", "tasks_three")]
+        )
+    texts = [str(warning.message) for warning in told]
+    assert "plugins 'one' and 'two' both offer a task 'same'" in texts[0]
+    assert "not a dataclass deriving from surgery.Task" in texts[1]
+    assert set(made.tasks()) == {"same", "other"}
+
+
+def test_a_task_that_lacks_a_method_says_which() -> None:
+    task_plugin("tasks_bare", "bare")
+    made = Registry()
+    made.load([point("bare", "tasks_bare")])
+    with pytest.raises(surgery.RecipeError, match=r"task Made does not implement splits\(\)"):
+        made.task("bare", {}).splits()

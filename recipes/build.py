@@ -1,0 +1,125 @@
+"""Build: the model of a recipe, with its head, its new tokens and what is spliced into it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from surgery_recipes.answers import pad_id
+from surgery_recipes.collate import Collator
+from surgery_recipes.prepare import Prepared
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+import surgery
+from surgery import RecipeError, huggingface
+from surgery.recipe import Recipe
+from surgery.rows import trained_rows
+
+Plan = list[tuple[surgery.Method, dict[str, Any]]]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The methods of a recipe, with where they go; their options are checked.
+
+    Raises:
+        MethodError, RecipeError: no such method or option, or a place that there is not.
+    """
+    made = []
+    for entry in recipe.splice:
+        if entry.get("at") not in (None, "attention", "ffn"):
+            raise RecipeError(f"splice entry {entry!r}: at must be attention or ffn.")
+        options = {k: v for k, v in entry.items() if k not in ("method", "at", "layers")}
+        made.append((surgery.method(entry["method"], **options), entry))
+    return made
+
+
+def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
+    """The base with a head of the task, and with rows for its new tokens.
+
+    New embeddings are drawn around the mean of the old ones, as transformers does, from ``seed``.
+    """
+    set_seed(seed)
+    task, source = prepared.task, source or prepared.source
+    try:
+        if task.kind == "decoder":
+            model: Any = AutoModelForCausalLM.from_pretrained(source)
+        else:
+            names = dict(enumerate(task.labels))
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=len(names), id2label=names
+            )
+            model.config.pad_token_id = pad_id(prepared.tokenizer)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model {source!r} cannot be loaded for this task: {error}") from error
+    if len(prepared.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(prepared.tokenizer))
+    return model
+
+
+def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
+    """Splice a plan in and choose what is trained; without a plan, everything is."""
+    if not methods:
+        return
+    sites = surgery.locate(model)
+    for index, (method, entry) in enumerate(methods):
+        chosen = getattr(sites, entry["at"]) if entry.get("at") else sites
+        chosen = chosen.layers(*entry["layers"]) if "layers" in entry else chosen
+        name = "default" if index == 0 else f"step{index + 1}"
+        surgery.splice(model, method, at=chosen, name=name)
+    recipe = prepared.recipe
+    surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
+    if prepared.new:
+        surgery.train_rows(model, embedding_name(model), prepared.new)
+
+
+def freeze_all_but_head(model: nn.Module) -> None:
+    """For the baseline: train the fresh head alone."""
+    fresh = huggingface.fresh_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in fresh)
+
+
+def embedding_name(model: Any) -> str:
+    """The name of the token embeddings, among ``model.named_parameters()``."""
+    weight = model.get_input_embeddings().weight
+    return next(name for name, p in model.named_parameters() if p is weight)
+
+
+def trainable(model: nn.Module) -> int:
+    """How many numbers training may change; of an embedding, only its trained rows."""
+    rows = trained_rows(model)
+    return sum(
+        len(rows[n]) * p[0].numel() if n in rows else p.numel()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    )
+
+
+def try_out(model: Any, prepared: Prepared) -> float:
+    """Run the longest examples through the model once; the loss.
+
+    Raises:
+        RecipeError: they do not go through.
+    """
+    collate = Collator(pad_id(prepared.tokenizer))
+    examples, prompts = (collate(features) for features in prepared.longest)
+    model.eval()
+    try:
+        with torch.no_grad():
+            loss = float(model(**examples).loss)
+            model(**prompts)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"the longest examples ({examples['input_ids'].shape[1]} tokens to learn, "
+            f"{prompts['input_ids'].shape[1]} to answer) do not go through the model: "
+            f"{error}. Lower data.max_length, or take a model with more positions."
+        ) from error
+    finally:
+        model.train()
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss of the longest examples is {loss}. The base may be damaged: fetch it again."
+        )
+    return loss

@@ -1,0 +1,133 @@
+"""Files: find and read the official files of a data set (JSON, JSON lines, TSV, maybe gzipped)."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery import RecipeError
+
+DATA = "SURGERY_DATA"
+
+
+def data_folder(path: str, name: str) -> Path | None:
+    """The folder of a data set: ``path``, or ``name`` below $SURGERY_DATA, or None for the hub.
+
+    Raises:
+        RecipeError: a path is given and no folder is there.
+    """
+    if path:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise RecipeError(
+                f"data path {path}: no such folder. Give the folder with the files of {name}, or "
+                f"leave data.path out to take them from ${DATA} or from the hub."
+            )
+        return folder
+    root = os.environ.get(DATA)
+    folder = Path(root or ".") / name
+    return folder if root and folder.is_dir() else None
+
+
+def find_file(
+    folder: Path, stems: Sequence[str], endings: Sequence[str] = (".jsonl", ".tsv")
+) -> Path:
+    """The one file of ``folder`` that is called like a stem: the first stem that any file fits.
+
+    Raises:
+        RecipeError: no file fits, or more than one.
+    """
+    for stem in stems:
+        patterns = [f"{stem}*{end}{zipped}" for end in endings for zipped in ("", ".gz")]
+        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise RecipeError(f"{folder}: {names} all look like {stem!r}. Leave one of them there.")
+    here = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    wished = " or ".join(f"{stem}*" for stem in stems)
+    raise RecipeError(
+        f"{folder}: no {wished} with {', '.join(endings)}, or these and .gz. Here: {here}."
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, unzipped.
+
+    Raises:
+        RecipeError: no such file, or not what its name says.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such data file.")
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Fetch it again.") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise RecipeError(f"{path}: this is not JSON: {error}.") from error
+
+
+def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows of a TSV with a header, or of a JSON-lines file, each with these columns.
+
+    Raises:
+        RecipeError: a column is missing, or a line cannot be read.
+    """
+    text = read_text(path)
+    if ".tsv" in path.suffixes:
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE
+        )
+        rows = list(reader)
+        names: Sequence[str] = reader.fieldnames or []
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            rows = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RecipeError(f"{path}: a line is not JSON: {error}.") from error
+        names = list(rows[0]) if rows else []
+    require_columns(names, columns, str(path))
+    for number, row in enumerate(rows):
+        for column in columns:
+            if row.get(column) is None:
+                raise RecipeError(f"{path}: row {number + 1} has no {column!r}.")
+    return rows
+
+
+def require_columns(names: Sequence[str], columns: Iterable[str], where: str) -> None:
+    """Raise unless every column is there."""
+    for column in columns:
+        if column not in names:
+            raise RecipeError(f"{where}: no column {column!r}. Columns: {', '.join(names)}.")
+
+
+def read_hub(name: str, split: str, configuration: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a data set of the hub, through ``datasets``.
+
+    Raises:
+        RecipeError: it cannot be had.
+    """
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(name, configuration, split=split))
+    except Exception as error:  # of many kinds, from the network, the hub and the file formats
+        raise RecipeError(
+            f"{name} ({split}) cannot be had from the hub: {error}. Give local files with "
+            f"data=PATH, or a folder of all data sets in ${DATA}."
+        ) from error

@@ -1,0 +1,1 @@
+"""The scores of the papers, each with where its definition comes from."""

