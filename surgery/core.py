@@ -4,17 +4,10 @@
 
 The prefix and inducer families need nothing else of an attention call (Chen et al. 2022,
 arXiv:2210.14469, eqs 7-9). PyTorch's ``scaled_dot_product_attention`` (SDPA) keeps ``lse`` to
-itself, so where SDPA would run its fused CPU kernel we call that very kernel, which returns it.
+itself, so where SDPA would run a fused kernel we call that very kernel (kernels.py), which returns
+it, with exact gradients for both.
 
-Backward. With P = softmax(S), the gradient that reaches the scores is
-
-    dS = P o (dO V^T - rowsum(dO o O) + dlse)
-
-and the fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1
-to O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting the
-column off again leaves the exact gradients.
-
-Where no fused kernel serves (dropout on the weights, a mask that needs gradient, CUDA for now) the
+Where no fused kernel serves (float64 on CUDA, a mask that needs gradient, widths that differ) the
 context comes from SDPA itself, so its bits and its random draws stay those of the base model, and
 ``lse`` from the scores, densely.
 """
@@ -32,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-_aten = torch.ops.aten
+from surgery.kernels import CPU, CUDA, Fused, Kernel, usable
+
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
@@ -57,7 +51,8 @@ def attention(
         -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
     Cost: a fused kernel call; densely, one more product of queries and keys.
     """
-    if _fused_on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if kernel is not None:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # SDPA hands its kernels an additive mask too, so the bits stay the same.
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
@@ -65,7 +60,9 @@ def attention(
             )
         return cast(
             "tuple[Tensor, Tensor]",
-            _FlashCPU.apply(query, key, value, attn_mask, is_causal, scale),  # type: ignore[no-untyped-call]
+            Fused.apply(  # type: ignore[no-untyped-call]
+                kernel, query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale)
+            ),
         )
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -116,7 +113,7 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
-def _fused_on_cpu(
+def _kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,18 +122,23 @@ def _fused_on_cpu(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-) -> bool:
-    """Would SDPA run its flash kernel for this call on the CPU?"""
-    if query.device.type != "cpu":
-        return False
-    if key.shape[-3] != query.shape[-3]:  # the kernel's backward knows no grouped heads
-        return False
+) -> Kernel | None:
+    """The fused kernel that SDPA would run for this call, if it gives us its logsumexp."""
     if isinstance(query, FakeTensor):
-        return _compiles_to_flash(query, key, value, attn_mask, dropout_p)
+        plain = key.shape[-3] == query.shape[-3] and query.device.type == "cpu"
+        fits = plain and _compiles_to_flash(query, key, value, attn_mask, dropout_p)
+        return CPU if fits else None
+    if query.device.type not in ("cpu", "cuda"):
+        return None
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+    if query.device.type == "cuda":
+        kernel = CUDA.get(choice)
+    else:
+        kernel = CPU if choice == SDPBackend.FLASH_ATTENTION.value else None
+    fits = kernel is not None and usable(kernel, query, key, value, attn_mask, dropout_p)
+    return kernel if fits else None
 
 
 def _compiles_to_flash(
@@ -149,53 +151,6 @@ def _compiles_to_flash(
     needs = attn_mask is not None and attn_mask.requires_grad
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # any device
     return enabled and plain and same and some and not needs and dropout_p == 0.0
-
-
-class _FlashCPU(torch.autograd.Function):
-    """The fused CPU kernel with its logsumexp as a second, differentiable, output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        context, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
-        )
-        ctx.save_for_backward(query, key, value, mask, context, lse)
-        ctx.is_causal, ctx.scale = is_causal, _scale(query, scale)
-        if mask is not None:  # the kernel calls the logsumexp of no score at all 0
-            lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
-        return context, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, context, lse = ctx.saved_tensors
-        grad_context, grad_lse = grads
-        width = query.shape[-1]
-        extra = 8 - width % 8  # one column would do; the kernel likes widths that 8 divides
-        query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
-        context = F.pad(context, (0, extra), value=-1.0)
-        column = grad_lse.to(grad_context.dtype).unsqueeze(-1)
-        grad_context = F.pad(torch.cat([grad_context, column], -1), (0, extra - 1))
-        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_context,
-            query,
-            key,
-            value,
-            context,
-            lse,
-            0.0,
-            ctx.is_causal,
-            attn_mask=mask,
-            scale=ctx.scale,
-        )
-        return *(g[..., :width] for g in gradients), None, None, None
 
 
 class _ReadLse(TorchFunctionMode):

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "core dropout errors fastpath frozen guards huggingface patching proxy values virtual",
-    1: "adapter_files compiled edit extend quiet rows sites task",
+    0: "dropout errors fastpath frozen guards huggingface kernels patching proxy values virtual",
+    1: "adapter_files compiled core edit extend quiet rows sites task",
     2: "border method recipe selection",
     3: "assign dataflow hookspecs report tracer",
     4: "capture projection registry train",

@@ -1,0 +1,242 @@
+"""Kernels: the fused attention kernels behind SDPA, with the logsumexp that it keeps to itself.
+
+Each is a pair of aten operators. With P = softmax(S), the gradient that reaches the scores is
+
+    dS = P o (dO V^T - rowsum(dO o O) + dlse)
+
+and a fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1 to
+O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting the
+column off again leaves the exact gradients.
+
+That holds for a kernel that computes what it should from what it is given. Whether one does, on
+this device and in this dtype, is tried out against the equation before it is used the first time;
+one that does not is left to SDPA, and the logsumexp is computed from the scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+_aten = torch.ops.aten
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A fused forward and backward.
+
+    Attributes:
+        forward: (query, key, value, mask, dropout, is_causal, scale) -> (context, lse, more)
+        backward: (grad, query, key, value, mask, context, lse, more, dropout, is_causal, scale)
+            -> gradients of query, key and value
+        grouped: does it take fewer heads of keys than of queries?
+        masks: does it take an additive mask?
+        multiple: what the width of a head must be a multiple of.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor, Any]]
+    backward: Callable[..., Grads]
+    grouped: bool = False
+    masks: bool = True
+    multiple: int = 8
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
+    made = _aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, p, causal, attn_mask=mask, scale=scale
+    )
+    return *made, None
+
+
+def _cpu_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+    p: float, causal: bool, scale: float,
+) -> Grads:  # fmt: skip
+    grads: Grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, o, lse, p, causal, attn_mask=mask, scale=scale
+    )
+    return grads
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
+    o, lse, *more = _aten._scaled_dot_product_flash_attention(q, k, v, p, causal, scale=scale)
+    return o, lse, more
+
+
+def _flash_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+    p: float, causal: bool, scale: float,
+) -> Grads:  # fmt: skip
+    cum_q, cum_k, max_q, max_k, seed, offset, *_ = more
+    grads: Grads = _aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, p, causal, seed, offset, scale=scale
+    )
+    return grads
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float
+) -> Any:
+    bias = _aligned(mask, q, k)
+    o, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, p, causal, scale=scale
+    )
+    return o, lse[..., : q.shape[-2]], (lse, seed, offset)  # its rows are padded to a multiple
+
+
+def _efficient_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+    p: float, causal: bool, scale: float,
+) -> Grads:  # fmt: skip
+    whole, seed, offset = more
+    wanted = [True, True, True, False]
+    grads = _aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, _aligned(mask, q, k), o, whole, seed, offset, p, wanted, causal, scale=scale
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
+    o, lse, *more = _aten._scaled_dot_product_cudnn_attention(
+        q, k, v, mask, True, p, causal, False, scale=scale
+    )
+    return o, lse.reshape(q.shape[:-1]), (lse, *more)
+
+
+def _cudnn_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+    p: float, causal: bool, scale: float,
+) -> Grads:  # fmt: skip
+    whole, cum_q, cum_k, max_q, max_k, seed, offset, *_ = more
+    grads: Grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, o, whole, seed, offset, mask, cum_q, cum_k, max_q, max_k, p, causal,
+        scale=scale,
+    )  # fmt: skip
+    return grads
+
+
+def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A mask for every head, with rows that begin at multiples of 16, as the kernel wants them."""
+    if mask is None:
+        return None
+    n, m = q.shape[-2], k.shape[-2]
+    if m % 16:
+        mask = F.pad(mask.expand(*mask.shape[:-1], m), (0, 16 - m % 16))[..., :m]
+    return mask.expand(*q.shape[:-2], n, m)
+
+
+CPU = Kernel("flash on the CPU", _cpu, _cpu_back, grouped=True)
+CUDA = {
+    SDPBackend.FLASH_ATTENTION.value: Kernel("flash", _flash, _flash_back, True, masks=False),
+    SDPBackend.EFFICIENT_ATTENTION.value: Kernel("efficient", _efficient, _efficient_back),
+    SDPBackend.CUDNN_ATTENTION.value: Kernel("cuDNN", _cudnn, _cudnn_back, grouped=True),
+}
+
+
+class Fused(torch.autograd.Function):
+    """A kernel's context and logsumexp, both differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        dropout: float, is_causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        context, lse, more = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
+        ctx.save_for_backward(query, key, value, mask, context, lse)
+        ctx.kernel, ctx.more, ctx.options = kernel, more, (dropout, is_causal, scale)
+        if mask is not None:  # some kernels call the logsumexp of no score at all 0
+            lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+        return context, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, context, lse = ctx.saved_tensors
+        grad, grad_lse = grads
+        width, groups = query.shape[-1], query.shape[-3] // key.shape[-3]
+        extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
+        query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
+        context = F.pad(context, (0, extra), value=-1.0)
+        column = grad_lse.to(grad.dtype).unsqueeze(-1)
+        grad = F.pad(torch.cat([grad, column], -1), (0, extra - 1))
+        repeat = groups > 1 and not grouped_backward(ctx.kernel, query.device, query.dtype)
+        if repeat:
+            key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        made = ctx.kernel.backward(
+            grad, query, key, value, mask, context, lse, ctx.more, *ctx.options
+        )
+        q, k, v = (g[..., :width] for g in made)
+        if repeat:
+            k, v = (torch.unflatten(g, -3, (-1, groups)).sum(-3) for g in (k, v))
+        return None, q, k, v, None, None, None, None
+
+
+def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:
+    """May this kernel take the place of SDPA's call of it, for these tensors?"""
+    if key.shape[-3] != query.shape[-3] and not kernel.grouped:
+        return False
+    same = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if not same or (mask is not None and (not kernel.masks or mask.requires_grad)):
+        return False
+    if query.device.type == "cpu":
+        return p == 0.0
+    return query.shape[-1] % kernel.multiple == 0 and trusted(kernel, query.device, query.dtype)
+
+
+@functools.cache
+def trusted(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Does a kernel give the context, the logsumexp and the gradients of the equation?"""
+    return _agrees(kernel, device, dtype, groups=1)
+
+
+@functools.cache
+def grouped_backward(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Does its backward take fewer heads of keys than of queries?"""
+    return kernel.grouped and _agrees(kernel, device, dtype, groups=2)
+
+
+def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int) -> bool:
+    """Try a kernel's two operators on a small problem; no random state moves."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _tried(kernel, device, dtype, groups)
+
+
+def _tried(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int) -> bool:
+    wave = torch.arange(2 * 2 * groups * 16 * 32, device=device, dtype=torch.float32)
+    q = (wave * 0.7).sin().reshape(2, 2 * groups, 16, 32).to(dtype)
+    k, v = ((wave * a).cos().reshape(2, 2 * groups, 16, 32)[:, :2].to(dtype) for a in (1.3, 0.3))
+    grad, scale = q.flip(-1).contiguous(), 1 / math.sqrt(32)
+    try:
+        o, lse, more = kernel.forward(q, k, v, None, 0.0, True, scale)
+        padded = [F.pad(x, (0, 8)) for x in (q, k, v)]
+        pushed = F.pad(torch.cat([grad, torch.ones_like(grad[..., :1])], -1), (0, 7))
+        seen = F.pad(o, (0, 8), value=-1.0)
+        made = kernel.backward(pushed, *padded, None, seen, lse, more, 0.0, True, scale)
+        given = [o, lse, *(g[..., :32] for g in made)]
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        if groups == 1:
+            warnings.warn(f"{kernel.name} cannot be used here: {error}", stacklevel=2)
+        return False
+    own = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(groups, 1) for x in own[1:])
+    later = torch.ones(16, 16, dtype=torch.bool, device=device).triu(1)
+    scores = (own[0] @ keys.mT * scale).masked_fill(later, float("-inf"))
+    context, total = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    loss = (context * grad.double()).sum() + total.sum()
+    expected = [context, total, *torch.autograd.grad(loss, own)]
+    bound = {torch.float32: 2e-3}.get(dtype, 5e-2)  # TF32 and bfloat16 are no reason to refuse
+    pairs = zip(given, expected, strict=True)
+    return all(
+        a.shape == b.shape and bool(((a.double() - b).abs() <= bound * (1 + b.abs())).all())
+        for a, b in pairs
+    )

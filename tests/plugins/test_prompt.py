@@ -1,0 +1,156 @@
+"""Tests of prompt-tuning: real concatenation, PEFT, generation, the papers' counts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+import surgery
+from tests.models import build, gpt2_small, inputs, logits, losses_of_training, perturb
+
+ENCODERS = ["none", "mlp", "ptuning"]
+
+
+def spliced(name: str, **options: Any) -> Any:
+    model = build(name)
+    method = surgery.method("prompt", **{"length": 3, "hidden": 5, **options})
+    surgery.splice(model, method, example_inputs=inputs(name))
+    perturb(model)
+    return model
+
+
+def rows(model: Any) -> Tensor:
+    """The rows of the prompt, from the formulas of its encoder."""
+    own = {n.split("prompt.")[-1]: p for n, p in surgery.spliced_parameters(model)}
+    x = own.pop("rows")
+    layers = sorted({int(n.split(".")[1]) for n in own})
+    for i in layers:
+        x = x @ own[f"encoder.{i}.weight"].T + own[f"encoder.{i}.bias"]
+        if i != layers[-1]:
+            x = torch.tanh(x) if len(layers) == 2 else torch.relu(x)
+    return x
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta", "bert"])
+def test_it_is_rows_in_front_of_the_embeddings(name: str, encoder: str) -> None:
+    model, ids = spliced(name, encoder=encoder), inputs(name)["input_ids"]
+    base = build(name)
+    front = rows(model).expand(2, -1, -1)
+    whole = torch.cat([front, base.get_input_embeddings()(ids)], 1)
+    if name == "roberta":  # its head reads the first token; its positions skip padding tokens
+        hidden = base.roberta(inputs_embeds=whole)[0][:, 3:]
+        expected = base.classifier(hidden)
+    else:
+        expected = base(inputs_embeds=whole).logits[:, 3:]
+    torch.testing.assert_close(logits(model, {"input_ids": ids}), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_it_equals_peft_with_the_same_tensors(name: str) -> None:
+    model, case = build(name), inputs(name)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with warnings.catch_warnings():  # PEFT's own
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    surgery.splice(model, surgery.method("prompt", length=4, init="normal", std=0.5))
+    with torch.no_grad():
+        own = next(p for _, p in surgery.spliced_parameters(model))
+        theirs.prompt_encoder["default"].embedding.weight.copy_(own)
+    torch.testing.assert_close(logits(model, case), theirs(**case).logits[:, 4:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generation_with_and_without_a_cache_is_the_same(name: str) -> None:
+    model, case = spliced(name, length=5), inputs(name)
+    case["attention_mask"] = torch.ones_like(case["input_ids"])
+    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(**case, **settings)
+    assert torch.equal(cached, model.generate(**case, **settings, use_cache=False))
+    assert torch.equal(model.generate(**case, **settings, num_beams=3)[:, :7], case["input_ids"])
+    with surgery.disabled(model):
+        assert not torch.equal(cached, model.generate(**case, **settings))
+
+
+def test_after_a_step_generation_starts_from_the_new_rows() -> None:
+    model = spliced("gpt2")
+    one = {"input_ids": torch.tensor([[5]])}
+    with torch.no_grad():
+        first = logits(model, one)
+        assert torch.equal(logits(model, one), first)
+    perturb(model, 0.5, seed=9)
+    model.train()
+    model.eval()
+    with torch.no_grad():
+        assert not torch.equal(logits(model, one), first)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    model, case = spliced(name), inputs(name)
+    surgery.freeze_base(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.attention_dropout = 0.0
+    found = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            with warnings.catch_warnings():  # renamed in newer transformers
+                warnings.simplefilter("ignore")
+                model.gradient_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        model.zero_grad()
+        logits(model, case).square().sum().backward()
+        found.append([p.grad.clone() for _, p in surgery.spliced_parameters(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"length": 20}, 15_360),
+        ({"length": 20, "encoder": "mlp", "hidden": 512}, 803_072),
+        ({"length": 20, "encoder": "ptuning", "hidden": 768}, 1_787_136),
+    ],
+)
+def test_parameter_counts_are_those_of_the_papers(options: Any, trained: int) -> None:
+    model = gpt2_small()  # where a prompt goes is seen from values, not on the meta device
+    surgery.splice(model, surgery.method("prompt", **options))
+    summary = surgery.summary(model)
+    assert (summary.inserted, summary.stored) == (trained, 15_360)
+
+
+@pytest.mark.parametrize("name", ["vit"])
+def test_a_model_without_tokens_is_refused(name: str) -> None:
+    with pytest.raises(surgery.SiteError, match=r"needs token ids|embeds token ids nowhere"):
+        surgery.splice(build(name), surgery.method("prompt"), example_inputs=inputs(name))
+
+
+def test_embeddings_instead_of_ids_are_an_error_that_says_so() -> None:
+    model = spliced("gpt2")
+    whole = model.get_input_embeddings()(inputs("gpt2")["input_ids"])
+    with pytest.raises(surgery.SpliceError, match="called without 'input_ids'"):
+        model(inputs_embeds=whole)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+def test_it_learns(name: str) -> None:
+    model = build(name)
+    if name == "roberta":
+        model = build("bert")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(0, 0.5)
+    surgery.splice(model, surgery.method("prompt", length=6))
+    surgery.freeze_base(model)
+    losses = losses_of_training(model, inputs("gpt2")["input_ids"], 0.1)
+    assert losses[-1] < losses[0] / 1.2

@@ -1,0 +1,135 @@
+"""A fused kernel is used if it gives what the equation says, and left alone if not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from surgery import core, kernels
+from surgery.core import attention, dense_lse
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_kernel_of_this_machine_agrees_with_the_equation(dtype: torch.dtype) -> None:
+    assert kernels.trusted(kernels.CPU, CPU, dtype)
+
+
+def wrong_gradient(*args: Any) -> Any:
+    q, k, v = kernels.CPU.backward(*args)
+    return q * 1.5, k, v
+
+
+def wrong_lse(*args: Any) -> Any:
+    o, lse, more = kernels.CPU.forward(*args)
+    return o, lse / 0.6931, more  # to the base 2, say
+
+
+def missing(*args: Any) -> Any:
+    raise NotImplementedError("no such operator")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        dataclasses.replace(kernels.CPU, name="gradient", backward=wrong_gradient),
+        dataclasses.replace(kernels.CPU, name="logsumexp", forward=wrong_lse),
+    ],
+)
+def test_one_that_gives_something_else_is_not_trusted(broken: kernels.Kernel) -> None:
+    assert not kernels.trusted(broken, CPU, torch.float32)
+
+
+def test_one_that_is_not_there_is_told() -> None:
+    broken = dataclasses.replace(kernels.CPU, name="absent", forward=missing)
+    with pytest.warns(UserWarning, match="absent cannot be used here: no such operator"):
+        assert not kernels.trusted(broken, CPU, torch.float32)
+
+
+def case(heads: int, groups: int, n: int, m: int, width: int, masked: bool) -> list[Any]:
+    generator = torch.Generator().manual_seed(n * m + heads)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, requires_grad=True)
+
+    q, k = random(2, heads, n, width), random(2, heads // groups, m, width)
+    mask = torch.rand(2, 1, n, m, generator=generator) > 0.3 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    return [q, k, random(2, heads // groups, m, width), mask]
+
+
+@given(
+    groups=st.sampled_from([1, 2, 4]),
+    n=st.integers(1, 9),
+    m=st.integers(1, 9),
+    width=st.sampled_from([4, 8, 12]),
+    masked=st.booleans(),
+)
+def test_grouped_heads_have_the_gradients_of_repeated_ones(
+    groups: int, n: int, m: int, width: int, masked: bool
+) -> None:
+    q, k, v, mask = case(4, groups, n, m, width, masked)
+    context, lse = attention(q, k, v, mask, enable_gqa=True)
+    keys, values = (x.repeat_interleave(groups, 1).double() for x in (k, v))
+    scores = q.double() @ keys.mT * width**-0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    expected, total = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    torch.testing.assert_close(context.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse.double(), total, rtol=1e-4, atol=1e-5)
+    ours = torch.autograd.grad((context.sin().sum() + lse.sin().sum()), [q, k, v])
+    theirs = torch.autograd.grad(expected.sin().sum() + total.sin().sum(), [q, k, v])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_backward_that_knows_no_groups_is_given_repeated_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def same_heads_only(grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> Any:
+        if q.shape[1] != k.shape[1]:
+            raise RuntimeError("heads differ")
+        return kernels.CPU.backward(grad, q, k, *rest)
+
+    old = dataclasses.replace(kernels.CPU, name="old", backward=same_heads_only)
+    q, k, v, _ = case(4, 2, 5, 5, 8, masked=False)
+    found = []
+    for kernel in (kernels.CPU, old):
+        monkeypatch.setattr(core, "CPU", kernel)
+        context, lse = attention(q, k, v, is_causal=True, enable_gqa=True)
+        found.append(torch.autograd.grad(context.sum() + lse.sum(), [q, k, v]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_grouped_heads_use_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("the scores were computed densely")
+
+    monkeypatch.setattr(core, "dense_lse", refuse)
+    q, k, v, mask = case(4, 2, 6, 6, 8, masked=True)
+    attention(q, k, v, mask, enable_gqa=True)
+    attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_of_a_gpu(dtype: torch.dtype, masked: bool) -> None:
+    q, k, v, mask = (
+        x.cuda().to(dtype) if x is not None and x.is_floating_point() else x
+        for x in case(4, 1, 64, 64, 64, masked)
+    )
+    mask = None if mask is None else mask.cuda()
+    context, lse = attention(q, k, v, mask, is_causal=not masked)
+    expected = dense_lse(q.double(), k.double(), mask, not masked)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-2)
+    assert context.dtype == dtype
