@@ -52,7 +52,8 @@ class OutputScale(nn.Module):
         return y + product * (self.c - 1)  # at c = 1 every bit of y
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * self.c.to(weight), bias
+        c = self.c.to(weight)
+        return weight * c, None if bias is None else bias * c  # what there is besides b
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from surgery.edit import (
     add_columns,
     add_sequence_first,
     chain,
+    pick,
     put_columns,
     rewrite,
     take_columns,
@@ -142,6 +143,9 @@ def _read(pattern: Pattern, name: str, child: str, root: nn.Module) -> fx.Node |
     if name == "merged":
         return merged_tokens(pattern)
     port = pattern.ports[name.removesuffix(".source")]
+    if not name.endswith(".source") and port.columns is not None:
+        with port.node.graph.inserting_after(port.node):
+            return port.node.graph.call_function(pick, (port.node, tuple(port.columns)))
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)
     return port.node

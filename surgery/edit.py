@@ -114,6 +114,11 @@ def take_columns(y: Tensor, columns: Tensor) -> Tensor:
     return y.index_select(-1, columns)
 
 
+def pick(y: Tensor, columns: tuple[int, ...]) -> Tensor:
+    """The same, for columns that no inserted module brings along."""
+    return y[..., list(columns)]
+
+
 def put_columns(y: Tensor, new: Tensor, columns: Tensor) -> Tensor:
     """``y`` with some of its columns replaced."""
     return y.index_copy(-1, columns, new.to(y.dtype))

@@ -7,8 +7,8 @@ so with one method, and ``merge`` computes the new W and b in float64 and rounds
     fold_input(weight) -> weight             in front of it: feed
 
 W is (in, out), only the columns of the port if the projection is fused; b is None where there is
-none. A module that can be folded in part only (the inducer's b2) also has ``rest()``, which takes
-that part out of it.
+none, and what there is besides the projection's own bias if the module reads that. A module that
+can be folded in part only (the inducer's b2) also has ``rest()``, which takes that part out of it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
     names = list(records(model)) if name is None else [name]
     known(model, names)
     plan = _Plan(model, names, partial)
-    own = dict(model.named_parameters())
-    merged = Merged(plan.whole, plan.left)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    merged = Merged(plan.whole, plan.left + plan.parts)
     merged.originals = {n: own[n].detach().clone() for n in plan.weights}
     with torch.no_grad():
         for n, tensor in plan.weights.items():
@@ -90,7 +90,7 @@ class _Plan:
 
     def __init__(self, model: nn.Module, names: list[str], partial: bool) -> None:
         self.model, self.partial = model, partial
-        self.own = dict(model.named_parameters())
+        self.own = dict(model.named_parameters(remove_duplicate=False))
         self.weights: dict[str, Tensor] = {}
         self.whole: list[Inserted] = []
         self.parts: list[Inserted] = []
@@ -128,6 +128,7 @@ class _Plan:
         matrix = weight.T if port.transposed and weight is not None else weight
         w = matrix[:, at] if matrix is not None else None
         b = bias[at] if bias is not None else None
+        raw = None if b is None else b.clone()
         feeds = [i for i in chosen if i.edit.verb == "feed"]
         behind = [i for i in chosen if i.edit.verb != "feed"]
         for inserted in [*reversed(feeds), *behind]:
@@ -135,6 +136,9 @@ class _Plan:
             with torch.no_grad():
                 if inserted.edit.verb == "feed":
                     w = module.fold_input(w)
+                elif b is not None and raw is not None and _reads_bias(inserted):
+                    w, b = module.fold(w, b - raw)
+                    b = raw + b
                 else:
                     w, b = module.fold(w, b)
             (self.parts if hasattr(module, "rest") else self.whole).append(inserted)
@@ -187,22 +191,25 @@ class _Plan:
 
     def in_the_way(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
         """Does something that stays stand between the projection and this module?"""
-        earlier = True
-        for other, chosen in entries:
-            earlier = earlier and other is not inserted
-            stays = not chosen or (other is not inserted and not self.foldable(other))
+        place = next(n for n, (i, _) in enumerate(entries) if i is inserted)
+        for number, (other, chosen) in enumerate(entries):
+            if number == place or (chosen and self.goes(other)):
+                continue
+            behind = inserted.edit.verb != "feed"  # in front of the projection nothing else is
             sums = other.edit.verb == inserted.edit.verb == "add"
-            if (
-                stays
-                and other is not inserted
-                and (other.edit.verb == "feed" or (earlier and not sums))
-            ):
+            if other.edit.verb == "feed" or (behind and number < place and not sums):
                 return f"{other.method.name!r} stands before it and stays"
         return ""
 
-    def foldable(self, inserted: Inserted) -> bool:
+    def goes(self, inserted: Inserted) -> bool:
+        """Is nothing left of a module once it is folded?"""
         module = self.model.get_submodule(inserted.path)
-        return hasattr(module, "fold_input" if inserted.edit.verb == "feed" else "fold")
+        fold = "fold_input" if inserted.edit.verb == "feed" else "fold"
+        return hasattr(module, fold) and not hasattr(module, "rest")
+
+
+def _reads_bias(inserted: Inserted) -> bool:
+    return any(read.endswith(".bias") for read in inserted.edit.reads)
 
 
 def _forget(model: nn.Module, report: Report, folded: set[str]) -> None:

@@ -197,3 +197,28 @@ def losses_of_training(model: Any, ids: Tensor, rate: float, steps: int = 60) ->
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def losses_of_imitation(name: str, method: Any, rate: float, steps: int = 100) -> list[float]:
+    """Train a method to give what the same method gives with other, random parameters."""
+    import surgery
+
+    case, models = inputs(name, batch=4), []
+    for _ in range(2):
+        model = build(name)
+        surgery.splice(model, method, example_inputs=case)
+        surgery.freeze_base(model, fresh=False)
+        models.append(model)
+    student, teacher = models
+    perturb(teacher, 0.3)
+    with torch.no_grad():
+        wanted = logits(teacher, case)
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = (logits(student, case) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

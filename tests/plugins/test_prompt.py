@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.models import build, gpt2_small, inputs, logits, losses_of_training, perturb
+from tests.models import build, gpt2_small, inputs, logits, losses_of_imitation, perturb
 
 ENCODERS = ["none", "mlp", "ptuning"]
 
@@ -143,14 +143,7 @@ def test_embeddings_instead_of_ids_are_an_error_that_says_so() -> None:
         model(inputs_embeds=whole)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "roberta"])
-def test_it_learns(name: str) -> None:
-    model = build(name)
-    if name == "roberta":
-        model = build("bert")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.normal_(0, 0.5)
-    surgery.splice(model, surgery.method("prompt", length=6))
-    surgery.freeze_base(model)
-    losses = losses_of_training(model, inputs("gpt2")["input_ids"], 0.1)
-    assert losses[-1] < losses[0] / 1.2
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_it_learns_what_another_of_its_kind_does(name: str) -> None:
+    losses = losses_of_imitation(name, surgery.method("prompt", length=4), 0.05)
+    assert losses[-1] < losses[0] / 10

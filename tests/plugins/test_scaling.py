@@ -16,7 +16,7 @@ from tests.models import (
     gpt2_small,
     inputs,
     logits,
-    losses_of_training,
+    losses_of_imitation,
     perturb,
     roberta_base,
 )
@@ -132,14 +132,9 @@ def test_bitfit_of_some_layers_takes_their_norms_along() -> None:
 
 
 @pytest.mark.parametrize("method", ["ia3", "ssl", "ssb", "bitfit"])
-def test_it_learns(method: str) -> None:
-    model, ids = build("gpt2"), inputs("gpt2")["input_ids"]
-    with torch.no_grad():
-        model.transformer.wte.weight.normal_(0, 0.5)
-    surgery.splice(model, surgery.method(method))
-    surgery.freeze_base(model)
-    losses = losses_of_training(model, ids, 0.05)
-    assert losses[-1] < losses[0] / 1.3
+def test_it_learns_what_another_of_its_kind_does(method: str) -> None:
+    losses = losses_of_imitation("gpt2", surgery.method(method), 0.02)
+    assert losses[-1] < losses[0] / 10
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_tied_weight_is_refused_with_the_name_of_its_twin() -> None:
     surgery.splice(
         model, surgery.method("lora", ports=("output",)), at=surgery.locate(model).linear
     )
-    with pytest.raises(surgery.SpliceError, match=r"lm_head.weight is also .*wte.weight|is also"):
+    with pytest.raises(surgery.SpliceError, match=r"lm_head.weight is also .*wte.weight"):
         surgery.merge(model)
 
 

@@ -38,13 +38,18 @@ def methods(draw: Any, dropout: bool = False) -> list[surgery.Method]:
             "ffn_adapter", rank=r, placement=place, layer_norm=norm, dropout=p
         ),
         st.integers(1, 4),
-        st.sampled_from(["houlsby", "attention", "pfeiffer", "parallel"]),
+        st.sampled_from(["houlsby", "attention", "pfeiffer", "parallel", "block"]),
         st.booleans(),
     )
     prefix = st.builds(
-        lambda n: surgery.method("prefix", length=n, gate=True, std=0.5), st.integers(1, 4)
+        lambda n, share: surgery.method(
+            "prefix", length=n, gate=True, std=0.5, share=share, hidden=3, dropout=p
+        ),
+        st.integers(1, 4),
+        st.sampled_from(["none", "simple", "linear", "layer", "global"]),
     )
-    kinds = st.one_of(inducer, lora, adapter, prefix)
+    rest = st.sampled_from(["ia3", "ssl", "ssb", "ntk_attention"]).map(surgery.method)
+    kinds = st.one_of(inducer, lora, adapter, prefix, rest)
     return draw(st.lists(kinds, min_size=1, max_size=3))
 
 
@@ -239,6 +244,10 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory: Any, name: str, ch
     surgery.splice(model, chosen, example_inputs=case)
     perturb(model)
     surgery.save(model, folder)
+    loaded = surgery.load(build(name), folder, example_inputs=case)
+    assert torch.equal(logits(loaded, case), logits(model, case))
+    assert surgery.summary(loaded).inserted == surgery.summary(model).stored
+    surgery.save(model, folder, plain=False)
     loaded = surgery.load(build(name), folder, example_inputs=case)
     assert torch.equal(logits(loaded, case), logits(model, case))
     assert repr(surgery.summary(loaded)) == repr(surgery.summary(model))
