@@ -124,6 +124,8 @@ class LoRA(surgery.Method):
                 )
 
     def suits(self, site: surgery.Site) -> bool:
+        if site.kind not in PROJECTIONS:
+            return False
         own = set(PROJECTIONS[site.kind]) - {"output"}
         if not own & set(self.ports) and set(self.ports) != {"output"}:
             return False

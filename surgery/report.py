@@ -35,6 +35,7 @@ class Report:
             every bit is as before, None that there were no values to measure (``meta`` device).
         left_out: which method was left out at which sites, for want of a port.
         merged: has a part of it been folded into the base?
+        order: the identities of the sites, as they were chosen.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Report:
     change: dict[str, float | None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     merged: bool = False
+    order: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
     def start(self) -> str:
@@ -52,8 +54,10 @@ class Report:
 
     @property
     def sites(self) -> Sites:
-        """The sites that something was inserted at."""
-        return Sites(list({i.site.identity: i.site for i in self.inserted}.values()), self.name)
+        """The sites that something was inserted at, in the order in which they were chosen."""
+        found = {i.site.identity: i.site for i in self.inserted}
+        ordered = [found.pop(identity) for identity in self.order if identity in found]
+        return Sites([*ordered, *found.values()], self.name)
 
     def __repr__(self) -> str:
         total = sum(i.parameters for i in self.inserted)

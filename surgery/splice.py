@@ -54,7 +54,7 @@ def splice(
         at = locate(model, example_inputs)
     sites = Sites([at]) if isinstance(at, Site) else at
     todo = assign(model, chosen, sites)
-    report = Report(name, chosen)
+    report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
     undo: list[Any] = []
     shared: dict[int, dict[str, nn.Module]] = {}  # by method: modules that its sites share

@@ -190,7 +190,8 @@ def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, 
             + more
             + "\nLoad it into the base that it was made for (see 'base' in surgery.json)."
         )
-    return saved, Sites(chosen)
+    first = [site for site in chosen if site.kind in ("attention", "ffn", "linear")]
+    return saved, Sites(first, others=[site for site in chosen if site not in first])
 
 
 def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:

@@ -131,6 +131,23 @@ def test_bitfit_of_some_layers_takes_their_norms_along() -> None:
     assert {i.site.kind for i in report.inserted} == {"attention", "ffn", "norm"}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+def test_a_list_with_sites_of_every_kind_is_loaded_in_its_order(name: str, tmp_path: Any) -> None:
+    model, case = build(name), inputs(name)
+    listed = [
+        surgery.method("lora", ports=("up",)),
+        surgery.method("bitfit"),
+        surgery.method("ffn_adapter", rank=2, placement="block"),
+        surgery.method("prompt", length=2),
+        surgery.method("ia3"),
+    ]
+    surgery.splice(model, listed)
+    perturb(model)
+    surgery.save(model, tmp_path)
+    loaded = surgery.load(build(name), tmp_path)
+    assert torch.equal(logits(loaded, case), logits(model, case))
+
+
 @pytest.mark.parametrize("method", ["ia3", "ssl", "ssb", "bitfit"])
 def test_it_learns_what_another_of_its_kind_does(method: str) -> None:
     losses = losses_of_imitation("gpt2", surgery.method(method), 0.02)
