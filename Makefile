@@ -29,8 +29,7 @@ recipes-smoke: .venv/dev
 	$(BIN)/python -m tests.recipes.smoke
 
 bench: .venv/dev
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/inducer_core.py
+	$(BIN)/python benchmarks/report.py
 
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo_check --table docs/coverage.md

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timing import Timing, console, machine, paired_ratio, show, side_by_side, verdict
+from timing import Timing, console, line, machine, paired_ratio, show, side_by_side, verdict
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -88,12 +88,12 @@ def seven_billion() -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--repeats", type=int, default=30)
     options.add_argument("--profile", action="store_true")
-    args = options.parse_args()
+    args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     torch.manual_seed(0)
@@ -158,15 +158,15 @@ def main() -> None:
     seconds = seven_billion()
     row = ("the same for 6.7 billion parameters on the meta device, 32 of 64 sites", "")
     rows.append((*row, f"{seconds:.2f} s", "", f"<= {META:.0f} s", verdict(seconds, META)))
-    console.print(machine())
+    line(machine())
     columns = ["GPT-2 small, random weights", "original", "spliced", "ratio", "bar", "verdict"]
     show("Cost of a spliced host with nothing in it (medians)", columns, rows)
     ratios = ", ".join(f"{what} {value:.3f}" for what, value in noise.items())
-    console.print(f"the original against a copy of itself, for the noise of this machine: {ratios}")
+    line(f"the original against a copy of itself, for the noise of this machine: {ratios}")
     with torch.no_grad():
         same = torch.equal(model(input_ids=ids).logits, spliced(input_ids=ids).logits)
     graphs = sorted({len(v) for v in surgery.variants(spliced).values()})
-    console.print(f"outputs equal bit for bit: {same}; graphs per host: {graphs}")
+    line(f"outputs equal bit for bit: {same}; graphs per host: {graphs}")
     if args.profile:
         profiled("forward", forwards["spliced"], 10)
         profiled("decode", caches["spliced"], 5)

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console(width=110)
+REPORT: list[str] = []  # Markdown, in the order in which it was measured
+BARS: dict[str, dict[str, float]] = {}  # milliseconds by candidate, by title
+LINES: dict[str, dict[str, list[tuple[float, float]]]] = {}  # curves by name, by title
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,22 @@ def verdict(value: float, bar: float, at_least: bool = False) -> str:
     return "met" if (value >= bar if at_least else value <= bar) else "MISSED"
 
 
+def line(text: str) -> None:
+    """Print a line, and keep it for the report."""
+    console.print(text, highlight=False)
+    REPORT.append(text + "  ")
+
+
+def plot_bars(title: str, values: dict[str, float]) -> None:
+    """Keep a bar for each candidate for the picture."""
+    BARS[title] = values
+
+
 def show(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-    """Print a table."""
+    """Print a table, and keep it for the report."""
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    REPORT.append(f"\n### {title}\n\n{head}\n{body}\n")
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
@@ -70,8 +71,11 @@ class LowRank(nn.Module):
         return weight + self.scale * (b @ a).T, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.b(self.a(self.dropout(x)))  # (B, n, d_out)
-        return out * self.scale
+        if self.training:
+            x = self.dropout(x)
+        hidden = F.linear(x, self.a.weight) * self.scale  # (B, n, r)
+        out = F.linear(hidden, self.b.weight)  # (B, n, d_out)
+        return out if self.b.bias is None else out + self.scale * self.b.bias
 
 
 @dataclass(frozen=True)

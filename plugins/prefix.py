@@ -157,7 +157,9 @@ class Prefix(nn.Module):
         return {**scalars, "keys": keys.detach(), "values": values.detach()}
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
-        keys, values = (self.dropout(table) for table in self.tables())
+        keys, values = self.tables()
+        if self.training:
+            keys, values = self.dropout(keys), self.dropout(values)
         gate = None if self.gate is None else torch.tanh(self.gate)
         bend = None if self.tau is None else self.bend
         return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale, bend, gate)

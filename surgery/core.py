@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from surgery.kernels import CPU, CUDA, Fused, Kernel, usable
+from surgery.kernels import CPU, CUDA, Kernel, fused, usable
+from surgery.rebind import rebound
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
@@ -58,12 +59,8 @@ def attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
-        return cast(
-            "tuple[Tensor, Tensor]",
-            Fused.apply(  # type: ignore[no-untyped-call]
-                kernel, query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale)
-            ),
-        )
+        options = (dropout_p, is_causal, _scale(query, scale))
+        return fused(kernel, query, key, value, attn_mask, *options)
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -201,18 +198,24 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
         a function that returns what ``function`` does, and lse (B, H, n).
     """
 
-    def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        watch = _ReadLse()
-        with watch:
-            result = function(module, query, *args, **kwargs)
-        if watch.lse is None:
+    direct = rebound(function, attention)
+
+    def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if direct is not None and not torch.compiler.is_compiling():
+            result, lse = direct(module, query, *args, **kwargs)
+        else:
+            watch = _ReadLse()
+            with watch:
+                result = function(module, query, *args, **kwargs)
+            lse = watch.lse
+        if lse is None:
             raise RuntimeError(
                 f"{name} shows neither a softmax nor an SDPA call, so its logsumexp cannot be had. "
                 "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
                 "do not read 'lse' (lora, FFN adapters)."
             )
         # Some wrappers fold a group of heads into the query axis; the order stays the same.
-        return result, watch.lse.reshape(query.shape[:-1])
+        return result, lse.reshape(query.shape[:-1])
 
     name = getattr(function, "__name__", "attention")
     both.__name__ = f"{name}_with_lse"

@@ -155,9 +155,7 @@ class Fused(torch.autograd.Function):
         context, lse, more = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
         ctx.save_for_backward(query, key, value, mask, context, lse)
         ctx.kernel, ctx.more, ctx.options = kernel, more, (dropout, is_causal, scale)
-        if mask is not None:  # some kernels call the logsumexp of no score at all 0
-            lse = lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
-        return context, lse
+        return context, _of_nothing(lse, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -179,6 +177,24 @@ class Fused(torch.autograd.Function):
         if repeat:
             k, v = (torch.unflatten(g, -3, (-1, groups)).sum(-3) for g in (k, v))
         return None, q, k, v, None, None, None, None
+
+
+def fused(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Context and logsumexp; ``options`` are dropout, is_causal and scale."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        made: tuple[Tensor, Tensor] = Fused.apply(kernel, query, key, value, mask, *options)  # type: ignore[no-untyped-call]
+        return made
+    context, lse, _ = kernel.forward(query, key, value, mask, *options)
+    return context, _of_nothing(lse, mask)
+
+
+def _of_nothing(lse: Tensor, mask: Tensor | None) -> Tensor:
+    """Some kernels call the logsumexp of no score at all 0."""
+    if mask is None:
+        return lse
+    return lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
 
 
 def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,9 +86,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack.extend(vars(item).values())
 
 
+@functools.cache
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
 def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by the names that ``forward`` gives them."""
-    signature = inspect.signature(forward)
+    signature = _signature(forward)
     named = signature.bind(module, *args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

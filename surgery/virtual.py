@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from surgery.core import attention
+
 
 def virtual_tokens(
     merged: Tensor,
@@ -39,15 +41,18 @@ def virtual_tokens(
     Returns:
         (B, n, H d_v), to be added to ``merged``.
     """
-    heads, groups = query.shape[1], query.shape[1] // keys.shape[0]
-    grouped = torch.unflatten(query, 1, (-1, groups))  # (B, G, H/G, n, d)
-    own = (grouped @ keys.mT.unsqueeze(1) * scale).flatten(1, 2).to(lse.dtype)  # (B, H, n, P)
-    if scores is not None:
-        own = scores(own)
-    g = torch.sigmoid(own.logsumexp(-1) - lse)  # (B, H, n)
+    batch, heads = query.shape[:2]
+    grouped = heads != keys.shape[0]
+    if scores is None:  # the attention of the real queries to the virtual keys, by a fused kernel
+        own_keys, own_values = (x.expand(batch, -1, -1, -1) for x in (keys, values))
+        context, own = attention(query, own_keys, own_values, scale=scale, enable_gqa=grouped)
+    else:
+        keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+        bent = scores((query @ keys.mT * scale).to(lse.dtype))  # (B, H, n, P)
+        context, own = bent.softmax(-1).to(values.dtype) @ values, bent.logsumexp(-1)
+    g = torch.sigmoid(own - lse)  # (B, H, n)
     if gate is not None:
         g = g * gate.to(g.dtype).unsqueeze(-1)
-    weights = torch.unflatten(own.softmax(-1).to(query.dtype), 1, (-1, groups))
-    context = (weights @ values.unsqueeze(1)).flatten(1, 2).transpose(1, 2)  # (B, n, H, d_v)
-    f = torch.unflatten(merged, -1, (heads, -1))
-    return (g.transpose(1, 2).unsqueeze(-1).to(f.dtype) * (context - f)).flatten(2)
+    f = torch.unflatten(merged, -1, (heads, -1)).transpose(1, 2)  # (B, H, n, d_v)
+    changed: Tensor = g.unsqueeze(-1).to(f.dtype) * (context - f)
+    return changed.transpose(1, 2).flatten(2)

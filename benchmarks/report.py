@@ -1,0 +1,69 @@
+"""Run every benchmark in turn and write what was measured: RESULTS.md and RESULTS.png beside this.
+
+Run: python benchmarks/report.py        (about 20 minutes on two cores)
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import inducer_core
+import matplotlib as mpl
+import methods
+import overhead
+import torch
+from timing import BARS, LINES, REPORT
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+HEAD = """# Measured
+
+Written by `make bench`, on one machine in one run: candidates take turns, medians and paired
+ratios, nothing is carried over from another run. {gpu}
+"""
+
+
+def picture(path: Path) -> None:
+    """Curves of the core and bars of the methods, on one page."""
+    panels = len(LINES) + len(BARS)
+    figure, axes = plt.subplots((panels + 1) // 2, 2, figsize=(13, 3.6 * ((panels + 1) // 2)))
+    places = iter(axes.flat)
+    for title, curves in LINES.items():
+        place = next(places)
+        for name, points in curves.items():
+            place.loglog(*zip(*points, strict=True), marker="o", label=name)
+        place.set(title=title, xlabel="n")
+        place.grid(alpha=0.3)
+        place.legend()
+    for title, values in BARS.items():
+        place = next(places)
+        place.barh(list(values), list(values.values()))
+        place.invert_yaxis()
+        place.set(title=title, xlabel="ms")
+    for place in places:
+        place.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    for script, repeats in ((overhead, 12), (inducer_core, 5), (methods, 4)):
+        name = Path(script.__file__).name
+        REPORT.append(f"\n## {(script.__doc__ or '').splitlines()[0]} (`{name}`)\n")
+        script.main(["--repeats", str(repeats)])
+    gpu = "" if torch.cuda.is_available() else "No GPU was at hand: nothing here was run on one."
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
+    head = HEAD.format(gpu=gpu) + (f"\nCommit {commit}.\n" if commit else "")
+    body = "\n".join(REPORT)
+    text = f"{head}\n![curves and bars of the tables below](RESULTS.png)\n{body}\n"
+    (HERE / "RESULTS.md").write_text(text)
+    picture(HERE / "RESULTS.png")
+
+
+if __name__ == "__main__":
+    main()
