@@ -182,6 +182,8 @@ def _fit(
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)
     counts = surgery.summary(model)
+    scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
+    examples, given = map(list, zip(*scored, strict=True))
     return Row(
         what=what,
         score=scores[prepared.task.metric],
@@ -192,6 +194,7 @@ def _fit(
         seconds=seconds,
         peak_mib=torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
         losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+        by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )
 
 

@@ -18,6 +18,7 @@ import surgery
 from surgery.task import Example
 
 SHOWN = 100
+FEW = 10  # examples, below which the score of a quarter says nothing
 STYLE = (
     "body{font:15px/1.4 sans-serif;margin:2em}table{border-collapse:collapse}"
     "td,th{border:1px solid #ccc;padding:.4em;text-align:left;vertical-align:top;"
@@ -34,7 +35,8 @@ class Row:
         inserted, percent: inserted parameters, and what they are of the base's, as papers count.
         trainable: numbers that training could change: inserted, head, rows of new tokens.
         seconds: of training.  peak_mib: of GPU memory; 0 on a CPU.
-        losses: (step, training loss).
+        losses: (step, training loss).  by_length: (mean tokens of the input, score) of each
+            quarter of what was scored, from the shortest inputs to the longest.
     """
 
     what: str
@@ -46,6 +48,7 @@ class Row:
     seconds: float
     peak_mib: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
+    by_length: list[tuple[float, float]] = field(default_factory=list)
 
 
 def table(rows: Sequence[Row], metric: str) -> Table:
@@ -57,6 +60,22 @@ def table(rows: Sequence[Row], metric: str) -> Table:
         numbers = (f"{row.score:.4f}", f"{row.trainable:,}", f"{row.inserted:,}")
         made.add_row(row.what, *numbers, f"{row.percent:.2f} %", f"{row.seconds:.0f} s")
     return made
+
+
+def by_length(
+    task: surgery.Task, tokenizer: Any, examples: Sequence[Example], answers: Sequence[Any]
+) -> list[tuple[float, float]]:
+    """The task's main score in each quarter of input lengths; empty for a handful of examples."""
+    if len(examples) < 4 * FEW:
+        return []
+    lengths = [len(task.prompt(example, tokenizer)["input_ids"]) for example in examples]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    found = []
+    for quarter in range(4):
+        part = order[quarter * len(order) // 4 : (quarter + 1) * len(order) // 4]
+        score = task.main_score([answers[i] for i in part], [examples[i] for i in part])
+        found.append((sum(lengths[i] for i in part) / len(part), score))
+    return found
 
 
 def write(folder: Path, rows: Sequence[Row], task: surgery.Task) -> None:

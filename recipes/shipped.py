@@ -8,7 +8,7 @@ from surgery import RecipeError
 from surgery.errors import suggest
 
 HERE = Path(__file__).parent
-PARTS = ("bases", "rows", "data")
+PARTS = ("bases", "rows", "tables", "data")
 
 
 def shipped() -> dict[str, Path]:

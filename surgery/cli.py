@@ -110,6 +110,31 @@ def train(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def compare(
+    grid: Annotated[Path, typer.Argument(help="a YAML file of recipes/tables, or one like them")],
+    override: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every run, such as data=PATH")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds; the grid's own if 0")] = 0,
+    output: Annotated[str, typer.Option(help="another folder than the grid's")] = "",
+) -> None:
+    """Run a table of recipes, what is not finished of it, and write tables and plots."""
+    try:
+        _transformers()
+        from surgery_recipes import compare as comparing
+
+        plan = comparing.read_grid(grid)
+        if seeds:
+            plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
+        if output:
+            plan = dataclasses.replace(plan, output=output)
+        if comparing.compare(plan, console, override):
+            raise typer.Exit(1)
+    except SurgeryError as error:
+        _fail(str(error))
+
+
 @app.command(name="eval")
 def evaluate(run: Annotated[Path, typer.Argument(help="the folder of a finished run")]) -> None:
     """Score a saved adapter again, from its files alone."""

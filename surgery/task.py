@@ -73,6 +73,10 @@ class Task:
         """Scores of the answers (class numbers, or texts) to the examples of one set."""
         raise self.missing("score(answers, examples)")
 
+    def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
+        """The score called :attr:`metric` alone, for many small sets."""
+        return self.score(answers, examples)[self.metric]
+
     def notes(self) -> dict[str, str]:
         """How scores are computed, by name: signatures, versions, or why one is not there."""
         return {}

@@ -113,6 +113,10 @@ class WebNLG(Generation):
                     scores |= {name + suffix: value for name, value in found.items()}
         return scores
 
+    def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
+        references = [list(example["references"]) for example in examples]
+        return overlap.scores(list(answers), references, ter=False)["bleu"]
+
     def notes(self) -> dict[str, str]:
         return {**overlap.signatures(), "meteor": meteor.why_not() or meteor.LABEL}
 

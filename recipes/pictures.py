@@ -1,0 +1,63 @@
+"""Pictures of a grid: quality against parameters, and against the length of the input."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery_recipes.compare import Grid
+    from surgery_recipes.tables import Line
+
+
+def by_parameters(grid: Grid, lines: Sequence[Line], path: Path) -> None:
+    """One panel for each task: the first score against trainable numbers."""
+    figure, panels = _panels(grid)
+    for task, place in panels.items():
+        name = grid.scores[task][0]
+        for line in (line for line in lines if line.task == task and name in line.scores):
+            values = line.scores[name]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean = statistics.mean(values)
+            place.errorbar(line.trainable, mean, yerr=spread, fmt="o", label=line.row)
+            place.annotate(line.row, (line.trainable, mean), fontsize=8, xytext=(4, 4),
+                           textcoords="offset points")  # fmt: skip
+        place.set(xscale="log", xlabel="trainable numbers", ylabel=name, title=task)
+        place.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def by_length(grid: Grid, lines: Sequence[Line], path: Path) -> None:
+    """One panel for each task: the score of its main metric in each quarter of input lengths."""
+    figure, panels = _panels(grid)
+    for task, place in panels.items():
+        for line in (line for line in lines if line.task == task and line.by_length):
+            quarters = list(zip(*line.by_length, strict=True))  # seeds in each quarter
+            lengths = [statistics.mean(length for length, _ in seeds) for seeds in quarters]
+            scores = [statistics.mean(score for _, score in seeds) for seeds in quarters]
+            place.plot(lengths, scores, marker="o", label=line.row)
+        place.set(xlabel="tokens of the input, mean of each quarter", ylabel="score", title=task)
+        place.grid(alpha=0.3)
+        if place.lines:
+            place.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _panels(grid: Grid) -> tuple[Any, dict[str, Any]]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(grid.tasks), figsize=(7 * len(grid.tasks), 5), squeeze=False)
+    return figure, dict(zip(grid.tasks, axes.flat, strict=True))
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

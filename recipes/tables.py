@@ -1,0 +1,167 @@
+"""Tables: what the finished runs of a grid show, as Markdown, HTML, CSV and pictures."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from surgery_recipes import pictures
+
+if TYPE_CHECKING:
+    from surgery_recipes.compare import Cell, Grid
+
+LOWER_IS_BETTER = ("ter",)
+BELOW = 0.05
+
+
+@dataclass
+class Line:
+    """One row of a table for one task: every finished seed's numbers."""
+
+    task: str
+    row: str
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    percent: float = 0.0
+    trainable: int = 0
+    seconds: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    by_length: list[list[list[float]]] = field(default_factory=list)
+    better: dict[str, bool] = field(default_factory=dict)
+
+
+def write(grid: Grid, cells: Sequence[Cell], folder: Path) -> Table | None:
+    """Write ``table.md``, ``table.html``, ``table.csv`` and the plots; None if nothing finished."""
+    lines = read(cells)
+    if not lines:
+        return None
+    _test(grid, lines)
+    head, rows = _cells(grid, lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(_markdown(grid, head, rows))
+    (folder / "table.html").write_text(_html(grid, head, rows))
+    with (folder / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    pictures.by_parameters(grid, lines, folder / "parameters.png")
+    pictures.by_length(grid, lines, folder / "length.png")
+    shown = Table(*head, title=grid.title)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def read(cells: Sequence[Cell]) -> list[Line]:
+    """The numbers of all finished runs, in the order of the grid."""
+    found: dict[tuple[str, str], Line] = {}
+    for cell in cells:
+        if not cell.finished:
+            continue
+        last = json.loads((cell.folder / "metrics.json").read_text())["rows"][-1]
+        line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
+        for name, value in last["scores"].items():
+            line.scores.setdefault(name, []).append(value)
+        line.percent, line.trainable = last["percent"], last["trainable"]
+        line.seconds.append(last["seconds"])
+        line.peak_mib = max(line.peak_mib, last.get("peak_mib", 0.0))
+        if last.get("by_length"):
+            line.by_length.append(last["by_length"])
+    return list(found.values())
+
+
+def significant(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Do the means of two sets of seeds differ (Welch's t-test, p < 0.05)? No, with one seed."""
+    if min(len(ours), len(theirs)) < 2 or len({*ours, *theirs}) < 2:
+        return False
+    from scipy.stats import ttest_ind
+
+    return bool(ttest_ind(ours, theirs, equal_var=False).pvalue < BELOW)
+
+
+def _test(grid: Grid, lines: list[Line]) -> None:
+    """Mark the scores that are better than the baseline's beyond chance."""
+    base = {line.task: line for line in lines if line.row == grid.baseline}
+    for line in lines:
+        other = base.get(line.task)
+        if other is None or other is line:
+            continue
+        for name, values in line.scores.items():
+            theirs = other.scores.get(name, [])
+            if significant(values, theirs):
+                gain = statistics.mean(values) - statistics.mean(theirs)
+                line.better[name] = (gain < 0) == name.startswith(LOWER_IS_BETTER)
+
+
+def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
+    named = len(grid.tasks) > 1
+    head = ["row", "% of base", "trainable", "minutes", "peak MiB"]
+    for task, name in wanted:
+        head += [f"{task} {name}" if named else name]
+        if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
+            head += ["paper"]
+    rows = []
+    for row in grid.rows:
+        own = {line.task: line for line in lines if line.row == row}
+        if not own:
+            continue
+        first = next(iter(own.values()))
+        minutes = sum(statistics.mean(line.seconds) for line in own.values()) / 60
+        peak = max(line.peak_mib for line in own.values())
+        cells = [row, f"{first.percent:.2f}", f"{first.trainable:,}", f"{minutes:.1f}"]
+        cells.append(f"{peak:.0f}" if peak else "")
+        for task, name in wanted:
+            values = own[task].scores.get(name, []) if task in own else []
+            cells.append(_number(values) + ("*" if values and own[task].better.get(name) else ""))
+            if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
+                cells.append(str(grid.paper.get(row, {}).get(f"{task}.{name}", "")))
+        rows.append(cells)
+    return head, rows
+
+
+def _number(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.4g}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2g}"
+
+
+def _notes(grid: Grid) -> list[str]:
+    seeds = ", ".join(map(str, grid.seeds))
+    notes = [grid.about, f"Seeds: {seeds}."]
+    if len(grid.seeds) > 1:
+        notes.append("Mean ± standard deviation over seeds.")
+    if grid.baseline and len(grid.seeds) > 1:
+        notes.append(f"* better than {grid.baseline}, Welch's t-test over seeds, p < {BELOW}.")
+    if grid.set or grid.task_set or grid.row_set:
+        special = {**grid.task_set, **grid.row_set}
+        own = [f"{name}: {' '.join(texts)}" for name, texts in special.items()]
+        notes.append("Settings other than the recipes': " + "; ".join([" ".join(grid.set), *own]))
+    command = "Each row: `surgery train TASK/ROW training.seed=SEED`, with these settings."
+    return [*filter(None, notes), command]
+
+
+def _markdown(grid: Grid, head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"# {grid.title}", "", *lines, "", *(f"{n}\n" for n in _notes(grid))])
+
+
+def _html(grid: Grid, head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    body: list[Any] = [line(head, "th"), *(line(row, "td") for row in rows)]
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in _notes(grid))
+    style = "body{font:15px sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:.4em}"
+    title = html.escape(grid.title)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{style}</style><h1>{title}</h1><table>{''.join(body)}</table>{notes}"
+        '<img src="parameters.png" alt="quality against parameters">'
+        '<img src="length.png" alt="quality against input length"></html>\n'
+    )

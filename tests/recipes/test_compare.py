@@ -1,0 +1,143 @@
+"""Comparing: a grid runs what is missing, and its tables say what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from surgery_recipes import compare, shipped, tables
+from surgery_recipes.compare import Cell, Grid, arguments, cells, read_grid
+
+from surgery.errors import RecipeError
+from tests.recipes import tiny
+
+QUIET = Console(quiet=True)
+TABLES = sorted((Path(shipped.__file__).parent / "tables").glob("*.yaml"))
+
+
+def finished(cell: Cell, score: float, **more: Any) -> None:
+    """Leave what a run of this cell would."""
+    row = {
+        "scores": {"accuracy": score}, "percent": 0.5, "trainable": 1000 + len(cell.row),
+        "seconds": 60.0, "by_length": [[5, score], [9, score], [14, score], [30, score]], **more,
+    }  # fmt: skip
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "metrics.json").write_text(json.dumps({"rows": [row]}))
+
+
+def grid(output: Path, **more: Any) -> Grid:
+    shape: dict[str, Any] = {
+        "title": "A table", "tasks": ["sst2"], "rows": ["prefix", "inducer", "lora"],
+        "scores": {"sst2": ["accuracy"]}, "seeds": [1, 2, 3], "baseline": "prefix",
+        "paper": {"inducer": {"sst2.accuracy": 94.2}}, "output": str(output),
+    }  # fmt: skip
+    return Grid(**{**shape, **more})
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_a_shipped_grid_is_whole(path: Path) -> None:
+    made = read_grid(path)
+    assert f"surgery compare recipes/tables/{path.name}" in path.read_text().split("title:")[0]
+    runs = cells(made)
+    assert {cell.task for cell in runs} == set(made.tasks)
+    assert {cell.row for cell in runs} == set(made.rows)
+    known = {f"{task}.{name}" for task, names in made.scores.items() for name in names}
+    assert {name for numbers in made.paper.values() for name in numbers} <= known
+    assert set(made.paper) <= set(made.rows)
+
+
+def test_numbers_of_the_tables_are_means_of_the_seeds(tmp_path: Path) -> None:
+    made = grid(tmp_path)
+    values = {"prefix": [0.5, 0.52, 0.51], "inducer": [0.9, 0.92, 0.91], "lora": [0.4, 0.6, 0.5]}
+    for cell in cells(made):
+        finished(cell, values[cell.row][cell.seed - 1])
+    assert tables.write(made, cells(made), tmp_path) is not None
+    with (tmp_path / "table.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head == ["row", "% of base", "trainable", "minutes", "peak MiB", "accuracy", "paper"]
+    assert rows[0][5:] == ["0.51 ± 0.01", ""]
+    assert rows[1][5:] == ["0.91 ± 0.01*", "94.2"]
+    assert rows[2][5] == "0.5 ± 0.1"  # no better than chance
+    text = (tmp_path / "table.md").read_text()
+    assert "| inducer | 0.50 | 1,007 | 1.0 |" in text
+    assert "Welch's t-test" in text
+    assert "<td>0.91 ± 0.01*</td>" in (tmp_path / "table.html").read_text()
+    assert {"parameters.png", "length.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_error_rate_that_rises_is_not_marked(tmp_path: Path) -> None:
+    made = grid(tmp_path, scores={"sst2": ["ter"]}, paper={})
+    for cell in cells(made):
+        value = {"prefix": 0.5, "inducer": 0.9, "lora": 0.2}[cell.row] + cell.seed / 1000
+        finished(cell, 0.0, scores={"ter": value})
+    tables.write(made, cells(made), tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        marked = {row[0]: row[5].endswith("*") for row in csv.reader(file)}
+    assert marked == {"row": False, "prefix": False, "inducer": False, "lora": True}
+
+
+def test_one_seed_is_no_significance(tmp_path: Path) -> None:
+    made = grid(tmp_path, seeds=[1])
+    for cell in cells(made):
+        finished(cell, {"prefix": 0.1, "inducer": 0.9, "lora": 0.5}[cell.row])
+    tables.write(made, cells(made), tmp_path)
+    assert "*" not in (tmp_path / "table.csv").read_text()
+    assert "±" not in (tmp_path / "table.csv").read_text()
+
+
+def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = grid(tmp_path, seeds=[1], set=["a=1"], row_set={"lora": ["b=2"]})
+    first, second, third = cells(made)
+    finished(first, 0.5)
+    (second.folder / "checkpoints/checkpoint-3").mkdir(parents=True)
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        asked.append(command[3:])
+        cell = next(c for c in (second, third) if f"output={c.folder}" in command)
+        if cell is third:
+            return type("Done", (), {"returncode": 1})
+        (cell.folder / "metrics.json").write_text((first.folder / "metrics.json").read_text())
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    assert compare.compare(made, QUIET, ["data=here"]) == [third]
+    head = ["train", "sst2/inducer", "a=1", "data=here", "training.seed=1"]
+    assert asked[0] == [*head, f"output={second.folder}", "--resume"]
+    assert asked[1][:3] == ["train", "sst2/lora", "a=1"]
+    assert "b=2" in asked[1]
+    assert "--resume" not in asked[1]
+    assert "prefix" in (tmp_path / "table.md").read_text()
+
+
+def test_a_grid_runs_and_is_shown(root: Path, tmp_path: Path) -> None:
+    model, data = tiny.prepared("sst2", root)
+    made = grid(tmp_path / "grid", rows=["prefix", "lora"], seeds=[1], paper={})
+    settings = [o for o in tiny.overrides("sst2", model, data, tmp_path) if "output=" not in o]
+    assert compare.compare(made, QUIET, settings) == []
+    log = (tmp_path / "grid/sst2/lora/1/log.txt").read_text()
+    assert "surgery eval" in log
+    assert len((tmp_path / "grid/table.md").read_text().splitlines()) > 5
+    assert arguments(made, cells(made)[0], [])[-1].startswith("output=")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("titel: x", "unknown key 'titel'. Did you mean 'title'"),
+        ("title: x", "the key 'tasks' is missing"),
+        ("{title: x, tasks: [sst2], rows: [lroa], scores: {sst2: [a]}}", "Did you mean 'lora'"),
+        ("{title: x, tasks: [sst2], rows: [lora], scores: {mnli: [a]}}", "which scores of task"),
+        ("{title: x, tasks: [sst2], rows: [lora], scores: {sst2: [a]}, baseline: y}", "baseline"),
+    ],
+)
+def test_a_bad_grid_says_what_is_wrong(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=part):
+        read_grid(tmp_path / "grid.yaml")
