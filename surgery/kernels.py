@@ -4,9 +4,10 @@ Each is a pair of aten operators. With P = softmax(S), the gradient that reaches
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse)
 
-and a fused backward computes rowsum(dO o O) from the O that it is given. Appending a column, -1 to
-O and dlse to dO (zeros to Q, K, V), therefore makes its own formula the right one; cutting the
-column off again leaves the exact gradients.
+and a fused backward computes rowsum(dO o O) from the O that it is given, and uses O for nothing
+else. So it is given another: O - dlse dO / |dO|^2, whose product with dO is less by dlse. Where dO
+is zero and dlse is not, or to look would cost a synchronisation, a column is appended instead: -1
+to O, dlse to dO, zeros to Q, K and V; cutting it off again leaves the same exact gradients.
 
 That holds for a kernel that computes what it should from what it is given. Whether one does, on
 this device and in this dtype, is tried out against the equation before it is used the first time;
@@ -161,22 +162,47 @@ class Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, context, lse = ctx.saved_tensors
         grad, grad_lse = grads
-        width, groups = query.shape[-1], query.shape[-3] // key.shape[-3]
-        extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
-        query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
-        context = F.pad(context, (0, extra), value=-1.0)
-        column = grad_lse.to(grad.dtype).unsqueeze(-1)
-        grad = F.pad(torch.cat([grad, column], -1), (0, extra - 1))
+        groups = query.shape[-3] // key.shape[-3]
         repeat = groups > 1 and not grouped_backward(ctx.kernel, query.device, query.dtype)
         if repeat:
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
-        made = ctx.kernel.backward(
-            grad, query, key, value, mask, context, lse, ctx.more, *ctx.options
-        )
-        q, k, v = (g[..., :width] for g in made)
+
+        def run(*tensors: Tensor) -> Grads:
+            grad, query, key, value, context = tensors
+            made: Grads = ctx.kernel.backward(
+                grad, query, key, value, mask, context, lse, ctx.more, *ctx.options
+            )
+            return made
+
+        q, k, v = with_lse_gradient(run, grad, grad_lse, query, key, value, context)
         if repeat:
             k, v = (torch.unflatten(g, -3, (-1, groups)).sum(-3) for g in (k, v))
         return None, q, k, v, None, None, None, None
+
+
+def with_lse_gradient(
+    run: Callable[..., Grads],
+    grad: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: Tensor,
+) -> Grads:
+    """Gradients of query, key and value by a backward that knows only the context's."""
+    if query.device.type == "cpu":
+        size = grad.float().square().sum(-1)  # (B, H, n)
+        if not bool(((size < 1e-30) & (grad_lse != 0)).any()):
+            share = (grad_lse / size.clamp(min=1e-30)).unsqueeze(-1).to(grad.dtype)
+            return run(grad.contiguous(), query, key, value, context - share * grad)
+    width = query.shape[-1]
+    extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
+    query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
+    context = F.pad(context, (0, extra), value=-1.0)
+    column = grad_lse.to(grad.dtype).unsqueeze(-1)
+    grad = F.pad(torch.cat([grad, column], -1), (0, extra - 1))
+    q, k, v = run(grad, query, key, value, context)
+    return q[..., :width], k[..., :width], v[..., :width]
 
 
 def fused(
@@ -234,11 +260,11 @@ def _tried(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int
     grad, scale = q.flip(-1).contiguous(), 1 / math.sqrt(32)
     try:
         o, lse, more = kernel.forward(q, k, v, None, 0.0, True, scale)
-        padded = [F.pad(x, (0, 8)) for x in (q, k, v)]
-        pushed = F.pad(torch.cat([grad, torch.ones_like(grad[..., :1])], -1), (0, 7))
-        seen = F.pad(o, (0, 8), value=-1.0)
-        made = kernel.backward(pushed, *padded, None, seen, lse, more, 0.0, True, scale)
-        given = [o, lse, *(g[..., :32] for g in made)]
+
+        def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Grads:
+            return kernel.backward(grad, q, k, v, None, o, lse, more, 0.0, True, scale)
+
+        given = [o, lse, *with_lse_gradient(run, grad, torch.ones_like(lse), q, k, v, o)]
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         if groups == 1:
             warnings.warn(f"{kernel.name} cannot be used here: {error}", stacklevel=2)

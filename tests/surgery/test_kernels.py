@@ -120,6 +120,22 @@ def test_grouped_heads_use_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+@pytest.mark.parametrize("silent", ["none", "one row", "all rows"])
+def test_the_gradient_of_the_logsumexp_needs_none_of_the_context(silent: str) -> None:
+    """Rows whose context has no gradient, and whose logsumexp has one."""
+    q, k, v, _ = case(4, 1, 6, 6, 8, masked=False)
+    weight = torch.ones(2, 4, 6, 1)
+    weight[0, 1, 2] = 0 if silent == "one row" else 1
+    weight *= 0 if silent == "all rows" else 1
+    context, lse = attention(q, k, v)
+    ours = torch.autograd.grad((weight * context).sin().sum() + lse.sin().sum(), [q, k, v])
+    scores = q.double() @ k.double().mT * 8**-0.5
+    dense = scores.softmax(-1) @ v.double()
+    total = (weight * dense).sin().sum() + scores.logsumexp(-1).sin().sum()
+    for a, b in zip(ours, torch.autograd.grad(total, [q, k, v]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
