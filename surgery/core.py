@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.kernels import CPU, CUDA, Kernel, fused, usable
 from surgery.rebind import rebound
+from surgery.unfused import same_as_sdpa, unfused
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
@@ -61,6 +62,8 @@ def attention(
             )
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
+    if _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
+        return unfused(query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale))
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -136,6 +139,22 @@ def _kernel(
         kernel = CPU if choice == SDPBackend.FLASH_ATTENTION.value else None
     fits = kernel is not None and usable(kernel, query, key, value, attn_mask, dropout_p)
     return kernel if fits else None
+
+
+def _plain_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> bool:
+    """Would SDPA go its plain way here, which we know to go too?"""
+    if query.device.type != "cpu" or isinstance(query, FakeTensor):
+        return False
+    wide = query.dtype in (torch.float32, torch.float64)
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() == 4
+    if not (wide and alike) or (causal and mask is not None):
+        return False
+    choice = torch._fused_sdp_choice(query, key, value, mask, dropout, causal)
+    if choice != SDPBackend.MATH.value:
+        return False
+    return same_as_sdpa(query.dtype, dropout > 0, mask is not None, causal)
 
 
 def _compiles_to_flash(

@@ -120,6 +120,42 @@ def test_grouped_heads_use_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_dropout_bits_and_draws_are_those_of_sdpa(masked: bool) -> None:
+    q, k, v, mask = case(4, 1, 7, 7, 8, masked)
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(5)
+        if ours:
+            context, lse = attention(q, k, v, mask, 0.3, is_causal=not masked)
+        else:
+            context = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, 0.3, is_causal=not masked
+            )
+        grads = torch.autograd.grad(context.sin().sum(), [q, k, v], retain_graph=True)
+        found.append([context, torch.rand(1), *grads])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+    for a, b in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    scores = (q.double() @ k.double().mT) * 8**-0.5
+    hidden = ~mask if mask is not None else torch.ones(7, 7, dtype=torch.bool).triu(1)
+    total = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), total, rtol=1e-5, atol=1e-5)
+    ours_back = torch.autograd.grad(lse.sin().sum(), [q, k])
+    theirs = torch.autograd.grad(total.sin().sum(), [q, k])
+    for a, b in zip(ours_back, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_with_dropout_the_scores_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("a second product of queries and keys")
+
+    monkeypatch.setattr(core, "dense_lse", refuse)
+    q, k, v, mask = case(4, 1, 6, 6, 8, masked=True)
+    attention(q, k, v, mask, 0.1)
+
+
 @pytest.mark.parametrize("silent", ["none", "one row", "all rows"])
 def test_the_gradient_of_the_logsumexp_needs_none_of_the_context(silent: str) -> None:
     """Rows whose context has no gradient, and whose logsumexp has one."""
