@@ -191,10 +191,12 @@ def with_lse_gradient(
 ) -> Grads:
     """Gradients of query, key and value by a backward that knows only the context's."""
     if query.device.type == "cpu":
-        size = grad.float().square().sum(-1)  # (B, H, n)
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        size = wide.square().sum(-1)  # (B, H, n)
         if not bool(((size < 1e-30) & (grad_lse != 0)).any()):
-            share = (grad_lse / size.clamp(min=1e-30)).unsqueeze(-1).to(grad.dtype)
-            return run(grad.contiguous(), query, key, value, context - share * grad)
+            share = (grad_lse / size.clamp(min=1e-30)).unsqueeze(-1)
+            seen = (context - share * wide).to(context.dtype)
+            return run(grad.contiguous(), query, key, value, seen)
     width = query.shape[-1]
     extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
     query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)

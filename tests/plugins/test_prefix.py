@@ -112,7 +112,8 @@ def test_a_zero_prefix_takes_its_share_of_the_softmax() -> None:
     close(met["y"], f.transpose(1, 2).flatten(2) @ wo + bo, 1e-9)
 
 
-def test_it_equals_peft_with_the_same_tensors() -> None:
+def beside_peft(**options: Any) -> tuple[Any, Any]:
+    """One layer of GPT-2 with a prefix, and PEFT's with the same tensors."""
     torch.manual_seed(0)
     model = gpt2(initializer_range=0.3).eval()
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -120,13 +121,18 @@ def test_it_equals_peft_with_the_same_tensors() -> None:
         warnings.simplefilter("ignore")  # PEFT's own
         theirs = peft.get_peft_model(gpt2(initializer_range=0.3), config).eval()
     theirs.base_model.load_state_dict(model.state_dict())
-    spliced(model)
+    spliced(model, **options)
     prefix = model.transformer.h[0].attn.prefix_merged
     table = theirs.prompt_encoder["default"].embedding.weight  # (P, 2 L G d), keys before values
     width = table.shape[1] // 2
     with torch.no_grad():
         table[:, :width] = prefix.keys.transpose(0, 1).flatten(1)
         table[:, width:] = prefix.values.transpose(0, 1).flatten(1)
+    return model, theirs
+
+
+def test_it_equals_peft_with_the_same_tensors() -> None:
+    model, theirs = beside_peft()
     real = torch.ones(2, 5, dtype=torch.long)
     positions = torch.arange(3, 8).expand(2, 5)  # PEFT counts from P on
     ours = model(input_ids=IDS, attention_mask=real, position_ids=positions).logits

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 import surgery
 from tests.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion
 from tests.plugins.test_inducer import IDS, close, gpt2, projections
+from tests.plugins.test_prefix import beside_peft
 
 SHARES = ["simple", "linear", "layer", "global"]
 
@@ -102,20 +101,7 @@ def test_counts_to_train_and_to_store(options: Any, base: Any, trained: int, sto
 
 
 def test_a_shifted_one_equals_peft_as_it_is() -> None:
-    torch.manual_seed(0)
-    model = gpt2(initializer_range=0.3).eval()
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own
-        theirs = peft.get_peft_model(gpt2(initializer_range=0.3), config).eval()
-    theirs.base_model.load_state_dict(model.state_dict())
-    surgery.splice(model, surgery.method("prefix", length=3, std=0.7, shift=True))
-    prefix = model.transformer.h[0].attn.prefix_merged
-    table = theirs.prompt_encoder["default"].embedding.weight  # (P, 2 L G d), keys before values
-    width = table.shape[1] // 2
-    with torch.no_grad():
-        table[:, :width] = prefix.keys.transpose(0, 1).flatten(1)
-        table[:, width:] = prefix.values.transpose(0, 1).flatten(1)
+    model, theirs = beside_peft(shift=True)
     close(model(input_ids=IDS).logits, theirs(input_ids=IDS).logits, 5e-6)
 
 
