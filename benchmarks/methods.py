@@ -98,7 +98,8 @@ def decoding(model: Any, prompt: Tensor, tokens: int) -> Callable[[], None]:
 
 def compare(title: str, run: Run, base: Any, beside: str, repeats: int) -> dict[str, float]:
     """Each method in turn, side by side with PEFT's version of it and with ``beside``."""
-    rows, ratios, bars = [], {}, {}
+    rows, ratios = [], {}
+    bars: dict[str, dict[str, float]] = {}
     for name, options in OURS.items():
         made = {beside: run(copy.deepcopy(base)), "ours": run(tuned(base, name, **options))}
         if name in THEIRS:
@@ -108,9 +109,8 @@ def compare(title: str, run: Run, base: Any, beside: str, repeats: int) -> dict[
             surgery.merge(merged)
             made["merged"] = run(merged)
         times = side_by_side(made, repeats, warmup=1)
-        bars |= {
-            name if n == "ours" else f"{n} ({name})": 1000 * t.median for n, t in times.items()
-        }
+        others = {n: t for n, t in times.items() if n != beside}
+        bars[name] = {n: paired_ratio(t, times[beside]) for n, t in others.items()}
         cells = [
             f"{1000 * times[n].median:.0f}" if n in times else "" for n in (beside, "ours", "PEFT")
         ]
@@ -136,7 +136,7 @@ def compare(title: str, run: Run, base: Any, beside: str, repeats: int) -> dict[
         if row[5]:
             value = float(row[5])
             line(f"{row[0]}: {value:.3f} of PEFT's, bar <= 1: {verdict(value, NEVER_SLOWER)}")
-    plot_bars(title, bars)
+    plot_bars(f"{title}: time relative to {beside}", bars)
     return ratios
 
 

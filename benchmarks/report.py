@@ -36,13 +36,23 @@ def picture(path: Path) -> None:
         for name, points in curves.items():
             place.loglog(*zip(*points, strict=True), marker="o", label=name)
         place.set(title=title, xlabel="n")
+        place.set_xticks([n for n, _ in next(iter(curves.values()))], minor=False)
+        place.xaxis.set_major_formatter("{x:.0f}")
+        place.xaxis.set_minor_formatter("")
         place.grid(alpha=0.3)
         place.legend()
     for title, values in BARS.items():
         place = next(places)
-        place.barh(list(values), list(values.values()))
+        names = list(dict.fromkeys(name for group in values.values() for name in group))
+        for number, name in enumerate(names):
+            own = [(i + 0.25 * number, group[name]) for i, group in enumerate(values.values())
+                   if name in group]  # fmt: skip
+            place.barh(*zip(*own, strict=True), height=0.25, label=name)
+        place.set_yticks(range(len(values)), list(values))
+        place.axvline(1.0, color="black", linewidth=0.8)
         place.invert_yaxis()
-        place.set(title=title, xlabel="ms")
+        place.set_title(title, fontsize=9)
+        place.legend()
     for place in places:
         place.set_visible(False)
     figure.tight_layout()

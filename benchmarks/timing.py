@@ -16,7 +16,7 @@ from rich.table import Table
 
 console = Console(width=110)
 REPORT: list[str] = []  # Markdown, in the order in which it was measured
-BARS: dict[str, dict[str, float]] = {}  # milliseconds by candidate, by title
+BARS: dict[str, dict[str, dict[str, float]]] = {}  # ratios by candidate, by method, by title
 LINES: dict[str, dict[str, list[tuple[float, float]]]] = {}  # curves by name, by title
 
 
@@ -92,8 +92,8 @@ def line(text: str) -> None:
     REPORT.append(text + "  ")
 
 
-def plot_bars(title: str, values: dict[str, float]) -> None:
-    """Keep a bar for each candidate for the picture."""
+def plot_bars(title: str, values: dict[str, dict[str, float]]) -> None:
+    """Keep a group of bars for each method for the picture."""
     BARS[title] = values
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import _disable_current_modes
 
 _aten = torch.ops.aten
 Grads = tuple[Tensor, Tensor, Tensor]
@@ -251,7 +252,7 @@ def grouped_backward(kernel: Kernel, device: torch.device, dtype: torch.dtype) -
 
 def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int) -> bool:
     """Try a kernel's two operators on a small problem; no random state moves."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
         return _tried(kernel, device, dtype, groups)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Logsumexp(torch.autograd.Function):
@@ -59,6 +60,11 @@ def unfused(
 @functools.cache
 def same_as_sdpa(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
     """Does :func:`unfused` give the bits of SDPA's plain path, and leave the same random state?"""
+    with _disable_current_modes():  # it may be asked while torch.compile looks on
+        return _same(dtype, dropout, masked, is_causal)
+
+
+def _same(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
     wave = torch.arange(2 * 3 * 5 * 8, dtype=torch.float32)
     q, k, v = ((wave * a).sin().reshape(2, 3, 5, 8).to(dtype) for a in (0.7, 1.3, 0.3))
     mask = torch.zeros(5, 5, dtype=dtype).masked_fill(torch.ones(5, 5).triu(2) > 0, float("-inf"))
