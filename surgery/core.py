@@ -53,7 +53,12 @@ def attention(
         -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
     Cost: a fused kernel call; densely, one more product of queries and keys.
     """
-    kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    own = _as_they_are(query, key, value)
+    kernel = (
+        _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if own
+        else None
+    )
     if kernel is not None:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # SDPA hands its kernels an additive mask too, so the bits stay the same.
@@ -62,7 +67,7 @@ def attention(
             )
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
-    if _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
+    if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
         return unfused(query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale))
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -111,6 +116,16 @@ def logsumexp(scores: Tensor) -> Tensor:
 def _scale(query: Tensor, scale: float | None) -> float:
     # Not ``** -0.5``: in float64 its last bit differs from the one that SDPA uses.
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _as_they_are(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Does SDPA take these as they are? Under autocast it casts them first."""
+    kind = query.device.type
+    if kind not in ("cpu", "cuda"):
+        return False
+    if not torch.is_autocast_enabled(kind):
+        return query.dtype == key.dtype == value.dtype
+    return query.dtype == key.dtype == value.dtype == torch.get_autocast_dtype(kind)
 
 
 def _kernel(
