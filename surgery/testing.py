@@ -6,8 +6,9 @@
         check_method(MyMethod(rank=4))
 
 It needs transformers, for three small models with random weights that differ in what matters here:
-a decoder with fused projections, learned positions and biases; a decoder with grouped heads, rotary
-positions, a gated FFN and no bias; an encoder with its norms behind the residual.
+``fused``, a decoder with fused projections, learned positions and biases; ``grouped``, a decoder
+with grouped heads, rotary positions, a gated FFN and no bias; ``encoder``, one with its norms behind
+the residual.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from surgery.host import hosts
 from surgery.registry import registry
 
 VOCABULARY, PAD = 50, 0
-SHAPES = ("gpt2", "llama", "roberta")
+SHAPES = ("fused", "grouped", "encoder")
 
 
 def make_model(shape: str) -> Any:
@@ -36,13 +37,13 @@ def make_model(shape: str) -> Any:
 
     torch.manual_seed(0)
     special: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-    if shape == "gpt2":
+    if shape == "fused":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
         config: Any = tr.GPT2Config(vocab_size=VOCABULARY, **sizes, **special)
         return tr.GPT2LMHeadModel(config).eval()  # type: ignore[no-untyped-call]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
-    if shape == "llama":
+    if shape == "grouped":
         config = tr.LlamaConfig(num_key_value_heads=2, **sizes, **special)
         return tr.LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
     return tr.RobertaForMaskedLM(tr.RobertaConfig(**sizes, **special)).eval()  # type: ignore[no-untyped-call]
@@ -71,7 +72,7 @@ def check_method(method: surgery.Method, shapes: Sequence[str] = SHAPES) -> Cont
 
     Args:
         method: with any options.
-        shapes: on which models: ``gpt2``, ``llama``, ``roberta``.
+        shapes: on which models: ``fused``, ``grouped``, ``encoder``, as above.
 
     Returns:
         what was checked. A method may be refused by a model that lacks what it needs.
@@ -126,7 +127,7 @@ def _gradients_reach_what_was_inserted_and_nothing_else(method: surgery.Method, 
 
 def _cached_equals_uncached(method: surgery.Method, shape: str) -> None:
     model, ids = _spliced(method, shape), _ids()
-    if shape == "roberta":  # an encoder has no cache
+    if shape == "encoder":  # an encoder has no cache
         return
     with torch.no_grad():
         whole = model(input_ids=ids).logits
@@ -141,7 +142,7 @@ def _padding_and_batch_do_not_matter(method: surgery.Method, shape: str) -> None
     model, ids = _spliced(method, shape), _ids()
     alone = _logits(model, ids[:1, :5])
     _close(_logits(model, ids[:, :5])[:1], alone, "a row in a batch differs from the row alone")
-    sides = ("right",) if shape == "roberta" else ("right", "left")
+    sides = ("right",) if shape == "encoder" else ("right", "left")
     for side in sides:
         row = torch.full((1, 3), PAD)
         row = torch.cat([ids[:1, :5], row] if side == "right" else [row, ids[:1, :5]], 1)
@@ -151,7 +152,7 @@ def _padding_and_batch_do_not_matter(method: surgery.Method, shape: str) -> None
         mask[0] = 0
         mask[0, real] = 1
         given = {"input_ids": batch, "attention_mask": mask}
-        if shape != "roberta":
+        if shape != "encoder":
             given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             padded = model(**given).logits[:1, real]
