@@ -7,8 +7,8 @@
 
 It needs transformers, for three small models with random weights that differ in what matters here:
 ``fused``, a decoder with fused projections, learned positions and biases; ``grouped``, a decoder
-with grouped heads, rotary positions, a gated FFN and no bias; ``encoder``, one with its norms behind
-the residual.
+with grouped heads, rotary positions, a gated FFN and no bias; ``encoder``, one with its norms
+behind the residual.
 """
 
 from __future__ import annotations
