@@ -30,6 +30,10 @@ class Shift(nn.Module):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(width))
 
+    def no_weight_decay(self) -> set[str]:
+        """For trainers: it is a bias."""
+        return {"delta"}
+
     def forward(self, y: Tensor) -> Tensor:
         return y + self.delta
 

@@ -94,6 +94,10 @@ class Inducer(nn.Module):
 
     needs_bias = True
 
+    def no_weight_decay(self) -> set[str]:
+        """For trainers: the biases."""
+        return {name for name in self._parameters if name.endswith(("_b1", "_b2"))}
+
     def rest(self) -> None:
         """What is left once b2 is folded."""
         nn.init.zeros_(self.value_b2)

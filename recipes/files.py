@@ -17,7 +17,8 @@ DATA = "SURGERY_DATA"
 
 
 def data_folder(path: str, name: str) -> Path | None:
-    """The folder of a data set: ``path``, or ``name`` below $SURGERY_DATA, or None for the hub.
+    """The folder of a data set: ``path`` (or ``name`` below it, if it holds several), or ``name``
+    below $SURGERY_DATA, or None for the hub.
 
     Raises:
         RecipeError: a path is given and no folder is there.
@@ -29,7 +30,7 @@ def data_folder(path: str, name: str) -> Path | None:
                 f"data path {path}: no such folder. Give the folder with the files of {name}, or "
                 f"leave data.path out to take them from ${DATA} or from the hub."
             )
-        return folder
+        return folder / name if (folder / name).is_dir() else folder
     root = os.environ.get(DATA)
     folder = Path(root or ".") / name
     return folder if root and folder.is_dir() else None
@@ -95,11 +96,13 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
         rows = list(reader)
         names: Sequence[str] = reader.fieldnames or []
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
         try:
             rows = [json.loads(line) for line in lines]
         except ValueError as error:
             raise RecipeError(f"{path}: a line is not JSON: {error}.") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise RecipeError(f"{path}: each line must be a JSON object with columns by name.")
         names = list(rows[0]) if rows else []
     require_columns(names, columns, str(path))
     for number, row in enumerate(rows):
@@ -116,7 +119,24 @@ def require_columns(names: Sequence[str], columns: Iterable[str], where: str) ->
             raise RecipeError(f"{where}: no column {column!r}. Columns: {', '.join(names)}.")
 
 
-def read_hub(name: str, split: str, configuration: str | None = None) -> list[dict[str, Any]]:
+def fetch(url: str) -> Path:
+    """A file of the web, which ``datasets`` downloads once and keeps.
+
+    Raises:
+        RecipeError: it cannot be had.
+    """
+    import datasets
+
+    try:
+        return Path(str(datasets.DownloadManager().download(url)))
+    except Exception as error:  # of many kinds, from the network
+        raise RecipeError(
+            f"{url} cannot be had: {error}. Give local files with data=PATH, or a folder of all "
+            f"data sets in ${DATA}."
+        ) from error
+
+
+def read_hub(name: str, split: str) -> list[dict[str, Any]]:
     """The rows of a data set of the hub, through ``datasets``.
 
     Raises:
@@ -125,7 +145,7 @@ def read_hub(name: str, split: str, configuration: str | None = None) -> list[di
     import datasets
 
     try:
-        return list(datasets.load_dataset(name, configuration, split=split))
+        return list(datasets.load_dataset(name, split=split))
     except Exception as error:  # of many kinds, from the network, the hub and the file formats
         raise RecipeError(
             f"{name} ({split}) cannot be had from the hub: {error}. Give local files with "

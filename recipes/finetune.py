@@ -8,7 +8,6 @@ Under ``torchrun`` or ``accelerate launch`` every process trains and the first o
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]
         console.print(surgery.summary(model), highlight=False)
     rows.append(_fit(what, model, prepared, made, console, checkpoint, folder))
     if first:
-        results.write(folder, rows, prepared.task)
+        results.write(folder, rows, prepared.task, made.seed)
     console.print(results.table(rows, prepared.task.metric))
     for name, note in prepared.task.notes().items():
         console.print(f"{name}: {note}", highlight=False)
@@ -166,7 +165,6 @@ def _fit(
     trainer = make_trainer(model, prepared, made)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -175,13 +173,15 @@ def _fit(
             step = trainer.state.global_step
             console.print(f"\ninterrupted at step {step}: what was learnt is in {where}")
         raise
-    seconds = time.perf_counter() - start
+    seconds = trainer.seconds
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     if folder is not None and made.process_index == 0:
         _keep(model, prepared, folder)
     sets, scores = _answer(model, prepared, made, console)
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)
     counts = surgery.summary(model)
+    whole = all(p.requires_grad for p in model.parameters())
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
     examples, given = map(list, zip(*scored, strict=True))
     return Row(
@@ -189,10 +189,11 @@ def _fit(
         score=scores[prepared.task.metric],
         scores=scores,
         inserted=counts.inserted,
-        percent=counts.percent,
+        percent=100.0 if whole else counts.percent,
+        stored=100.0 if whole else 100 * counts.stored / counts.base,
         trainable=trainable(model),
         seconds=seconds,
-        peak_mib=torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0,
+        peak_mib=peak,
         losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
         by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )

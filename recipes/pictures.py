@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery_recipes.compare import Grid
+    from surgery_recipes.grid import Grid
     from surgery_recipes.tables import Line
 
 

@@ -36,7 +36,7 @@ class Prepared:
         new: ids of tokens that were added to the vocabulary.
         examples: every split.  features: what is trained on, and what validates.
         longest: a batch of the longest examples, and one of the longest prompts that are scored:
-            what they need, no other batch exceeds.
+            what is too long for the model shows in them.
     """
 
     recipe: Recipe
@@ -81,6 +81,8 @@ def prepare(recipe: Recipe) -> Prepared:
         for name in examples
         if name not in FITTED
     }
+    if task.kind == "classifier":
+        _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
         _check_room(rows, name, config, task, 0)
     for name, rows in prompts.items():
@@ -142,6 +144,14 @@ def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[st
         chosen = sorted(random.Random(0).sample(range(len(examples)), count))
         drawn[name] = [examples[i] for i in chosen]
     return drawn
+
+
+def _check_scored(task: surgery.Task, examples: list[Example]) -> None:
+    if task.metric not in task.score([0] * len(examples), examples):
+        raise RecipeError(
+            f"none of the {len(examples)} examples that are scored gives {task.metric!r}. Raise "
+            "the limit of their split, or leave it out."
+        )
 
 
 def _check_room(

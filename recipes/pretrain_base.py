@@ -2,7 +2,7 @@
 
 A base for the NLG recipes where the real one is not to be had. It learns the sentences of WebNLG
 and the documents, questions and answers of CoQA, from their training splits alone, with GPT-2's
-tokenizer.
+tokenizer. Positions behind ``--block`` would stay as they were drawn, so there are none.
 
 Run:  python -m surgery_recipes.pretrain_base --tokenizer PATH --data PATH --output bases/small
       surgery train webnlg/inducer model=bases/small data=PATH/webnlg
@@ -14,16 +14,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from surgery_recipes.tasks.coqa import CoQA
 from surgery_recipes.tasks.webnlg import WebNLG
 from transformers import (
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Tokenizer,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -49,30 +50,29 @@ def blocks(text: list[str], tokenizer: Any, length: int) -> Dataset:
     pieces = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not pieces:
         raise RecipeError(f"{len(ids)} tokens are not enough for one block of {length}.")
-    return Dataset.from_dict({"input_ids": pieces})
+    return Dataset.from_dict({"input_ids": pieces, "labels": pieces})
 
 
 def pretrain(options: argparse.Namespace) -> None:
     """Train, and save model and tokenizer together."""
     set_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, model_type="gpt2")
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = GPT2Tokenizer.from_pretrained(options.tokenizer)
     data = blocks(texts(Path(options.data)), tokenizer, options.block)
     end = tokenizer.eos_token_id
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer), n_embd=options.width, n_layer=options.layers,
-            n_head=options.heads, bos_token_id=end, eos_token_id=end,
+            n_head=options.heads, n_positions=options.block, bos_token_id=end, eos_token_id=end,
         )
     )  # fmt: skip
     arguments = TrainingArguments(
         options.output, max_steps=options.steps, per_device_train_batch_size=options.batch,
         learning_rate=options.rate, lr_scheduler_type="cosine", warmup_steps=options.steps // 20,
         weight_decay=0.1, logging_steps=20, save_strategy="no", report_to="none",
-        seed=options.seed, dataloader_pin_memory=False,
+        seed=options.seed, bf16=options.bf16, dataloader_pin_memory=False,
+        use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, collator, data).train()
+    Trainer(model, arguments, default_data_collator, data).train()
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     count = sum(p.numel() for p in model.parameters())
@@ -84,11 +84,12 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="openai-community/gpt2")
     parser.add_argument("--data", required=True, help="a folder with webnlg/ and coqa/")
     parser.add_argument("--output", default="bases/small")
-    for name, value in (("layers", 4), ("width", 256), ("heads", 4), ("block", 256)):
+    for name, value in (("layers", 4), ("width", 256), ("heads", 4), ("block", 512)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    for name, value in (("steps", 2000), ("batch", 16), ("seed", 0)):
+    for name, value in (("steps", 2000), ("batch", 8), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     pretrain(parser.parse_args())
 
 

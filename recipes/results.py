@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.table import Table
 
 import surgery
@@ -32,9 +33,11 @@ class Row:
 
     Attributes:
         what: the methods.  score: the task's main one.  scores: all of them.
-        inserted, percent: inserted parameters, and what they are of the base's, as papers count.
+        inserted, percent: inserted parameters, and what they are of the base's, as papers count;
+            100 where the whole model is trained.
+        stored: what a saved adapter holds of them, per cent of the base's.
         trainable: numbers that training could change: inserted, head, rows of new tokens.
-        seconds: of training.  peak_mib: of GPU memory; 0 on a CPU.
+        seconds: of training.  peak_mib: of GPU memory in training; 0 on a CPU.
         losses: (step, training loss).  by_length: (mean tokens of the input, score) of each
             quarter of what was scored, from the shortest inputs to the longest.
     """
@@ -44,6 +47,7 @@ class Row:
     scores: dict[str, float]
     inserted: int
     percent: float
+    stored: float
     trainable: int
     seconds: float
     peak_mib: float = 0.0
@@ -78,16 +82,27 @@ def by_length(
     return found
 
 
-def write(folder: Path, rows: Sequence[Row], task: surgery.Task) -> None:
+def write(folder: Path, rows: Sequence[Row], task: surgery.Task, seed: int) -> None:
     """``metrics.json`` and ``loss.png``; the first says that the run is finished."""
     _plot(folder, rows, task.metric)
     content = {
         "metric": task.metric,
         "rows": [dataclasses.asdict(row) for row in rows],
         "notes": task.notes(),
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-    }
+        "seed": seed,
+        "machine": _machine(),
+        "versions": {
+            "torch": str(torch.__version__), "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(content, indent=1))
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, threads: {torch.get_num_threads()}"
 
 
 def write_answers(

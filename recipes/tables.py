@@ -15,7 +15,7 @@ from rich.table import Table
 from surgery_recipes import pictures
 
 if TYPE_CHECKING:
-    from surgery_recipes.compare import Cell, Grid
+    from surgery_recipes.grid import Cell, Grid
 
 LOWER_IS_BETTER = ("ter",)
 BELOW = 0.05
@@ -23,29 +23,33 @@ BELOW = 0.05
 
 @dataclass
 class Line:
-    """One row of a table for one task: every finished seed's numbers."""
+    """One row of a table for one task: every finished seed's numbers, and how they were made."""
 
     task: str
     row: str
     scores: dict[str, list[float]] = field(default_factory=dict)
     percent: float = 0.0
+    stored: float = 0.0
     trainable: int = 0
     seconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     by_length: list[list[list[float]]] = field(default_factory=list)
     better: dict[str, bool] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    made_on: str = ""
 
 
-def write(grid: Grid, cells: Sequence[Cell], folder: Path) -> Table | None:
+def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     """Write ``table.md``, ``table.html``, ``table.csv`` and the plots; None if nothing finished."""
-    lines = read(cells)
+    lines, folder = read(cells), Path(grid.output)
     if not lines:
         return None
     _test(grid, lines)
     head, rows = _cells(grid, lines)
+    notes = _notes(grid, cells, lines)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(_markdown(grid, head, rows))
-    (folder / "table.html").write_text(_html(grid, head, rows))
+    (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes))
+    (folder / "table.html").write_text(_html(grid.title, head, rows, notes))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows([head, *rows])
     pictures.by_parameters(grid, lines, folder / "parameters.png")
@@ -62,11 +66,16 @@ def read(cells: Sequence[Cell]) -> list[Line]:
     for cell in cells:
         if not cell.finished:
             continue
-        last = json.loads((cell.folder / "metrics.json").read_text())["rows"][-1]
+        content = json.loads((cell.folder / "metrics.json").read_text())
+        last = content["rows"][-1]
         line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
         for name, value in last["scores"].items():
             line.scores.setdefault(name, []).append(value)
-        line.percent, line.trainable = last["percent"], last["trainable"]
+        line.percent, line.stored = last["percent"], last["stored"]
+        line.trainable = last["trainable"]
+        line.notes = content["notes"]
+        versions = (f"{name} {version}" for name, version in content["versions"].items())
+        line.made_on = ", ".join([content["machine"], *versions])
         line.seconds.append(last["seconds"])
         line.peak_mib = max(line.peak_mib, last.get("peak_mib", 0.0))
         if last.get("by_length"):
@@ -100,7 +109,7 @@ def _test(grid: Grid, lines: list[Line]) -> None:
 def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
     named = len(grid.tasks) > 1
-    head = ["row", "% of base", "trainable", "minutes", "peak MiB"]
+    head = ["row", "% trained", "% stored", "trainable", "minutes", "peak MiB"]
     for task, name in wanted:
         head += [f"{task} {name}" if named else name]
         if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
@@ -111,13 +120,15 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
         if not own:
             continue
         first = next(iter(own.values()))
-        minutes = sum(statistics.mean(line.seconds) for line in own.values()) / 60
+        minutes = " + ".join(f"{statistics.mean(line.seconds) / 60:.1f}" for line in own.values())
         peak = max(line.peak_mib for line in own.values())
-        cells = [row, f"{first.percent:.2f}", f"{first.trainable:,}", f"{minutes:.1f}"]
-        cells.append(f"{peak:.0f}" if peak else "")
+        cells = [row, f"{first.percent:.2f}", f"{first.stored:.2f}", f"{first.trainable:,}"]
+        cells += [minutes, f"{peak:.0f}" if peak else ""]
         for task, name in wanted:
             values = own[task].scores.get(name, []) if task in own else []
-            cells.append(_number(values) + ("*" if values and own[task].better.get(name) else ""))
+            mark = "*" if values and own[task].better.get(name) else ""
+            few = f" (n={len(values)})" if 0 < len(values) < len(grid.seeds) else ""
+            cells.append(_number(values) + mark + few)
             if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
                 cells.append(str(grid.paper.get(row, {}).get(f"{task}.{name}", "")))
         rows.append(cells)
@@ -131,37 +142,48 @@ def _number(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2g}"
 
 
-def _notes(grid: Grid) -> list[str]:
-    seeds = ", ".join(map(str, grid.seeds))
-    notes = [grid.about, f"Seeds: {seeds}."]
+def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str]:
+    """All that the numbers depend on."""
+    notes = [grid.about, f"Seeds: {', '.join(map(str, grid.seeds))}."]
     if len(grid.seeds) > 1:
         notes.append("Mean ± standard deviation over seeds.")
     if grid.baseline and len(grid.seeds) > 1:
         notes.append(f"* better than {grid.baseline}, Welch's t-test over seeds, p < {BELOW}.")
-    if grid.set or grid.task_set or grid.row_set:
-        special = {**grid.task_set, **grid.row_set}
-        own = [f"{name}: {' '.join(texts)}" for name, texts in special.items()]
-        notes.append("Settings other than the recipes': " + "; ".join([" ".join(grid.set), *own]))
-    command = "Each row: `surgery train TASK/ROW training.seed=SEED`, with these settings."
-    return [*filter(None, notes), command]
+    missing = ", ".join(str(cell) for cell in cells if not cell.finished)
+    notes += [f"Not finished: {missing}."] if missing else []
+    notes += [f"Parameters: of {grid.tasks[0]}."] if len(grid.tasks) > 1 else []
+    for task, names in grid.scores.items():
+        own = [line for line in lines if line.task == task]
+        for name in names:
+            if own and not any(name in line.scores for line in own):
+                why = own[0].notes.get(name.partition("_")[0], "the task does not give it")
+                notes.append(f"No {task} {name}: {why}.")
+        notes += [f"{task} {name}: {note}" for name, note in (own[0].notes if own else {}).items()]
+    special = {"all": grid.set, **grid.task_set, **grid.row_set, "command line": grid.given}
+    changed = [f"{name}: {' '.join(texts)}" for name, texts in special.items() if texts]
+    if changed:
+        notes.append("Settings other than the recipes': " + "; ".join(changed) + ".")
+    notes.append("Each row: `surgery train TASK/ROW training.seed=SEED`, with these settings.")
+    notes.append("Made on: " + "; ".join(dict.fromkeys(line.made_on for line in lines)) + ".")
+    return [note for note in notes if note]
 
 
-def _markdown(grid: Grid, head: list[str], rows: list[list[str]]) -> str:
+def _markdown(title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join([f"# {grid.title}", "", *lines, "", *(f"{n}\n" for n in _notes(grid))])
+    return "\n".join([f"# {title}", "", *lines, "", *(f"{note}\n" for note in notes)])
 
 
-def _html(grid: Grid, head: list[str], rows: list[list[str]]) -> str:
+def _html(title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     body: list[Any] = [line(head, "th"), *(line(row, "td") for row in rows)]
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in _notes(grid))
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     style = "body{font:15px sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:.4em}"
-    title = html.escape(grid.title)
+    title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style><h1>{title}</h1><table>{''.join(body)}</table>{notes}"
+        f"<style>{style}</style><h1>{title}</h1><table>{''.join(body)}</table>{below}"
         '<img src="parameters.png" alt="quality against parameters">'
         '<img src="length.png" alt="quality against input length"></html>\n'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from surgery_recipes.answers import pad_id
 from surgery_recipes.collate import Collator
 from surgery_recipes.prepare import Prepared
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch.utils.data import SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 import surgery
 from surgery import RecipeError
@@ -35,13 +37,46 @@ class LossInBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
+class Clock(TrainerCallback, ExportableState):
+    """Seconds of training, those before an interruption among them."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.before = before
+        self.begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.begun
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"before": self.seconds}, "attributes": {}}
+
+
 class AdapterTrainer(Trainer):
-    """Saves the adapter in a checkpoint, and keeps weight decay from rows that are frozen."""
+    """Saves the adapter in a checkpoint, and keeps weight decay from frozen rows and biases."""
+
+    @property
+    def seconds(self) -> float:
+        """How long training took."""
+        clocks = (c for c in self.callback_handler.callbacks if isinstance(c, Clock))
+        return next(clocks).seconds
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Without parameters of which only some rows are trained: decay would move the others."""
-        rows = trained_rows(self.model)
-        return [name for name in super().get_decay_parameter_names(model) if name not in rows]
+        """Without what a module's ``no_weight_decay()`` names (its biases), and without parameters
+        of which only some rows are trained: decay would move the others.
+        """
+        spared = set(trained_rows(self.model))
+        for path, module in self.model.named_modules():
+            own = getattr(module, "no_weight_decay", set)()
+            spared |= {f"{path}.{name}" if path else name for name in own}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """In order, as ``compute_metrics`` looks up what it scores; only training is grouped."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -84,6 +119,8 @@ def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
         "output_dir": str(Path(recipe.output) / CHECKPOINTS),
         "report_to": [*logs, *(["wandb"] if wandb else [])] or "none",
         "save_strategy": "no",
+        "restore_callback_states_from_checkpoint": True,
+        "disable_tqdm": False,  # else as loud as transformers' own log
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": recipe.device == "cpu",
     }
@@ -111,7 +148,7 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
-def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Trainer:
+def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> AdapterTrainer:
     """A Trainer for a prepared recipe."""
     task = prepared.task
     validation = prepared.examples.get("validation", [])
@@ -128,6 +165,7 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Tra
         compute_metrics=accuracy if task.kind == "classifier" else None,
     )
     trainer.can_return_loss = True
+    trainer.add_callback(Clock)
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)
     if not made.disable_tqdm:

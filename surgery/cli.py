@@ -63,7 +63,7 @@ def locate(
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from surgery_recipes.shipped import shipped
+    from surgery_recipes.shipped import shipped, tables
 
     table = Table("recipe", "task", "methods", "what it is", title="recipes")
     try:
@@ -74,6 +74,7 @@ def recipes() -> None:
     except SurgeryError as error:
         _fail(str(error))
     console.print(table)
+    console.print(f"tables, for `surgery compare`: {', '.join(tables())}")
 
 
 @app.command()
@@ -112,7 +113,7 @@ def train(
 
 @app.command()
 def compare(
-    grid: Annotated[Path, typer.Argument(help="a YAML file of recipes/tables, or one like them")],
+    grid: Annotated[str, typer.Argument(help="a table from `surgery recipes`, or a YAML file")],
     override: Annotated[
         list[str] | None, typer.Argument(help="key=value for every run, such as data=PATH")
     ] = None,
@@ -122,17 +123,20 @@ def compare(
     """Run a table of recipes, what is not finished of it, and write tables and plots."""
     try:
         _transformers()
-        from surgery_recipes import compare as comparing
+        from surgery_recipes.compare import compare as run
+        from surgery_recipes.grid import read_grid
 
-        plan = comparing.read_grid(grid)
+        plan = dataclasses.replace(read_grid(grid), given=override or [])
         if seeds:
             plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
         if output:
             plan = dataclasses.replace(plan, output=output)
-        if comparing.compare(plan, console, override):
+        if run(plan, console):
             raise typer.Exit(1)
     except SurgeryError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command(name="eval")

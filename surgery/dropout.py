@@ -67,6 +67,15 @@ class Dropout(nn.Module):
         return f"p={self.p}"
 
 
+def draw_by_name(module: nn.Module, path: str) -> None:
+    """Let each dropout in ``module``, which is at ``path``, draw by its name: the same model draws
+    the same masks, whatever else this process has made before.
+    """
+    for name, inner in module.named_modules():
+        if isinstance(inner, Dropout):
+            inner.salt = zlib.crc32(f"{path}.{name}".encode())
+
+
 def _fingerprint(device: torch.device) -> int:
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]

@@ -10,6 +10,7 @@ from torch import nn
 
 from surgery import fastpath
 from surgery.apply import apply_edit, require_applied
+from surgery.dropout import draw_by_name
 from surgery.errors import SpliceError
 from surgery.host import (
     HostState,
@@ -121,6 +122,7 @@ def _put_in(
     state = install(module, plan)
     for child, made in new:
         made.train(module.training)
+        draw_by_name(made, f"{plan.path}.{child}")
         module.add_module(child, made)
     before = state.operations.get(operation.name, Operation(operation.name, [], []))
     edits, children = before.edits + operation.edits, before.children + operation.children

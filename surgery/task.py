@@ -74,8 +74,8 @@ class Task:
         raise self.missing("score(answers, examples)")
 
     def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
-        """The score called :attr:`metric` alone, for many small sets."""
-        return self.score(answers, examples)[self.metric]
+        """The score called :attr:`metric` alone, for many small sets; NaN if a set has none."""
+        return self.score(answers, examples).get(self.metric, float("nan"))
 
     def notes(self) -> dict[str, str]:
         """How scores are computed, by name: signatures, versions, or why one is not there."""

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "dropout errors fastpath frozen guards huggingface kernels patching proxy rebind unfused"
-    " values",
+    0: "dropout errors fastpath frozen guards huggingface kernels patching proxy rebind unfused "
+    "values",
     1: "adapter_files compiled core edit extend quiet rows sites task",
     2: "border method recipe selection virtual",
     3: "assign dataflow hookspecs report tracer",

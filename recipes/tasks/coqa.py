@@ -109,7 +109,10 @@ class CoQA(Generation):
         )
 
     def notes(self) -> dict[str, str]:
-        return {"f1": "the official scorer's definition, written anew; per cent over turns"}
+        note = "the official scorer's definition, written anew; per cent over turns"
+        if data_folder(self.path, "coqa") is None:
+            note += "; against one answer to each question, where the official file has four"
+        return {"f1": note}
 
     def _read(self, split: str, stems: tuple[str, ...]) -> list[list[Example]]:
         folder = data_folder(self.path, "coqa")

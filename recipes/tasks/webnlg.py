@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from surgery_recipes.files import data_folder, find_file, read_hub, read_json
+from surgery_recipes.files import data_folder, fetch, find_file, read_json
 from surgery_recipes.metrics import meteor, overlap
 from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
 
@@ -17,7 +17,10 @@ from surgery.task import Example, Features
 
 BOS, EOS, TARGET = "<bos_webnlg>", "<eos_webnlg>", "<target_webnlg>"
 PARTS = {"subject": "<subject>", "property": "<property>", "object": "<object>"}
-HUB = "webnlg-challenge/web_nlg"
+WEB = (  # the hub's copy is a script, which datasets no longer runs
+    "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/"
+    "webnlg_challenge_2017/{}.json"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class WebNLG(Generation):
 
     Attributes:
         path: a folder with ``train*.json``, ``dev*.json``, ``test*.json``; without it ``webnlg``
-            below $SURGERY_DATA, else ``webnlg-challenge/web_nlg`` from the hub.
+            below $SURGERY_DATA, else the files that come with the code of LoRA, from the web.
         linearisation: ``markers`` or ``bars``.
         with_segments: whether markers are segments, too; GPT-2 takes them.
         ter: compute TER, which takes minutes over the whole test set.
@@ -83,6 +86,7 @@ class WebNLG(Generation):
         return ("" if self.linearisation == "markers" else " ") + example["target"]
 
     def splits(self) -> dict[str, list[Example]]:
+        overlap.check()
         entries = {name: self._read(name) for name in ("train", "dev", "test")}
         seen = {entry["category"] for entry in entries["train"]}
         for entry in entries["test"]:
@@ -122,10 +126,7 @@ class WebNLG(Generation):
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         folder = data_folder(self.path, "webnlg")
-        if folder is None:
-            rows = read_hub(HUB, name, "webnlg_challenge_2017")
-            return [_from_hub(row, f"{HUB} {name}: row {i + 1}") for i, row in enumerate(rows)]
-        file = find_file(folder, (name,), [".json"])
+        file = find_file(folder, (name,), [".json"]) if folder else fetch(WEB.format(name))
         content = read_json(file)
         try:
             numbered = [next(iter(entry.items())) for entry in content["entries"]]
@@ -140,23 +141,13 @@ class WebNLG(Generation):
 def _from_file(entry: dict[str, Any], where: str) -> dict[str, Any]:
     triples = [tuple(t[part] for part in PARTS) for t in entry["modifiedtripleset"]]
     texts = [(lex["lex"], lex["comment"]) for lex in entry["lexicalisations"]]
-    return _entry(entry["category"], triples, texts, where)
-
-
-def _from_hub(row: dict[str, Any], where: str) -> dict[str, Any]:
-    triples = [tuple(t.split(" | ")) for t in row["modified_triple_sets"]["mtriple_set"][0]]
-    texts = list(zip(row["lex"]["text"], row["lex"]["comment"], strict=True))
-    return _entry(row["category"], triples, texts, where)
-
-
-def _entry(
-    category: str, triples: list[tuple[str, ...]], texts: list[tuple[str, str]], where: str
-) -> dict[str, Any]:
     if not triples or any(len(triple) != 3 for triple in triples):
         raise RecipeError(f"{where}: no triples, or not of subject, property and object.")
+    if not texts:
+        raise RecipeError(f"{where}: no text says what the triples state. Take the entry out.")
     clean = [(not_empty(text, where), comment) for text, comment in texts]
     return {
-        "category": category,
+        "category": entry["category"],
         "triples": triples,
         "references": [text for text, _ in clean],
         "good": [text for text, comment in clean if comment in ("good", "")],

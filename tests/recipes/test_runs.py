@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,8 +17,10 @@ import torch
 import transformers as tr
 from rich.console import Console
 from surgery_recipes import finetune, results
+from surgery_recipes.prepare import prepare
 from surgery_recipes.shipped import find
-from surgery_recipes.trainer import AdapterTrainer
+from surgery_recipes.trainer import AdapterTrainer, arguments, make_trainer
+from torch import nn
 from typer.testing import CliRunner
 
 import surgery
@@ -67,30 +69,67 @@ def test_a_finished_run_is_not_written_over_unasked(root: Path, tmp_path: Path) 
     assert finetune.train(made, QUIET, finetune.Run(overwrite=True))[0].losses == first[0].losses
 
 
-def as_in_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count dropouts from 1 again: their masks depend on which they are."""
-    monkeypatch.setattr("surgery.dropout._salts", itertools.count(1))
-
-
-def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_in_a_fresh_process(monkeypatch)
+def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(root: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     dropping = ["training.load_best_model_at_end=false", "patience=0"]
     finetune.train(recipe("webnlg/inducer_lora", root, whole, *dropping), QUIET)
     made = recipe("webnlg/inducer_lora", root, broken, *dropping)
-    as_in_a_fresh_process(monkeypatch)
     stop_at(3, made)
+    state = broken / "checkpoints/checkpoint-2/trainer_state.json"
+    content = json.loads(state.read_text())
+    clock = content["stateful_callbacks"]["Clock"]["args"]
+    assert 0 < clock["before"] < 100
+    clock["before"] += 100
+    state.write_text(json.dumps(content))
     with pytest.raises(RecipeError, match=r"holds an unfinished run\. Go on with --resume"):
         finetune.train(made, QUIET)
-    as_in_a_fresh_process(monkeypatch)
     finetune.train(made, QUIET, finetune.Run(resume=True))
     one, two = tensors(whole), tensors(broken)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     size = sum(f.stat().st_size for f in (whole / "checkpoints/checkpoint-4").glob("*.safetensors"))
     assert size == sum(f.stat().st_size for f in (whole / "adapter").glob("*.safetensors"))
+    row = json.loads((broken / "metrics.json").read_text())["rows"][0]
+    assert row["seconds"] > 100  # the seconds before the interruption count
+
+
+class Oracle(nn.Module):
+    """Gives every example its own label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+        logits = nn.functional.one_hot(labels, 2) + self.weight
+        return {"loss": logits.sum() * 0, "logits": logits}
+
+
+def test_answers_are_scored_with_their_own_examples(root: Path, tmp_path: Path) -> None:
+    """Batches of training are grouped by length, but validation compares in order."""
+    folder = tiny.save_data("sst2", tmp_path / "data", 40)
+    plan = recipe("sst2/lora", root, tmp_path, f"data={folder}", "data.held_out=20")
+    assert plan.training["train_sampling_strategy"] == "group_by_length"
+    trainer = make_trainer(Oracle(), prepare(plan), arguments(plan))
+    assert trainer.evaluate()["eval_accuracy"] == 1.0
+
+
+def test_biases_do_not_decay(root: Path, tmp_path: Path) -> None:
+    model, _ = tiny.prepared("sst2", root)
+    plan = recipe("sst2/lora", root, tmp_path)
+    base = tr.AutoModelForSequenceClassification.from_pretrained(model)
+    surgery.splice(base, [surgery.method("bitfit"), surgery.method("inducer")])
+    names = make_trainer(base, prepare(plan), arguments(plan)).get_decay_parameter_names(base)
+    ours = {name.rpartition(".")[2] for name in names if "bitfit" in name or "inducer" in name}
+    assert ours == {"key_w1", "key_w2", "value_w1", "value_w2"}
+
+
+def test_the_command_line_shows_a_bar_with_the_loss(root: Path, tmp_path: Path) -> None:
+    model, data = tiny.prepared("sst2", root)
+    words = [w for w in tiny.overrides("sst2", model, data, tmp_path / "run") if "tqdm" not in w]
+    shown = CliRunner().invoke(app, ["train", "sst2/lora", *words])
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"4/4 \[.*loss=\d", shown.stderr)
 
 
 def stop_at(step: int, made: Recipe, console: Console = QUIET) -> None:

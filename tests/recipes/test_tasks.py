@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import transformers as tr
+from surgery_recipes.files import read_rows
+from surgery_recipes.prepare import prepare
+from surgery_recipes.shipped import find
+from surgery_recipes.source import model_path
 
 import surgery
 from surgery.errors import RecipeError
+from surgery.recipe import read_recipe
 from tests.recipes import tiny
 
 
@@ -157,7 +162,6 @@ def test_data_are_found_below_the_environments_folder(
     [
         ("sst2", "stanfordnlp/sst2"),
         ("mnli", "nyu-mll/multi_nli"),
-        ("webnlg", "webnlg-challenge/web_nlg"),
         ("coqa", "stanfordnlp/coqa"),
     ],
 )
@@ -176,25 +180,30 @@ def test_without_a_path_data_come_from_the_hub(
     assert asked == [hub]
 
 
+def test_without_a_path_webnlg_comes_from_the_web(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data = tiny.prepared("webnlg", root)
+    download = "datasets.DownloadManager.download"
+    monkeypatch.setattr(download, lambda _, url: str(data / url.rpartition("/")[2]))
+    here = surgery.task("webnlg", path=str(data)).splits()
+    assert surgery.task("webnlg").splits() == here
+
+    def offline(_: Any, url: str) -> str:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(download, offline)
+    with pytest.raises(RecipeError, match=r"webnlg_challenge_2017/train.json.*offline.*data=PATH"):
+        surgery.task("webnlg").splits()
+
+
 def test_rows_of_the_hub_are_read_like_those_of_files(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     story = {"source": "mctest", "story": "It was.", "questions": ["What?"]}
-    rows = {
-        "coqa": [{**story, "answers": {"input_text": ["it"]}}] * 2,
-        "webnlg": [
-            {
-                "category": "City",
-                "modified_triple_sets": {"mtriple_set": [["a | b | c"]]},
-                "lex": {"text": ["a b c."], "comment": ["good"]},
-            }
-        ],
-    }
-    for task, content in rows.items():
-        monkeypatch.setattr("datasets.load_dataset", lambda *a, c=content, **o: c)
-        splits = surgery.task(task).splits()
-        assert splits["train"][0]["target"] == {"coqa": "it", "webnlg": "a b c."}[task]
-    assert splits["train"][0]["triples"] == [("a", "b", "c")]
+    rows = [{**story, "answers": {"input_text": ["it"]}}] * 2
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: rows)
+    assert surgery.task("coqa").splits()["train"][0]["target"] == "it"
 
 
 @pytest.mark.parametrize(
@@ -231,3 +240,41 @@ def test_the_real_data_have_their_known_sizes(
     if task == "webnlg":
         assert sum(example["seen"] for example in splits["test"]) == 971
         assert json.dumps(splits["train"][0]["triples"][0][0]) == '"Aarhus_Airport"'
+
+
+def test_a_drawn_sample_without_what_is_scored_is_refused(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tiny.prepared("mnli", root)
+    words = [*tiny.overrides("mnli", model, data, tmp_path), "limit.dev=1"]
+    monkeypatch.setattr("random.Random.sample", lambda _, population, k: list(population)[:k])
+    with pytest.raises(RecipeError, match=r"'accuracy_mismatched'\. Raise the limit"):
+        prepare(read_recipe(find("mnli/lora"), words))
+
+
+def test_a_line_of_json_may_hold_any_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two\x85"}\n', encoding="utf8")
+    assert read_rows(tmp_path / "a.jsonl", ["text"]) == [{"text": "one\u2028two\x85"}]
+    (tmp_path / "b.jsonl").write_text("[1]\n")
+    with pytest.raises(RecipeError, match="must be a JSON object"):
+        read_rows(tmp_path / "b.jsonl", ["text"])
+
+
+def test_a_folder_of_several_sets_serves_each_task(root: Path) -> None:
+    for task in ("webnlg", "coqa"):
+        tiny.prepared(task, root)
+        assert surgery.task(task, path=str(root)).splits()
+
+
+def test_an_entry_without_texts_is_refused(tmp_path: Path) -> None:
+    folder = tiny.save_data("webnlg", tmp_path)
+    content = json.loads((folder / "test.json").read_text())
+    content["entries"][2]["3"]["lexicalisations"] = []
+    (folder / "test.json").write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="entry 3: no text says what the triples state"):
+        surgery.task("webnlg", path=str(folder)).splits()
+
+
+def test_a_package_without_a_model_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"'package:json'.*no get_model_path"):
+        model_path("package:json")
