@@ -92,9 +92,13 @@ class Reparametrised(nn.Module):
         return keys, values
 
     def sources(self) -> Iterable[Tensor]:
-        """Every parameter that keys and values depend on, one that is registered elsewhere too."""
+        """Every tensor that keys and values depend on, those that are registered elsewhere too."""
         rows = self.rows if isinstance(self.rows, nn.Module) else self.rows.module
-        return [*self.parameters(), *rows.parameters()]
+        own = [*self.parameters(), *rows.parameters()]
+        if self.share != "simple":
+            return own
+        norm = getattr(self.norm, "module", self.norm)
+        return [*own, *norm.parameters(), *(x for p in self.projections for x in p.tensors())]
 
 
 def _linear(width: int, out: int, std: float) -> nn.Linear:
@@ -246,7 +250,8 @@ class PrefixTuning(surgery.Method):
         if self.shift and not any(site.kind == "position" for site in sites):
             raise surgery.SiteError(
                 f"method {self.name!r} with shift=True: this model encodes positions nowhere by "
-                "number (or not in a module of its own), so they cannot be shifted. Leave it out."
+                "number (or not in a module of its own), or the selection has lost that place. "
+                "Leave shift out, or splice without at=, or with Sites.where."
             )
 
     def suits(self, site: surgery.Site) -> bool:

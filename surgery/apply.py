@@ -10,13 +10,10 @@ from torch import fx, nn
 
 from surgery.edit import (
     add,
-    add_columns,
     add_sequence_first,
     chain,
-    pick,
-    put_columns,
+    columns,
     rewrite,
-    take_columns,
 )
 from surgery.errors import PortError
 from surgery.lse import expose_lse, merged_tokens, split_heads
@@ -33,7 +30,7 @@ def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Mod
     """
     done = False
     for pattern in patterns:
-        if pattern.key == edit.site and edit.port in pattern.ports:
+        if pattern.holds(edit.kind, edit.site) and edit.port in pattern.ports:
             act = _feed if edit.verb == "feed" else _edit
             act(pattern, edit, child, root)
             done = True
@@ -43,30 +40,20 @@ def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Mod
 def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     port = pattern.ports[edit.port]
     before = set(port.node.graph.nodes)
-    reads = tuple(_read(pattern, name, child, root) for name in edit.reads)
-    columns = port.columns is not None
-    if columns:
-        index = f"{child}._columns"
+    reads = tuple(_read(pattern, name, root) for name in edit.reads)
+    fused = None if port.columns is None else columns(port.columns)
 
     def make(graph: fx.Graph) -> fx.Node:
         y: Any = port.node
-        at = graph.get_attr(index) if columns else None
-        if columns:
-            with graph.inserting_after(at):
-                return steps(graph, y, at)
-        return steps(graph, y, at)
-
-    def steps(graph: fx.Graph, y: Any, at: Any) -> fx.Node:
         if edit.verb == "add":
             plain = add_sequence_first if port.sequence_first and edit.batched else add
-            how = (add_columns, (y, ..., at)) if columns else (plain, (y, ...))
-            return chain(graph, (child, reads), how)
-        if not columns:
+            return chain(graph, (child, reads), (fused[2] if fused else plain, (y, ...)))
+        if fused is None:
             return chain(graph, (child, reads or (y,)))
-        put = (put_columns, (y, ..., at))
+        take, put, _ = fused
         if reads:
-            return chain(graph, (child, reads), put)
-        return chain(graph, (take_columns, (y, at)), (child, (...,)), put)
+            return chain(graph, (child, reads), (put, (y, ...)))
+        return chain(graph, (take, (y,)), (child, (...,)), (put, (y, ...)))
 
     nodes = [node for node in reads if node is not None]
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
@@ -86,7 +73,7 @@ def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     assert made is not None  # Port.feed has asked
     graph = made.node.graph
     if port.own is None and port.features is not None:
-        _split_off(pattern, port, child)
+        _split_off(pattern, port)
     port.own = port.own or caller_of(made.node)
     source = reads_now(port.own)
     with graph.inserting_before(port.own):
@@ -95,21 +82,22 @@ def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     port.own.replace_input_with(source, fed)
 
 
-def _split_off(pattern: Pattern, port: PortNode, child: str) -> None:
+def _split_off(pattern: Pattern, port: PortNode) -> None:
     """Give a port inside a fused projection a call of that projection of its own."""
     assert port.projection is not None
+    assert port.features is not None
+    take, put, _ = columns(port.features)
     raw = port.projection.node
     graph = raw.graph
     copies: dict[fx.Node, fx.Node] = {}
-    with graph.inserting_after(raw):
-        at = last = graph.get_attr(f"{child}._columns")
+    last = raw
     for node in dict.fromkeys((caller_of(raw), raw)):
         with graph.inserting_after(last):
             copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
     with graph.inserting_after(last):
-        own = graph.call_function(take_columns, (last, at))
+        own = graph.call_function(take, (last,))
     with graph.inserting_after(own):
-        new = graph.call_function(put_columns, (raw, own, at))
+        new = graph.call_function(put, (raw, own))
     new.meta.update(raw.meta)
     kept = {new, *copies.values()}
     raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
@@ -119,7 +107,7 @@ def _split_off(pattern: Pattern, port: PortNode, child: str) -> None:
     port.own = copies[caller_of(raw)]
 
 
-def _bias(port: PortNode, child: str, root: nn.Module) -> fx.Node | None:
+def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
     """The bias that a port's projection adds, or None."""
     found = None if port.projection is None else bias_of(port.projection, root)
     if found is None:
@@ -129,13 +117,13 @@ def _bias(port: PortNode, child: str, root: nn.Module) -> fx.Node | None:
         node = graph.get_attr(found) if isinstance(found, str) else found
         if port.features is None:
             return node
-        at = graph.get_attr(f"{child}._columns")
-        return graph.call_function(take_columns, (node, at))
+        take, _, _ = columns(port.features)
+        return graph.call_function(take, (node,))
 
 
-def _read(pattern: Pattern, name: str, child: str, root: nn.Module) -> fx.Node | None:
+def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
     if name.endswith(".bias"):
-        return _bias(pattern.ports[name.removesuffix(".bias")], child, root)
+        return _bias(pattern.ports[name.removesuffix(".bias")], root)
     if name == "lse" and "lse" not in pattern.ports:
         pattern.ports["lse"] = PortNode(expose_lse(pattern))
     if name in ("query_unrotated", "query_heads"):
@@ -145,7 +133,7 @@ def _read(pattern: Pattern, name: str, child: str, root: nn.Module) -> fx.Node |
     port = pattern.ports[name.removesuffix(".source")]
     if not name.endswith(".source") and port.columns is not None:
         with port.node.graph.inserting_after(port.node):
-            return port.node.graph.call_function(pick, (port.node, tuple(port.columns)))
+            return port.node.graph.call_function(columns(port.columns)[0], (port.node,))
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)
     return port.node

@@ -53,12 +53,12 @@ def attention(
         -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
     Cost: a fused kernel call; densely, one more product of queries and keys.
     """
-    own = _as_they_are(query, key, value)
-    kernel = (
-        _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if own
-        else None
-    )
+    if _autocast(query):
+        query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    own = query.dtype == key.dtype == value.dtype and query.device.type in ("cpu", "cuda")
+    kernel = None
+    if own:
+        kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if kernel is not None:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # SDPA hands its kernels an additive mask too, so the bits stay the same.
@@ -87,6 +87,15 @@ def dense_lse(
     Shape: query (B, H, n, d), key (B, G, m, d) with G dividing H -> (B, H, n)
     Cost: memory and time O(n m) per head.
     """
+    if _autocast(query):  # it would take the products in its own dtype
+        with torch.autocast(query.device.type, enabled=False):
+            return _dense_lse(query, key, attn_mask, is_causal, scale)
+    return _dense_lse(query, key, attn_mask, is_causal, scale)
+
+
+def _dense_lse(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[-3] // key.shape[-3]
     queries = torch.unflatten(query.to(wide), -3, (key.shape[-3], groups))  # (B, G, H/G, n, d)
@@ -118,14 +127,20 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
-def _as_they_are(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Does SDPA take these as they are? Under autocast it casts them first."""
-    kind = query.device.type
-    if kind not in ("cpu", "cuda"):
-        return False
-    if not torch.is_autocast_enabled(kind):
-        return query.dtype == key.dtype == value.dtype
-    return query.dtype == key.dtype == value.dtype == torch.get_autocast_dtype(kind)
+def _autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _cast(*given: Tensor | None) -> tuple[Any, ...]:
+    """What SDPA makes of its arguments under autocast: the lower dtype, but of float64."""
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    return tuple(map(cast, given))
 
 
 def _kernel(
@@ -235,9 +250,10 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
     direct = rebound(function, attention)
 
     def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lse = None
         if direct is not None and not torch.compiler.is_compiling():
             result, lse = direct(module, query, *args, **kwargs)
-        else:
+        if lse is None:  # it calls no SDPA, or has a branch of its own that does not
             watch = _ReadLse()
             with watch:
                 result = function(module, query, *args, **kwargs)

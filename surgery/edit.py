@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from surgery.errors import PortError
@@ -104,21 +105,46 @@ def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:
     return heads.permute(order)
 
 
-def add_columns(y: Tensor, delta: Tensor, columns: Tensor) -> Tensor:
-    """``y`` with ``delta`` added to some of its columns (a port inside a fused projection)."""
-    return y.index_add(-1, columns, delta.to(y.dtype))
+class Columns:
+    """Some columns of a fused projection: those of a port inside it."""
+
+    def __init__(self, chosen: Sequence[int]) -> None:
+        start, stop = chosen[0], chosen[-1] + 1
+        self._all: Any = slice(start, stop)
+        if list(chosen) != list(range(start, stop)):
+            self._all = torch.tensor(chosen)
+
+    def _of(self, y: Tensor) -> Any:
+        if isinstance(self._all, Tensor) and self._all.device != y.device:
+            self._all = self._all.to(y.device)
+        return self._all
+
+    def take(self, y: Tensor) -> Tensor:
+        """These columns of ``y``."""
+        return y[..., self._of(y)]
+
+    def put(self, y: Tensor, new: Tensor) -> Tensor:
+        """``y`` with these columns replaced."""
+        whole, at = y.clone(), self._of(y)
+        whole[..., at] = new.to(y.dtype)
+        return whole
+
+    def add(self, y: Tensor, delta: Tensor) -> Tensor:
+        """``y`` with ``delta`` added to these columns."""
+        return self.put(y, self.take(y) + delta.to(y.dtype))
 
 
-def take_columns(y: Tensor, columns: Tensor) -> Tensor:
-    """Some columns of ``y``."""
-    return y.index_select(-1, columns)
+def columns(chosen: Sequence[int]) -> tuple[Any, Any, Any]:
+    """``take``, ``put`` and ``add`` of :class:`Columns`, as functions that a graph can call."""
+    own = Columns(chosen)
 
+    def take_columns(y: Tensor) -> Tensor:
+        return own.take(y)
 
-def pick(y: Tensor, columns: tuple[int, ...]) -> Tensor:
-    """The same, for columns that no inserted module brings along."""
-    return y[..., list(columns)]
+    def put_columns(y: Tensor, new: Tensor) -> Tensor:
+        return own.put(y, new)
 
+    def add_columns(y: Tensor, delta: Tensor) -> Tensor:
+        return own.add(y, delta)
 
-def put_columns(y: Tensor, new: Tensor, columns: Tensor) -> Tensor:
-    """``y`` with some of its columns replaced."""
-    return y.index_copy(-1, columns, new.to(y.dtype))
+    return take_columns, put_columns, add_columns

@@ -6,6 +6,7 @@ counted, trained and saved with it. These hold a module without owning it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,15 @@ class FrozenProjection:
         self._bias = _place(model, bias) if bias else None
         self.transposed, self.columns = transposed, columns
 
+    def tensors(self) -> list[Tensor]:
+        """The weight, and the bias if there is one, as the base has them now."""
+        places = [self._weight, *filter(None, [self._bias])]
+        return [getattr(owner, name) for owner, name in places]
+
+    def reads(self, parameter: Tensor) -> bool:
+        """Is this its weight or its bias?"""
+        return any(own is parameter for own in self.tensors())
+
     def __call__(self, x: Tensor) -> Tensor:
         owner, name = self._weight
         weight: Tensor = getattr(owner, name).detach()
@@ -52,6 +62,14 @@ class FrozenProjection:
         if self._bias is not None:
             y = y + getattr(*self._bias).detach()[columns].to(x.dtype)
         return y
+
+
+def frozen_inside(module: nn.Module) -> Iterator[FrozenProjection]:
+    """The projections of the base that a module and its parts use."""
+    for part in module.modules():
+        for held in vars(part).values():
+            several = held if isinstance(held, (list, tuple)) else [held]
+            yield from (each for each in several if isinstance(each, FrozenProjection))
 
 
 def _place(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:

@@ -6,12 +6,13 @@ Each is a pair of aten operators. With P = softmax(S), the gradient that reaches
 
 and a fused backward computes rowsum(dO o O) from the O that it is given, and uses O for nothing
 else. So it is given another: O - dlse dO / |dO|^2, whose product with dO is less by dlse. Where dO
-is zero and dlse is not, or to look would cost a synchronisation, a column is appended instead: -1
-to O, dlse to dO, zeros to Q, K and V; cutting it off again leaves the same exact gradients.
+is near zero and dlse is not, or to look would cost a synchronisation, a column is appended instead:
+-1 to O, dlse to dO, zeros to Q, K and V; cutting it off again leaves the same exact gradients.
 
-That holds for a kernel that computes what it should from what it is given. Whether one does, on
-this device and in this dtype, is tried out against the equation before it is used the first time;
-one that does not is left to SDPA, and the logsumexp is computed from the scores.
+That holds for a kernel that computes what it should from what it is given. Whether one of a GPU
+does, on this device, in this dtype and at this width, is tried out against the equation before it
+is used the first time; one that does not is left to SDPA, and the logsumexp is computed from the
+scores.
 """
 
 from __future__ import annotations
@@ -164,7 +165,9 @@ class Fused(torch.autograd.Function):
         query, key, value, mask, context, lse = ctx.saved_tensors
         grad, grad_lse = grads
         groups = query.shape[-3] // key.shape[-3]
-        repeat = groups > 1 and not grouped_backward(ctx.kernel, query.device, query.dtype)
+        repeat = groups > 1 and not grouped_backward(
+            ctx.kernel, query.device, query.dtype, query.shape[-1]
+        )
         if repeat:
             key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
 
@@ -194,7 +197,9 @@ def with_lse_gradient(
     if query.device.type == "cpu":
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         size = wide.square().sum(-1)  # (B, H, n)
-        if not bool(((size < 1e-30) & (grad_lse != 0)).any()):
+        most = torch.finfo(context.dtype).max ** 0.5
+        far = (size < 1e-30) | (grad_lse.abs() > most * size.sqrt())
+        if not bool((far & (grad_lse != 0)).any()):
             share = (grad_lse / size.clamp(min=1e-30)).unsqueeze(-1)
             seen = (context - share * wide).to(context.dtype)
             return run(grad.contiguous(), query, key, value, seen)
@@ -230,56 +235,81 @@ def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any,
     """May this kernel take the place of SDPA's call of it, for these tensors?"""
     if key.shape[-3] != query.shape[-3] and not kernel.grouped:
         return False
-    same = query.shape[-1] == key.shape[-1] == value.shape[-1]
+    width = query.shape[-1]
+    same = width == key.shape[-1] == value.shape[-1]
     if not same or (mask is not None and (not kernel.masks or mask.requires_grad)):
         return False
     if query.device.type == "cpu":
         return p == 0.0
-    return query.shape[-1] % kernel.multiple == 0 and trusted(kernel, query.device, query.dtype)
+    trial = Trial(query.device, query.dtype, width, masked=mask is not None, dropping=p > 0)
+    return width % kernel.multiple == 0 and trusted(kernel, trial)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A small problem that a kernel must solve before it is used for others of its kind."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    groups: int = 1
+    masked: bool = False
+    dropping: bool = False
 
 
 @functools.cache
-def trusted(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Does a kernel give the context, the logsumexp and the gradients of the equation?"""
-    return _agrees(kernel, device, dtype, groups=1)
+def trusted(kernel: Kernel, trial: Trial) -> bool:
+    """Does a kernel give the context, the logsumexp and the gradients of the equation?
+
+    It is tried out once for each kind of problem; no random state moves.
+    """
+    modes = _disable_current_modes(), torch.inference_mode(False), torch.enable_grad()
+    cuda = [trial.device] if trial.device.type == "cuda" else []
+    with modes[0], modes[1], modes[2], torch.random.fork_rng(cuda):
+        try:
+            return _agrees(kernel, trial)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if trial.groups == 1:
+                warnings.warn(f"{kernel.name} cannot be used here: {error}", stacklevel=2)
+            return False
 
 
 @functools.cache
-def grouped_backward(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
+def grouped_backward(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Does its backward take fewer heads of keys than of queries?"""
-    return kernel.grouped and _agrees(kernel, device, dtype, groups=2)
+    return kernel.grouped and trusted(kernel, Trial(device, dtype, width, groups=2))
 
 
-def _agrees(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int) -> bool:
-    """Try a kernel's two operators on a small problem; no random state moves."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
-        return _tried(kernel, device, dtype, groups)
+def _agrees(kernel: Kernel, trial: Trial) -> bool:
+    n, width, groups, p = 8, trial.width, trial.groups, 0.5 if trial.dropping else 0.0
+    wave = torch.arange(2 * 2 * groups * n * width, device=trial.device, dtype=torch.float32)
+    q = (wave * 0.7).sin().reshape(2, 2 * groups, n, width).to(trial.dtype)
+    k, v = ((wave * a).cos().reshape(2, 2 * groups, n, width)[:, :2] for a in (1.3, 0.3))
+    k, v = k.to(trial.dtype), v.to(trial.dtype)
+    if trial.dropping:  # the context shows which weights were dropped
+        v = torch.eye(n, width, device=trial.device, dtype=trial.dtype).expand_as(k).contiguous()
+    hidden = torch.ones(n, n, dtype=torch.bool, device=trial.device).triu(1)
+    mask = torch.zeros(2, 1, n, n, device=trial.device, dtype=trial.dtype) if trial.masked else None
+    if mask is not None:
+        mask.masked_fill_(hidden, float("-inf"))
+    grad, options = q.flip(-1).contiguous(), (p, mask is None, 1 / math.sqrt(width))
+    o, lse, more = kernel.forward(q, k, v, mask, *options)
 
+    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Grads:
+        return kernel.backward(grad, q, k, v, mask, o, lse, more, *options)
 
-def _tried(kernel: Kernel, device: torch.device, dtype: torch.dtype, groups: int) -> bool:
-    wave = torch.arange(2 * 2 * groups * 16 * 32, device=device, dtype=torch.float32)
-    q = (wave * 0.7).sin().reshape(2, 2 * groups, 16, 32).to(dtype)
-    k, v = ((wave * a).cos().reshape(2, 2 * groups, 16, 32)[:, :2].to(dtype) for a in (1.3, 0.3))
-    grad, scale = q.flip(-1).contiguous(), 1 / math.sqrt(32)
-    try:
-        o, lse, more = kernel.forward(q, k, v, None, 0.0, True, scale)
-
-        def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> Grads:
-            return kernel.backward(grad, q, k, v, None, o, lse, more, 0.0, True, scale)
-
-        given = [o, lse, *with_lse_gradient(run, grad, torch.ones_like(lse), q, k, v, o)]
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        if groups == 1:
-            warnings.warn(f"{kernel.name} cannot be used here: {error}", stacklevel=2)
-        return False
+    given = [o, lse, *with_lse_gradient(run, grad, torch.ones_like(lse), q, k, v, o)]
     own = [x.detach().double().requires_grad_() for x in (q, k, v)]
     keys, values = (x.repeat_interleave(groups, 1) for x in own[1:])
-    later = torch.ones(16, 16, dtype=torch.bool, device=device).triu(1)
-    scores = (own[0] @ keys.mT * scale).masked_fill(later, float("-inf"))
-    context, total = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    scores = (own[0] @ keys.mT * options[-1]).masked_fill(hidden, float("-inf"))
+    weights, total = scores.softmax(-1), scores.logsumexp(-1)
+    if trial.dropping:
+        kept = o[..., :n].double() > weights.detach()
+        weights = weights * kept / (1 - p)
+    context = weights @ values
     loss = (context * grad.double()).sum() + total.sum()
     expected = [context, total, *torch.autograd.grad(loss, own)]
-    bound = {torch.float32: 2e-3}.get(dtype, 5e-2)  # TF32 and bfloat16 are no reason to refuse
+    bound = {torch.float32: 2e-3}.get(trial.dtype, 5e-2)  # TF32, bfloat16: no reason to refuse
     pairs = zip(given, expected, strict=True)
     return all(
         a.shape == b.shape and bool(((a.double() - b).abs() <= bound * (1 + b.abs())).all())

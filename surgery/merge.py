@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery import fastpath
 from surgery.errors import SpliceError
+from surgery.frozen import FrozenProjection, frozen_inside
+from surgery.host import is_host
 from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
 from surgery.sites import Port, Site
@@ -82,6 +85,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
             model.get_submodule(inserted.path).rest()  # type: ignore[operator]
     for report in [records(model)[n] for n in names]:
         _forget(model, report, {i.path for i in plan.whole})
+    fastpath.reopen(model, is_host)
     return merged
 
 
@@ -96,17 +100,23 @@ class _Plan:
         self.parts: list[Inserted] = []
         self.left: list[Inserted] = []
         ports: dict[tuple[Any, str], list[tuple[Inserted, bool]]] = {}
+        self.frozen: list[tuple[str, FrozenProjection]] = []
         for report in records(model).values():
             for i in report.inserted:
+                found = frozen_inside(model.get_submodule(i.path))
+                self.frozen += [(repr(i.method.name), each) for each in found]
                 place = (i.site.identity, i.edit.port)
                 ports.setdefault(place, []).append((i, report.name in names))
-        self.everything = [entry for entries in ports.values() for entry in entries]
+        self.refused: set[str] = set()
         for entries in ports.values():
             self.fold(entries)
 
     def fold(self, entries: list[tuple[Inserted, bool]]) -> None:
         """Fold what was chosen at one port."""
-        why = {i.path: self.why_not(i, entries) for i, chosen in entries if chosen}
+        why: dict[str, str] = {}
+        for _ in range(len(entries) + 1):  # what is refused stays, and may be in others' way
+            why = {i.path: self.why_not(i, entries) for i, chosen in entries if chosen}
+            self.refused |= {path for path, reason in why.items() if reason}
         refused = [i for i, chosen in entries if chosen and why[i.path]]
         if refused and not self.partial:
             first = refused[0]
@@ -142,10 +152,12 @@ class _Plan:
                 else:
                     w, b = module.fold(w, b)
             (self.parts if hasattr(module, "rest") else self.whole).append(inserted)
-        if w is not None and not bool(w.isfinite().all()):
-            raise SpliceError(
-                f"{chosen[0].site.path}: the merged weight has values that are not finite."
-            )
+        for name, merged in ((port.weight, w), (port.bias, b)):
+            if merged is not None and not bool(merged.to(self.own[name].dtype).isfinite().all()):
+                raise SpliceError(
+                    f"{name}: merged, it would have values that are not finite in "
+                    f"{self.own[name].dtype}. Nothing has changed; merge a copy in a wider dtype."
+                )
         if matrix is not None:
             assert w is not None
             matrix[:, at] = w  # a view: it writes to ``weight``
@@ -183,6 +195,10 @@ class _Plan:
             others = [n for n, p in tied if p is self.own[name] and n != name]
             if others:
                 return f"its weight {name} is also {others[0]}, which must stay as it is"
+        for reader, frozen in self.frozen:
+            for name in filter(None, (port.weight, port.bias)):
+                if frozen.reads(self.own[name]):
+                    return f"{reader} reads {name} as the base has it"
         for other in site.ports.values():
             overlap = other.columns is None or not {*other.columns}.isdisjoint(port.columns or ())
             if other.name != port.name and port.weight and other.weight == port.weight and overlap:
@@ -192,17 +208,23 @@ class _Plan:
     def in_the_way(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
         """Does something that stays stand between the projection and this module?"""
         place = next(n for n, (i, _) in enumerate(entries) if i is inserted)
+        port = inserted.edit.port
         for number, (other, chosen) in enumerate(entries):
             if number == place or (chosen and self.goes(other)):
                 continue
+            reads = other.edit.reads
             behind = inserted.edit.verb != "feed"  # in front of the projection nothing else is
-            sums = other.edit.verb == inserted.edit.verb == "add"
+            sums = other.edit.verb == inserted.edit.verb == "add" and port not in reads
             if other.edit.verb == "feed" or (behind and number < place and not sums):
                 return f"{other.method.name!r} stands before it and stays"
+            if behind and f"{port}.bias" in reads:
+                return f"{other.method.name!r} reads the bias of {port!r} and stays"
         return ""
 
     def goes(self, inserted: Inserted) -> bool:
-        """Is nothing left of a module once it is folded?"""
+        """Is nothing left of a module, as it is folded whole?"""
+        if inserted.path in self.refused:
+            return False
         module = self.model.get_submodule(inserted.path)
         fold = "fold_input" if inserted.edit.verb == "feed" else "fold"
         return hasattr(module, fold) and not hasattr(module, "rest")

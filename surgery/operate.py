@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import fastpath
 from surgery.apply import apply_edit, require_applied
 from surgery.dropout import draw_by_name
-from surgery.errors import SpliceError
+from surgery.errors import SpliceError, SurgeryError
 from surgery.host import (
     HostState,
     Operation,
@@ -24,7 +23,6 @@ from surgery.host import (
     uninstall,
 )
 from surgery.method import Method
-from surgery.pattern import Pattern
 from surgery.report import Inserted, Report
 from surgery.sites import CALLS, Edit, HostPlan, Site
 from surgery.verify import (
@@ -49,6 +47,11 @@ def operate(
     module = model.get_submodule(path)
     plan = pairs[0][1].host
     assert plan is not None
+    if not plan.args and not plan.kwargs:
+        raise SpliceError(
+            f"{path}: this site has no example of a call any more, as sites of a report have none. "
+            "Take it from surgery.locate(model)."
+        )
     calls = [pair for pair in pairs if pair[1].kind in CALLS]
     if calls:
         inside = [pair for pair in pairs if pair not in calls]
@@ -58,14 +61,18 @@ def operate(
         return
     base = present_outputs(module, plan.args, plan.kwargs)
     known = state_of(module)
+    if known is not None and not known.edited and not known.through >= plan.through:
+        before = known.through  # it was made for what goes around its call
+        undo.append(lambda: setattr(known, "through", before))
+        known.through |= plan.through
     through = plan.through if known is None else known.through
     captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
         for earlier in (known.operations[n] for n in known.active):
             for edit, child in zip(earlier.edits, earlier.children, strict=True):
                 apply_edit(patterns, edit, child, module)
-    seen = {p.key: p.one_key for p in patterns}
-    operation, new, inserted = _build(model, module, path, pairs, report, common, patterns)
+    one_key = {(p.kind, p.key) for p in patterns if p.one_key}
+    operation, new, inserted = _build(model, module, path, pairs, report, common)
     undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
     state = _put_in(module, plan, operation, new)
     fastpath.close(model, path)
@@ -76,10 +83,12 @@ def operate(
     state.variants = {key: [variant]}
     try:
         report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
-        alone = [i for i in inserted if _heard(i.edit, seen) and not i.method.together]
+        alone = [i for i in inserted if _heard(i.edit, one_key) and not i.method.together]
         children = [i.path.rpartition(".")[2] for i in alone]
         verify_reach(module, state, variant, children, plan.args, plan.kwargs)
-    except (RuntimeError, IndexError, ValueError) as error:
+    except SurgeryError:
+        raise
+    except Exception as error:  # whatever the code of a plugin raises
         names = ", ".join(m.name for m in report.methods)
         raise SpliceError(
             f"{path}: the forward fails with {names} spliced in ({type(error).__name__}: {error}). "
@@ -101,7 +110,7 @@ def _wrap(
     plan = pairs[0][1].host
     assert plan is not None
     base = present_outputs(module, plan.args, plan.kwargs)
-    operation, new, inserted = _build(model, module, path, pairs, report, common, [])
+    operation, new, inserted = _build(model, module, path, pairs, report, common)
     undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
     state = _put_in(module, plan, operation, new)
     report.inserted += inserted
@@ -111,7 +120,9 @@ def _wrap(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(module, state, args, kwargs)
 
-    report.change[path] = difference(base, outputs(module, forward, plan.args, plan.kwargs))
+    change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
+    within = report.change.get(path, 0.0)  # of what was put inside the same host
+    report.change[path] = None if change is None or within is None else max(change, within)
     verify_wraps(module, state, forward, operation.children, plan.args, plan.kwargs)
 
 
@@ -138,7 +149,6 @@ def _build(
     pairs: list[tuple[Method, Site]],
     report: Report,
     common: dict[int, dict[str, nn.Module]],
-    patterns: list[Pattern],
 ) -> tuple[Operation, list[tuple[str, nn.Module]], list[Inserted]]:
     """Let each method make its modules; nothing of the model changes."""
     operation = Operation(report.name, [], [])
@@ -152,10 +162,6 @@ def _build(
             raise SpliceError(f"method {method.name!r} at {path}: it inserted nothing.")
         for edit, made in opened.edits:
             child = _free_name(module, edit.child, report.name, [c for c, _ in new])
-            ports = next((p.ports for p in patterns if p.key == edit.site), {})
-            if edit.port in ports and (chosen := edit.columns_of(ports[edit.port])) is not None:
-                index = torch.tensor(chosen, device=site.device)
-                made.register_buffer("_columns", index, persistent=False)
             new.append((child, made))
             operation.edits.append(edit)
             operation.children.append(child)
@@ -167,15 +173,19 @@ def _build(
     return operation, new, inserted
 
 
-def _heard(edit: Edit, one_key: dict[str, bool]) -> bool:
+def _heard(edit: Edit, one_key: set[tuple[str, str]]) -> bool:
     """Can an edit be heard in the example? A softmax over one key is 1, whatever query and key."""
-    return not one_key.get(edit.site) or edit.port not in ("query", "key")
+    return (edit.kind, edit.site) not in one_key or edit.port not in ("query", "key")
 
 
 def _lean(site: Site) -> Site:
     """The site without its example inputs, to be kept."""
     assert site.host is not None
-    return dataclasses.replace(site, host=dataclasses.replace(site.host, args=(), kwargs={}))
+    host = dataclasses.replace(site.host, args=(), kwargs={})
+    call = {name: x for name, x in site.call.items() if not isinstance(x, Tensor)}
+    lean = dataclasses.replace(site, host=host, call=call, ports={})
+    lean.ports.update({n: dataclasses.replace(p, site=lean) for n, p in site.ports.items()})
+    return lean
 
 
 def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:

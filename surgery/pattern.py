@@ -50,6 +50,10 @@ class Pattern:
     order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
     missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why
 
+    def holds(self, kind: str, key: str) -> bool:
+        """Is this the site of that kind and key? Sites of one module are of several kinds."""
+        return self.key == key and self.kind in (kind, "module")
+
     @property
     def one_key(self) -> bool:
         """Is there but one key to attend to, in the example?"""

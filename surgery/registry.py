@@ -99,6 +99,12 @@ class Registry:
                 implementation(register=offered.append)
             for cls in offered:
                 kind.check(cls, name)
+                own = [other for other in offered if other.name == cls.name]
+                if len(own) > 1:
+                    raise kind.error(
+                        f"plugin {name!r} offers {len(own)} {kind.what}s {cls.name!r}: "
+                        f"{', '.join(each.__name__ for each in own)}. Rename one of them."
+                    )
                 taken = self._offered[kind.what].get(cls.name)
                 if taken is not None:
                     raise kind.error(

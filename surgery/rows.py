@@ -7,7 +7,9 @@ it would move the other rows too: :func:`trained_rows` names them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,20 @@ _ROWS = "_surgery_rows"
 
 
 class _Only:
-    """A gradient hook: zero but in some rows."""
+    """A gradient hook on a parameter: zero but in some rows. Copies of the model get their own."""
 
-    def __init__(self, rows: Sequence[int]) -> None:
-        self.rows = list(rows)
+    def __init__(self, parameter: nn.Parameter, rows: Sequence[int]) -> None:
+        self.parameter, self.rows = parameter, list(rows)
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # else it takes no hook
+        self.handle = parameter.register_hook(self)  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(trained)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Only:
+        return _Only(copy.deepcopy(self.parameter, memo), self.rows)
+
+    def __reduce__(self) -> Any:
+        return _Only, (self.parameter, self.rows)
 
     def __call__(self, gradient: Tensor) -> Tensor:
         kept = torch.zeros_like(gradient)
@@ -32,7 +44,8 @@ class _Only:
 def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     """Train these rows of the parameter ``name``, beside what is trained already.
 
-    Call it after :func:`surgery.freeze_base`. ``surgery.save`` stores these rows alone. A tied
+    Call it after :func:`surgery.freeze_base`, which forgets such rows; so does removing the last
+    splice. ``surgery.save`` stores these rows alone. A tied
     parameter (an embedding that is the output projection too) has one name in
     ``model.named_parameters()``; take that.
 
@@ -51,10 +64,16 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
         )
     own[name].requires_grad_(True)
     hooks: dict[str, _Only] = vars(model).setdefault(_ROWS, {})
-    if name not in hooks:
-        hooks[name] = _Only(rows)
-        own[name].register_hook(hooks[name])  # type: ignore[no-untyped-call]
-    hooks[name].rows = list(rows)
+    if name in hooks:
+        hooks[name].handle.remove()
+    hooks[name] = _Only(own[name], rows)
+
+
+def forget_rows(model: nn.Module) -> None:
+    """Let gradients reach whole parameters again."""
+    hooks: dict[str, _Only] = vars(model).pop(_ROWS, {})
+    for hook in hooks.values():
+        hook.handle.remove()
 
 
 def trained_rows(model: nn.Module) -> dict[str, list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 from surgery.errors import SiteError
 from surgery.sites import Site
@@ -28,8 +28,15 @@ class Sites:
     def __len__(self) -> int:
         return len(self._sites)
 
-    def __getitem__(self, index: int) -> Site:
-        return self._sites[index]
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        chosen = self._sites[index]
+        return Sites(chosen, self._model) if isinstance(chosen, list) else chosen
 
     @property
     def attention(self) -> Sites:

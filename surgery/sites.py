@@ -53,6 +53,7 @@ class Edit:
     """One insertion, as data: it is applied again to every graph of its host."""
 
     site: str
+    kind: Kind
     port: str
     verb: Literal["insert", "add", "replace", "feed", "wrap"]
     child: str
@@ -61,13 +62,8 @@ class Edit:
     @property
     def batched(self) -> bool:
         """Is what it inserts (B, n, D), because it is made from heads?"""
-        return any(name in ("query_unrotated", "query_heads", "lse") for name in self.reads)
-
-    def columns_of(self, port: Any) -> list[int] | None:
-        """The columns of a fused projection that it needs to know: to take, or to put back."""
-        whole = self.verb == "feed" or any(read.endswith(".bias") for read in self.reads)
-        chosen: list[int] | None = port.features if whole else port.columns
-        return chosen
+        made = ("query_unrotated", "query_heads", "lse", "merged")
+        return any(name in made for name in self.reads)
 
 
 @dataclass(frozen=True)
@@ -277,4 +273,5 @@ class Site:
         for read in reads:
             self.port(read.removesuffix(".source").removesuffix(".bias"))
         module.to(device=self.device, dtype=self.dtype)
-        self.edits.append((Edit(self.key, port.name, verb, f"{name}_{port.name}", reads), module))
+        child = f"{name}_{port.name}"
+        self.edits.append((Edit(self.key, self.kind, port.name, verb, child, reads), module))

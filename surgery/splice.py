@@ -17,6 +17,7 @@ from surgery.method import Method
 from surgery.operate import operate, take_out
 from surgery.quiet import evaluating
 from surgery.report import RECORD, Report, records
+from surgery.rows import forget_rows
 from surgery.selection import Sites
 from surgery.sites import Site
 from surgery.together import verify_together
@@ -26,7 +27,7 @@ from surgery.variant import Variant
 def splice(
     model: nn.Module,
     methods: Method | Sequence[Method],
-    at: Sites | Site | None = None,
+    at: Sites | Site | Sequence[Site] | None = None,
     example_inputs: Any = None,
     name: str = "default",
 ) -> Report:
@@ -50,9 +51,10 @@ def splice(
     """
     chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, chosen, name)
+    _check_below(model, name)
     if at is None:
         at = locate(model, example_inputs)
-    sites = Sites([at]) if isinstance(at, Site) else at
+    sites = at if isinstance(at, Sites) else Sites([at] if isinstance(at, Site) else list(at))
     todo = assign(model, chosen, sites)
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
@@ -64,6 +66,8 @@ def splice(
                 operate(model, path, pairs, report, shared, undo)
             verify_together(model, report, sites.others)
         _verify_starts(report)
+        for i in report.inserted:  # in training, if their hosts are
+            model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -91,14 +95,27 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
         )
 
 
+def _check_below(model: nn.Module, name: str) -> None:
+    """Raise if a part of the model has a splice of that name, of which the model does not know."""
+    for path, host in hosts(model).items():
+        state = state_of(host)
+        if state is not None and name in state.operations and name not in records(model):
+            raise SpliceError(
+                f"{path or 'the model'} is already spliced under the name {name!r}, by itself or "
+                "as part of another model. Pass another name, or surgery.remove that one first."
+            )
+
+
 def _verify_starts(report: Report) -> None:
-    wrong = {p: c for p, c in report.change.items() if c}
-    if report.start == "exact" and wrong:
+    free = {i.site.path for i in report.inserted if i.method.start == "none"}
+    wrong = {p: c for p, c in report.change.items() if c and p not in free}
+    if wrong:
         path, change = max(wrong.items(), key=lambda item: item[1])
+        methods = {i.method.name: i.method.start for i in report.inserted if i.site.path == path}
+        declared = " and ".join(f"{name!r} declares start {s!r}" for name, s in methods.items())
         raise SpliceError(
-            f"methods {[m.name for m in report.methods]} declare start 'exact', but outputs of "
-            f"{len(wrong)} hosts moved, by {change:.2g} at {path}. Zero-initialise what is added, "
-            "or declare start 'none'."
+            f"{declared}, but outputs of {len(wrong)} hosts moved, by {change:.2g} at {path}. "
+            "Zero-initialise what is added, or declare start 'none'."
         )
 
 
@@ -121,6 +138,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         del records(model)[each]
     if not records(model):
         del vars(model)[RECORD]
+        forget_rows(model)
     fastpath.reopen(model, is_host)
     return model
 

@@ -29,7 +29,7 @@ from surgery.rows import fits, train_rows, trained_rows
 from surgery.selection import Sites
 from surgery.sites import Site
 from surgery.splice import remove, splice
-from surgery.train import kept_parameters, plain_state, spliced_parameters
+from surgery.train import keep_also, kept_parameters, plain_state, spliced_parameters
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
@@ -116,14 +116,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             made = [i.path for i in report.inserted]
             if made != saved["modules"]:
                 raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
-        _fill(model, tensors, rows, folder)
+        _fill(model, tensors, rows, folder, done)
     except BaseException:
         for name in reversed(done):
             remove(model, name)
         raise
-    vars(model)["_surgery_kept"] = list(description["kept"])
+    keep_also(model, description["kept"])
     for name, chosen in rows.items():
-        train_rows(model, name, chosen)
+        train_rows(model, name, sorted({*chosen, *trained_rows(model).get(name, ())}))
     return model
 
 
@@ -137,7 +137,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     rows = description.get("rows", {})
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
-    _fill(model, tensors, rows, folder)
+    _fill(model, tensors, rows, folder, list(records(model)))
     return model
 
 
@@ -212,10 +212,12 @@ def _check_rows(
 
 
 def _fill(
-    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
-) -> None:
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any,
+    names: list[str],
+) -> None:  # fmt: skip
+    """Copy saved tensors into the splices of these names, and into the base."""
     own: dict[str, Tensor] = dict(model.named_parameters())
-    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model).items()}
+    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model, names).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -233,14 +235,17 @@ def _fill(
             own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
 
 
-def _full_state(model: nn.Module) -> dict[str, Tensor]:
-    return dict(spliced_parameters(model)) | dict(_buffers(model))
+def _full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of inserted modules, of all splices or of some."""
+    found: dict[str, Tensor] = {}
+    for name in records(model) if names is None else names:
+        found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
+    return found
 
 
-def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Persistent buffers of inserted modules."""
+def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     found = []
-    for report in records(model).values():
+    for report in [records(model)[name]]:
         for inserted in report.inserted:
             module = model.get_submodule(inserted.path)
             named = dict(module.named_buffers())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery import huggingface
 from surgery.errors import SpliceError, suggest
 from surgery.report import Report, records
-from surgery.rows import trained_rows
+from surgery.rows import forget_rows, trained_rows
 
 _KEPT = "_surgery_kept"
 _log = logging.getLogger("surgery")
@@ -91,6 +91,7 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
             f"nothing is spliced into this {type(model).__name__}, so nothing would be trained. "
             "Call surgery.splice first."
         )
+    forget_rows(model)
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     base = [name for name, p in model.named_parameters() if id(p) not in inserted]
     kept: dict[str, None] = {}
@@ -113,6 +114,11 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
     if new:
         _log.warning("surgery: %r", result)
     return result
+
+
+def keep_also(model: nn.Module, names: Sequence[str]) -> None:
+    """Count these parameters of the base among those that are trained and saved along."""
+    vars(model)[_KEPT] = list(dict.fromkeys([*vars(model).get(_KEPT, []), *names]))
 
 
 @dataclass(frozen=True)

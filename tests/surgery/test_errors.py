@@ -145,7 +145,7 @@ class Nothing(surgery.Method):
 
 @pytest.mark.parametrize(
     ("method", "part"),
-    [(Loud(), "declare start 'exact'"), (Idle(), "idle_output"), (Nothing(), "inserted nothing")],
+    [(Loud(), "declares start 'exact'"), (Idle(), "idle_output"), (Nothing(), "inserted nothing")],
 )
 def test_a_splice_that_is_not_what_it_says_is_undone(method: surgery.Method, part: str) -> None:
     model, case = build("llama"), inputs("llama")

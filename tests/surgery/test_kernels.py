@@ -13,13 +13,17 @@ from torch import Tensor
 
 from surgery import core, kernels
 from surgery.core import attention, dense_lse
+from surgery.kernels import Trial
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_kernel_of_this_machine_agrees_with_the_equation(dtype: torch.dtype) -> None:
-    assert kernels.trusted(kernels.CPU, CPU, dtype)
+    for width in (8, 64):
+        for masked in (False, True):
+            assert kernels.trusted(kernels.CPU, Trial(CPU, dtype, width, masked=masked))
+    assert kernels.grouped_backward(kernels.CPU, CPU, dtype, 64)
 
 
 def wrong_gradient(*args: Any) -> Any:
@@ -44,13 +48,71 @@ def missing(*args: Any) -> Any:
     ],
 )
 def test_one_that_gives_something_else_is_not_trusted(broken: kernels.Kernel) -> None:
-    assert not kernels.trusted(broken, CPU, torch.float32)
+    assert not kernels.trusted(broken, Trial(CPU, torch.float32, 32))
+
+
+def dropping(wrong: float = 1.0) -> kernels.Kernel:
+    """A kernel with dropout, in plain operations."""
+
+    def scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        return (q @ k.mT * scale).masked_fill(hidden if causal else hidden & ~hidden, -torch.inf)
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float
+    ) -> Any:
+        s = scores(q, k, causal, scale)
+        kept = (torch.rand_like(s) > p) / (1 - p)
+        return (s.softmax(-1) * kept) @ v, s.logsumexp(-1), kept
+
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor,
+        kept: Tensor, p: float, causal: bool, scale: float,
+    ) -> Any:  # fmt: skip
+        weights = scores(q, k, causal, scale).softmax(-1)
+        rows = (grad * o).sum(-1, keepdim=True)
+        inner = weights * ((grad @ v.mT) * kept * wrong - rows) * scale
+        return inner @ k, inner.mT @ q, (weights * kept).mT @ grad
+
+    return kernels.Kernel(f"dropping {wrong}", forward, backward)
+
+
+def test_a_kernel_with_dropout_is_tried_by_what_it_dropped() -> None:
+    state = torch.random.get_rng_state()
+    assert kernels.trusted(dropping(), Trial(CPU, torch.float32, 16, dropping=True))
+    assert not kernels.trusted(dropping(1.2), Trial(CPU, torch.float32, 16, dropping=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_kernel_is_tried_at_the_width_that_it_would_run_at() -> None:
+    def narrow(grad: Tensor, q: Tensor, *rest: Any) -> Any:
+        if q.shape[-1] > 128:
+            raise RuntimeError(f"at most 128, got {q.shape[-1]}")
+        return kernels.CPU.backward(grad, q, *rest)
+
+    made = dataclasses.replace(kernels.CPU, name="narrow", backward=narrow)
+    assert kernels.trusted(made, Trial(CPU, torch.float32, 64))
+    with pytest.warns(UserWarning, match="narrow cannot be used here: at most 128, got 256"):
+        assert not kernels.trusted(made, Trial(CPU, torch.float32, 256))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_small_gradient_of_the_context_leaves_that_of_the_logsumexp(dtype: torch.dtype) -> None:
+    q, k, v, _ = (x if x is None else x.detach().to(dtype) for x in case(4, 1, 6, 6, 8, False))
+    for x in (q, k, v):
+        x.requires_grad_()
+    context, lse = attention(q, k, v)
+    ours = torch.autograd.grad((context.float() * 1e-6).sum() + lse.sum(), [q, k])
+    own = [x.detach().double().requires_grad_() for x in (q, k)]
+    total = (own[0] @ own[1].mT * 8**-0.5).logsumexp(-1).sum()
+    for a, b in zip(ours, torch.autograd.grad(total, own), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2)
 
 
 def test_one_that_is_not_there_is_told() -> None:
     broken = dataclasses.replace(kernels.CPU, name="absent", forward=missing)
     with pytest.warns(UserWarning, match="absent cannot be used here: no such operator"):
-        assert not kernels.trusted(broken, CPU, torch.float32)
+        assert not kernels.trusted(broken, Trial(CPU, torch.float32, 32))
 
 
 def case(heads: int, groups: int, n: int, m: int, width: int, masked: bool) -> list[Any]:
