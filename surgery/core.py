@@ -55,7 +55,7 @@ def attention(
     """
     if _autocast(query):
         query, key, value, attn_mask = _cast(query, key, value, attn_mask)
-    own = query.dtype == key.dtype == value.dtype and query.device.type in ("cpu", "cuda")
+    own = query.dtype == key.dtype == value.dtype and (query.is_cpu or query.is_cuda)
     kernel = None
     if own:
         kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -158,12 +158,10 @@ def _kernel(
         plain = key.shape[-3] == query.shape[-3] and query.device.type == "cpu"
         fits = plain and _compiles_to_flash(query, key, value, attn_mask, dropout_p)
         return CPU if fits else None
-    if query.device.type not in ("cpu", "cuda"):
-        return None
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    if query.device.type == "cuda":
+    if query.is_cuda:
         kernel = CUDA.get(choice)
     else:
         kernel = CPU if choice == SDPBackend.FLASH_ATTENTION.value else None

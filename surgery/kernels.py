@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import _disable_current_modes
 
 _aten = torch.ops.aten
+_flash_on_cpu = _aten._scaled_dot_product_flash_attention_for_cpu.default
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -56,9 +57,7 @@ class Kernel:
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
-    made = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, p, causal, attn_mask=mask, scale=scale
-    )
+    made = _flash_on_cpu(q, k, v, p, causal, attn_mask=mask, scale=scale)
     return *made, None
 
 
@@ -239,7 +238,7 @@ def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any,
     same = width == key.shape[-1] == value.shape[-1]
     if not same or (mask is not None and (not kernel.masks or mask.requires_grad)):
         return False
-    if query.device.type == "cpu":
+    if query.is_cpu:
         return p == 0.0
     trial = Trial(query.device, query.dtype, width, masked=mask is not None, dropping=p > 0)
     return width % kernel.multiple == 0 and trusted(kernel, trial)

@@ -41,18 +41,23 @@ def virtual_tokens(
     Returns:
         (B, n, H d_v), to be added to ``merged``.
     """
-    batch, heads = query.shape[:2]
-    grouped = heads != keys.shape[0]
-    if scores is None:  # the attention of the real queries to the virtual keys, by a fused kernel
+    batch, heads, n, _ = query.shape
+    f = merged.reshape(batch, n, heads, -1)
+    if scores is None:  # real queries attend to virtual keys: by a fused kernel
         own_keys, own_values = (x.expand(batch, -1, -1, -1) for x in (keys, values))
+        grouped = heads != keys.shape[0]
         context, own = attention(query, own_keys, own_values, scale=scale, enable_gqa=grouped)
+        g = torch.sigmoid(own - lse).mT.unsqueeze(-1).to(f.dtype)  # (B, n, H, 1)
+        changed = g * (context.transpose(1, 2) - f)
     else:
-        keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-        bent = scores((query @ keys.mT * scale).to(lse.dtype))  # (B, H, n, P)
-        context, own = bent.softmax(-1).to(values.dtype) @ values, bent.logsumexp(-1)
-    g = torch.sigmoid(own - lse)  # (B, H, n)
+        if heads != keys.shape[0]:
+            keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+        s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
+        s = s if scores is None else scores(s)
+        both = torch.cat([s, lse.unsqueeze(-1)], -1).softmax(-1)  # g softmax(s_P), and 1 - g
+        own_weights = both[..., :-1].to(values.dtype)
+        g = own_weights.sum(-1).mT.unsqueeze(-1)
+        changed = (own_weights @ values).transpose(1, 2) - g * f
     if gate is not None:
-        g = g * gate.to(g.dtype).unsqueeze(-1)
-    f = torch.unflatten(merged, -1, (heads, -1)).transpose(1, 2)  # (B, H, n, d_v)
-    changed: Tensor = g.unsqueeze(-1).to(f.dtype) * (context - f)
-    return changed.transpose(1, 2).flatten(2)
+        changed = changed * gate.to(f.dtype).unsqueeze(-1)
+    return changed.flatten(2)
