@@ -4,8 +4,8 @@
 
 The prefix and inducer families need nothing else of an attention call (Chen et al. 2022,
 arXiv:2210.14469, eqs 7-9). PyTorch's ``scaled_dot_product_attention`` (SDPA) keeps ``lse`` to
-itself, so where SDPA would run a fused kernel we call that very kernel (kernels.py), which returns
-it, with exact gradients for both.
+itself, so where SDPA would run a fused kernel we call that very kernel, which returns it, with
+exact gradients for both (kernels.py, fused.py).
 
 Where no fused kernel serves (float64 on CUDA, a mask that needs gradient, widths that differ) the
 context comes from SDPA itself, so its bits and its random draws stay those of the base model, and
@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from surgery.kernels import CPU, CUDA, Kernel, fused, usable
+from surgery.fused import fused, usable
+from surgery.kernels import CPU, CUDA, Kernel
 from surgery.rebind import rebound
 from surgery.unfused import same_as_sdpa, unfused
 

@@ -35,13 +35,20 @@ def capturing() -> bool:
 
 @contextmanager
 def silenced(module: nn.Module) -> Iterator[None]:
+    """Run modules as they were before any splice, for their values only (see ``hookless``)."""
+    with capture_running(), hookless(module):
+        yield
+
+
+@contextmanager
+def hookless(module: nn.Module) -> Iterator[None]:
     """Run forwards for their values only: no hook fires, no random state moves."""
 
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
 
     replacements = [(nn.Module, "__call__", bare), *fastpath.OPEN]
-    with capture_running(), quiet_random(module), patched(*replacements):
+    with quiet_random(module), patched(*replacements):
         yield
 
 

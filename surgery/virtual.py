@@ -60,4 +60,5 @@ def virtual_tokens(
         changed = (own_weights @ values).transpose(1, 2) - g * f
     if gate is not None:
         changed = changed * gate.to(f.dtype).unsqueeze(-1)
-    return changed.flatten(2)
+    made: Tensor = changed.flatten(2)
+    return made

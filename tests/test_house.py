@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "dropout errors fastpath frozen guards huggingface kernels patching proxy rebind unfused "
     "values",
-    1: "adapter_files compiled core edit extend quiet rows sites task",
-    2: "border method recipe selection virtual",
-    3: "assign dataflow hookspecs report tracer",
-    4: "capture projection registry train",
+    1: "adapter_files compiled edit extend quiet rows sites task trial",
+    2: "border fused method recipe selection",
+    3: "assign core dataflow hookspecs report tracer",
+    4: "capture projection registry train virtual",
     5: "layout observe pattern",
     6: "attention_ports call_sites ffn_pattern lse module_sites",
     7: "attention_pattern variant",

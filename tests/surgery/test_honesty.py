@@ -393,3 +393,13 @@ def test_a_function_may_use_sdpa_in_one_branch_and_a_softmax_in_another() -> Non
     for plain in (False, True):
         _, lse = both(None, q, k, v, plain)
         torch.testing.assert_close(lse, (q @ k.mT).logsumexp(-1))
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt", "inducer"])
+def test_hooks_of_the_user_do_not_fire_in_a_splice(name: str) -> None:
+    model, fired = build("gpt2"), list[int]()
+    model.transformer.h[0].mlp.register_forward_hook(lambda *_: fired.append(1))
+    surgery.splice(model, surgery.method(name))
+    assert not fired
+    logits(model, inputs("gpt2"))
+    assert fired

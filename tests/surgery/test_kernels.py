@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from surgery import core, kernels
+from surgery import core, kernels, trial
 from surgery.core import attention, dense_lse
-from surgery.kernels import Trial
+from surgery.trial import Trial
 
 CPU = torch.device("cpu")
 
@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 def test_the_kernel_of_this_machine_agrees_with_the_equation(dtype: torch.dtype) -> None:
     for width in (8, 64):
         for masked in (False, True):
-            assert kernels.trusted(kernels.CPU, Trial(CPU, dtype, width, masked=masked))
-    assert kernels.grouped_backward(kernels.CPU, CPU, dtype, 64)
+            assert trial.trusted(kernels.CPU, Trial(CPU, dtype, width, masked=masked))
+    assert trial.grouped_backward(kernels.CPU, CPU, dtype, 64)
 
 
 def wrong_gradient(*args: Any) -> Any:
@@ -48,7 +48,7 @@ def missing(*args: Any) -> Any:
     ],
 )
 def test_one_that_gives_something_else_is_not_trusted(broken: kernels.Kernel) -> None:
-    assert not kernels.trusted(broken, Trial(CPU, torch.float32, 32))
+    assert not trial.trusted(broken, Trial(CPU, torch.float32, 32))
 
 
 def dropping(wrong: float = 1.0) -> kernels.Kernel:
@@ -79,8 +79,8 @@ def dropping(wrong: float = 1.0) -> kernels.Kernel:
 
 def test_a_kernel_with_dropout_is_tried_by_what_it_dropped() -> None:
     state = torch.random.get_rng_state()
-    assert kernels.trusted(dropping(), Trial(CPU, torch.float32, 16, dropping=True))
-    assert not kernels.trusted(dropping(1.2), Trial(CPU, torch.float32, 16, dropping=True))
+    assert trial.trusted(dropping(), Trial(CPU, torch.float32, 16, dropping=True))
+    assert not trial.trusted(dropping(1.2), Trial(CPU, torch.float32, 16, dropping=True))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -91,9 +91,9 @@ def test_a_kernel_is_tried_at_the_width_that_it_would_run_at() -> None:
         return kernels.CPU.backward(grad, q, *rest)
 
     made = dataclasses.replace(kernels.CPU, name="narrow", backward=narrow)
-    assert kernels.trusted(made, Trial(CPU, torch.float32, 64))
+    assert trial.trusted(made, Trial(CPU, torch.float32, 64))
     with pytest.warns(UserWarning, match="narrow cannot be used here: at most 128, got 256"):
-        assert not kernels.trusted(made, Trial(CPU, torch.float32, 256))
+        assert not trial.trusted(made, Trial(CPU, torch.float32, 256))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -112,7 +112,7 @@ def test_a_small_gradient_of_the_context_leaves_that_of_the_logsumexp(dtype: tor
 def test_one_that_is_not_there_is_told() -> None:
     broken = dataclasses.replace(kernels.CPU, name="absent", forward=missing)
     with pytest.warns(UserWarning, match="absent cannot be used here: no such operator"):
-        assert not kernels.trusted(broken, Trial(CPU, torch.float32, 32))
+        assert not trial.trusted(broken, Trial(CPU, torch.float32, 32))
 
 
 def case(heads: int, groups: int, n: int, m: int, width: int, masked: bool) -> list[Any]:
