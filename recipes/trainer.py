@@ -122,7 +122,7 @@ def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": False,  # else as loud as transformers' own log
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": recipe.device == "cpu",
+        "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
     }
     try:
         made = TrainingArguments(**{**defaults, **recipe.training})
@@ -140,11 +140,10 @@ def _check_device(recipe: Recipe) -> None:
     there = torch.cuda.is_available()
     if recipe.device == "cuda" and not there:
         raise RecipeError("device=cuda, but torch finds no GPU here. Use device=auto or cpu.")
-    half = [key for key in ("fp16", "bf16") if recipe.training.get(key)]
-    if half and (not there or recipe.device == "cpu"):
+    if recipe.training.get("fp16") and (not there or recipe.device == "cpu"):
         raise RecipeError(
-            f"training.{half[0]} is for a GPU, and there is none to use. "
-            f"Set training.{half[0]}=false."
+            "training.fp16 is for a GPU, and there is none to use. Set training.bf16=true, which a "
+            "CPU can do too, or neither."
         )
 
 

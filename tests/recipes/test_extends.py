@@ -29,6 +29,13 @@ def test_mappings_merge_and_lists_are_replaced(tmp_path: Path) -> None:
     assert recipe.data == {"path": "some/folder"}
 
 
+def test_values_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    top = write(tmp_path, top="model: m\ntask: t\ntraining: {a: no, b: true, c: 1e-3, d: off}")
+    recipe = read_recipe(top, ["training.e=no", "training.f=false"])
+    values = {"a": "no", "b": True, "c": 0.001, "d": "off", "e": "no", "f": False}
+    assert recipe.training == values
+
+
 def test_a_loop_is_named_with_its_way(tmp_path: Path) -> None:
     top = write(tmp_path, top="extends: mid.yaml", mid="extends: top.yaml")
     with pytest.raises(RecipeError, match=r"extends itself: top.yaml -> mid.yaml -> top.yaml"):

@@ -85,7 +85,7 @@ def test_a_wrong_recipe_says_what_is_wrong(content: dict[str, Any], part: str) -
         ("model=package:not_there", "the package not_there is not installed"),
         ("nonsense", "write key=value"),
         ("device=cuda", "torch finds no GPU here"),
-        ("training.bf16=true", "training.bf16 is for a GPU"),
+        ("training.fp16=true", "training.fp16 is for a GPU"),
         ("model=/nowhere/at/all", "no such folder"),
         ("patience=3", "Set training.load_best_model_at_end=true"),
         ("splice=[{method: lora, at: heads}]", "at must be attention or ffn"),

@@ -215,6 +215,19 @@ def test_the_command_line_tries_a_recipe_out_and_trains_it(root: Path, tmp_path:
     assert scored.exit_code == 0, scored.output
 
 
+@pytest.mark.parametrize("name", ["sst2/mam_inducer", "webnlg/prefix", "coqa/inducer_lora"])
+def test_mixed_precision_trains_and_its_adapter_is_float32(
+    name: str, root: Path, tmp_path: Path
+) -> None:
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    [rough] = finetune.train(recipe(name, root, half, "training.bf16=true"), QUIET)
+    [exact] = finetune.train(recipe(name, root, whole), QUIET)
+    for (_, a), (_, b) in zip(rough.losses, exact.losses, strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
+    assert rough.losses != exact.losses
+    assert {tensor.dtype for tensor in tensors(half).values()} == {torch.float32}
+
+
 def test_samples_are_escaped(root: Path, tmp_path: Path) -> None:
     task = surgery.task("coqa")
     example = {"story": "<b>x", "turns": [], "question": "a & b?", "references": ["<i>"]}
