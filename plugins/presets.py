@@ -11,7 +11,7 @@ A preset is a method like any other: at each site it does what its parts would d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import surgery
 
@@ -51,8 +51,9 @@ class InducerLoRA(Preset):
     Args:
         key_rank, value_rank: of the inducer.  lora_rank, alpha, dropout, bias: of LoRA.
         inducer_dropout: on lambda.
+        init: of the inducer: at ``zero``, or as in the ``paper``'s code, near it.
 
-    Start: exact.
+    Start: exact; none as in the paper's code.
     """
 
     name = "inducer_lora"
@@ -64,6 +65,7 @@ class InducerLoRA(Preset):
     dropout: float = 0.0
     inducer_dropout: float = 0.0
     bias: bool = True
+    init: Literal["zero", "paper"] = "zero"
 
     @property
     def parts(self) -> list[surgery.Method]:
@@ -74,7 +76,7 @@ class InducerLoRA(Preset):
             ),
             surgery.method(
                 "inducer", key_rank=self.key_rank, value_rank=self.value_rank,
-                dropout=self.inducer_dropout,
+                dropout=self.inducer_dropout, init=self.init,
             ),
         ]  # fmt: skip
 
@@ -84,9 +86,10 @@ class MAMInducer(InducerLoRA):
     """Inducer and LoRA in attention, a parallel adapter beside the FFN.
 
     Args:
-        ffn_rank, scale, layer_norm: of the adapter; the others as in ``inducer_lora``.
+        ffn_rank, scale, layer_norm: of the adapter; the others as in ``inducer_lora``. With the
+            ``paper``'s start the adapter's is N(0, 0.02).
 
-    Start: exact.
+    Start: exact; none as in the paper's code.
     """
 
     name = "mam_inducer"
@@ -101,8 +104,9 @@ class MAMInducer(InducerLoRA):
     @property
     def parts(self) -> list[surgery.Method]:
         beside = surgery.method(
-            "ffn_adapter", rank=self.ffn_rank, scale=self.scale, layer_norm=self.layer_norm
-        )
+            "ffn_adapter", rank=self.ffn_rank, scale=self.scale, layer_norm=self.layer_norm,
+            init="zero" if self.init == "zero" else "normal",
+        )  # fmt: skip
         return [*super().parts, beside]
 
 

@@ -20,11 +20,12 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_name", ["gpt2", "llama", "roberta"])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, "inducer_lora paper", "mam_inducer paper"])
 def test_a_preset_is_its_parts_one_by_one(name: str, model_name: str) -> None:
     model, twin, given = build(model_name), build(model_name), inputs(model_name)
     base = logits(model, given)
-    preset: Any = surgery.method(name, **SMALL[name])
+    name, _, start = name.partition(" ")
+    preset: Any = surgery.method(name, **SMALL[name], **({"init": start} if start else {}))
     torch.manual_seed(0)
     surgery.splice(model, preset)
     surgery.splice(twin, preset.parts)
