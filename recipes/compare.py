@@ -51,10 +51,9 @@ def compare(grid: Grid, console: Console) -> list[Cell]:
 
 def gpus() -> list[str]:
     """The GPUs that this process may use, as its environment calls them."""
-    allowed = os.environ.get(GPUS)
-    if allowed is None:
-        return [str(number) for number in range(torch.cuda.device_count())]
-    return [name.strip() for name in allowed.split(",") if name.strip()]
+    count, allowed = torch.cuda.device_count(), os.environ.get(GPUS)
+    names = map(str, range(count)) if allowed is None else allowed.split(",")
+    return [name.strip() for name in names][:count]
 
 
 def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:

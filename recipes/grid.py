@@ -160,9 +160,10 @@ def check(grid: Grid, everything: list[Cell]) -> None:
     for cell in everything:
         recipe = recipe_of(grid, cell)
         _same(recipe, cell)
-        if cell.seed == grid.seeds[0]:
-            plan(recipe)
-            arguments(recipe)
+        if cell.finished:
+            continue
+        plan(recipe)
+        arguments(recipe)
         if cell.task not in tried:
             surgery.task(recipe.task, **recipe.data).splits()
             tried.add(cell.task)
@@ -186,5 +187,5 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterable[tuple[str, t
         for key in {**before, **now}:
             whole = f"{name}.{key}" if name else str(key)
             yield from _differences(before.get(key), now.get(key), whole)
-    elif before != now and name != "output":
+    elif before != now and name not in ("output", "about"):
         yield name, (before, now)

@@ -36,7 +36,7 @@ class Line:
     by_length: list[list[list[float]]] = field(default_factory=list)
     better: dict[str, bool] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    made_on: str = ""
+    made_on: set[str] = field(default_factory=set)
 
 
 def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
@@ -71,11 +71,11 @@ def read(cells: Sequence[Cell]) -> list[Line]:
         line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
         for name, value in last["scores"].items():
             line.scores.setdefault(name, []).append(value)
-        line.percent, line.stored = last["percent"], last["stored"]
-        line.trainable = last["trainable"]
-        line.notes = content["notes"]
-        versions = (f"{name} {version}" for name, version in content["versions"].items())
-        line.made_on = ", ".join([content["machine"], *versions])
+        line.percent, line.trainable = last["percent"], last["trainable"]
+        line.stored = last.get("stored", line.percent)
+        line.notes |= content.get("notes", {})
+        versions = (f"{name} {version}" for name, version in content.get("versions", {}).items())
+        line.made_on.add(", ".join([content.get("machine", "unknown"), *versions]))
         line.seconds.append(last["seconds"])
         line.peak_mib = max(line.peak_mib, last.get("peak_mib", 0.0))
         if last.get("by_length"):
@@ -164,7 +164,7 @@ def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str
     if changed:
         notes.append("Settings other than the recipes': " + "; ".join(changed) + ".")
     notes.append("Each row: `surgery train TASK/ROW training.seed=SEED`, with these settings.")
-    notes.append("Made on: " + "; ".join(dict.fromkeys(line.made_on for line in lines)) + ".")
+    notes.append("Made on: " + "; ".join(sorted(set().union(*(x.made_on for x in lines)))) + ".")
     return [note for note in notes if note]
 
 

@@ -70,8 +70,9 @@ class AdapterTrainer(Trainer):
         """
         spared = set(trained_rows(self.model))
         for path, module in self.model.named_modules():
-            own = getattr(module, "no_weight_decay", set)()
-            spared |= {f"{path}.{name}" if path else name for name in own}
+            own = getattr(module, "no_weight_decay", None)
+            names = own() if callable(own) else ()
+            spared |= {f"{path}.{name}" if path else name for name in names}
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
@@ -105,12 +106,14 @@ def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
     Raises:
         RecipeError: an unknown key, a bad value, or a GPU that is not there.
     """
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    for key in recipe.training:
+    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    for key, given in recipe.training.items():
         if key not in known:
             raise RecipeError(
                 f"training: transformers.TrainingArguments has no {key!r}. {suggest(key, known)}"
             )
+        if known[key] in (bool, "bool") and isinstance(given, str):
+            raise RecipeError(f"training.{key}={given!r} must be true or false.")
     _check_device(recipe)
     logs = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     if wandb and importlib.util.find_spec("wandb") is None:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from surgery.dataflow import value
 from surgery.edit import (
     add,
     add_sequence_first,
@@ -41,19 +43,18 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     port = pattern.ports[edit.port]
     before = set(port.node.graph.nodes)
     reads = tuple(_read(pattern, name, root) for name in edit.reads)
-    fused = None if port.columns is None else columns(port.columns)
+    own = None if port.columns is None else columns(port.columns, device_of(port))
 
     def make(graph: fx.Graph) -> fx.Node:
         y: Any = port.node
         if edit.verb == "add":
             plain = add_sequence_first if port.sequence_first and edit.batched else add
-            return chain(graph, (child, reads), (fused[2] if fused else plain, (y, ...)))
-        if fused is None:
+            return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))
+        if own is None:
             return chain(graph, (child, reads or (y,)))
-        take, put, _ = fused
         if reads:
-            return chain(graph, (child, reads), (put, (y, ...)))
-        return chain(graph, (take, (y,)), (child, (...,)), (put, (y, ...)))
+            return chain(graph, (child, reads), (own.put, (y, ...)))
+        return chain(graph, (own.take, (y,)), (child, (...,)), (own.put, (y, ...)))
 
     nodes = [node for node in reads if node is not None]
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
@@ -64,6 +65,12 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
             other.node = new
         if other.projection is not None and other.projection.source is old:
             other.projection = dataclasses.replace(other.projection, source=new)
+
+
+def device_of(port: PortNode) -> torch.device:
+    """Where a port's values are in the call that is captured; one elsewhere has its own graph."""
+    held: torch.Tensor = value(port.node)
+    return held.device
 
 
 def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
@@ -86,7 +93,7 @@ def _split_off(pattern: Pattern, port: PortNode) -> None:
     """Give a port inside a fused projection a call of that projection of its own."""
     assert port.projection is not None
     assert port.features is not None
-    take, put, _ = columns(port.features)
+    chosen = columns(port.features, device_of(port))
     raw = port.projection.node
     graph = raw.graph
     copies: dict[fx.Node, fx.Node] = {}
@@ -95,9 +102,9 @@ def _split_off(pattern: Pattern, port: PortNode) -> None:
         with graph.inserting_after(last):
             copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
     with graph.inserting_after(last):
-        own = graph.call_function(take, (last,))
+        own = graph.call_function(chosen.take, (last,))
     with graph.inserting_after(own):
-        new = graph.call_function(put, (raw, own))
+        new = graph.call_function(chosen.put, (raw, own))
     new.meta.update(raw.meta)
     kept = {new, *copies.values()}
     raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
@@ -117,8 +124,7 @@ def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
         node = graph.get_attr(found) if isinstance(found, str) else found
         if port.features is None:
             return node
-        take, _, _ = columns(port.features)
-        return graph.call_function(take, (node,))
+        return graph.call_function(columns(port.features, device_of(port)).take, (node,))
 
 
 def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
@@ -133,7 +139,8 @@ def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
     port = pattern.ports[name.removesuffix(".source")]
     if not name.endswith(".source") and port.columns is not None:
         with port.node.graph.inserting_after(port.node):
-            return port.node.graph.call_function(columns(port.columns)[0], (port.node,))
+            take = columns(port.columns, device_of(port)).take
+            return port.node.graph.call_function(take, (port.node,))
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)
     return port.node

@@ -249,10 +249,13 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
     direct = rebound(function, attention)
 
     def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal direct
         lse = None
         if direct is not None and not torch.compiler.is_compiling():
             result, lse = direct(module, query, *args, **kwargs)
-        if lse is None:  # it calls no SDPA, or has a branch of its own that does not
+            if lse is None:  # a branch of it calls no SDPA: from now on it is watched
+                direct = None
+        if lse is None:
             watch = _ReadLse()
             with watch:
                 result = function(module, query, *args, **kwargs)

@@ -7,12 +7,13 @@ value read the new one.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from surgery.errors import PortError
+from surgery.quiet import concrete
 
 
 def rewrite(
@@ -105,46 +106,36 @@ def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:
     return heads.permute(order)
 
 
-class Columns:
-    """Some columns of a fused projection: those of a port inside it."""
+class Columns(NamedTuple):
+    """Functions that a graph can call, for the columns of one port of a fused projection."""
 
-    def __init__(self, chosen: Sequence[int]) -> None:
-        start, stop = chosen[0], chosen[-1] + 1
-        self._all: Any = slice(start, stop)
-        if list(chosen) != list(range(start, stop)):
-            self._all = torch.tensor(chosen)
-
-    def _of(self, y: Tensor) -> Any:
-        if isinstance(self._all, Tensor) and self._all.device != y.device:
-            self._all = self._all.to(y.device)
-        return self._all
-
-    def take(self, y: Tensor) -> Tensor:
-        """These columns of ``y``."""
-        return y[..., self._of(y)]
-
-    def put(self, y: Tensor, new: Tensor) -> Tensor:
-        """``y`` with these columns replaced."""
-        whole, at = y.clone(), self._of(y)
-        whole[..., at] = new.to(y.dtype)
-        return whole
-
-    def add(self, y: Tensor, delta: Tensor) -> Tensor:
-        """``y`` with ``delta`` added to these columns."""
-        return self.put(y, self.take(y) + delta.to(y.dtype))
+    take: Callable[[Tensor], Tensor]
+    put: Callable[[Tensor, Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
 
 
-def columns(chosen: Sequence[int]) -> tuple[Any, Any, Any]:
-    """``take``, ``put`` and ``add`` of :class:`Columns`, as functions that a graph can call."""
-    own = Columns(chosen)
+def columns(chosen: Sequence[int], device: torch.device) -> Columns:
+    """Functions for some columns of a tensor on a device.
+
+    Returns:
+        take: these columns of ``y``.  put: ``y`` with them replaced.  add: ``y`` with more in them.
+    """
+    start, stop = chosen[0], chosen[-1] + 1
+    together = list(chosen) == list(range(start, stop))
+    with concrete(), torch.inference_mode(False):  # it outlives the call that is captured
+        index = torch.tensor(chosen, device=device)
 
     def take_columns(y: Tensor) -> Tensor:
-        return own.take(y)
+        return y[..., start:stop] if together else y.index_select(-1, index)
 
     def put_columns(y: Tensor, new: Tensor) -> Tensor:
-        return own.put(y, new)
+        if not together:
+            return y.index_copy(-1, index, new.to(y.dtype))
+        whole = y.clone()
+        whole[..., start:stop] = new.to(y.dtype)
+        return whole
 
     def add_columns(y: Tensor, delta: Tensor) -> Tensor:
-        return own.add(y, delta)
+        return y.index_add(-1, index, delta.to(y.dtype))
 
-    return take_columns, put_columns, add_columns
+    return Columns(take_columns, put_columns, add_columns)

@@ -26,6 +26,7 @@ from surgery.frozen import FrozenProjection, frozen_inside
 from surgery.host import is_host
 from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
+from surgery.rows import forget_rows
 from surgery.sites import Port, Site
 from surgery.splice import known
 
@@ -246,3 +247,4 @@ def _forget(model: nn.Module, report: Report, folded: set[str]) -> None:
         del records(model)[report.name]
     if not records(model):
         del vars(model)[RECORD]
+        forget_rows(model)

@@ -42,7 +42,7 @@ def silenced(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hookless(module: nn.Module) -> Iterator[None]:
-    """Run forwards for their values only: no hook fires, no random state moves."""
+    """Run forwards unseen: no hook fires, no random state moves."""
 
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)

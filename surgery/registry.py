@@ -99,6 +99,7 @@ class Registry:
                 implementation(register=offered.append)
             for cls in offered:
                 kind.check(cls, name)
+            for cls in offered:
                 own = [other for other in offered if other.name == cls.name]
                 if len(own) > 1:
                     raise kind.error(
@@ -143,12 +144,16 @@ class Registry:
                 f"{kind.what.capitalize()}s here: {', '.join(sorted(offered)) or 'none'}.{hint}"
             )
         cls = offered[name][0]
-        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        known = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
         for option in options:
             if option not in known:
                 raise kind.error(
                     f"{kind.what} {name!r} has no {kind.option} {option!r}. "
                     f"{suggest(option, known)}Options: {', '.join(known) or 'none'}."
+                )
+            if known[option] in (bool, "bool") and isinstance(options[option], str):
+                raise kind.error(
+                    f"{kind.what} {name!r}: {option}={options[option]!r} must be true or false."
                 )
         try:
             return cls(**options)

@@ -44,10 +44,9 @@ class _Only:
 def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     """Train these rows of the parameter ``name``, beside what is trained already.
 
-    Call it after :func:`surgery.freeze_base`, which forgets such rows; so does removing the last
-    splice. ``surgery.save`` stores these rows alone. A tied
-    parameter (an embedding that is the output projection too) has one name in
-    ``model.named_parameters()``; take that.
+    Call it after :func:`surgery.freeze_base`, which forgets such rows; so does removing or merging
+    the last splice. ``surgery.save`` stores these rows alone. A tied parameter (an embedding that
+    is the output projection too) has one name in ``model.named_parameters()``; take that.
 
     Raises:
         SpliceError: no such parameter, or a row that it has not.

@@ -65,7 +65,7 @@ def splice(
             for path, pairs in todo.items():
                 operate(model, path, pairs, report, shared, undo)
             verify_together(model, report, sites.others)
-        _verify_starts(report)
+        _verify_starts(report, [site.path for site in sites.others if site.kind == "trunk"])
         for i in report.inserted:  # in training, if their hosts are
             model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     except BaseException:
@@ -106,8 +106,10 @@ def _check_below(model: nn.Module, name: str) -> None:
             )
 
 
-def _verify_starts(report: Report) -> None:
-    free = {i.site.path for i in report.inserted if i.method.start == "none"}
+def _verify_starts(report: Report, trunks: Sequence[str]) -> None:
+    moving = [i for i in report.inserted if i.method.start == "none"]
+    free = {i.site.path for i in moving}
+    free |= set(trunks) if any(i.method.together for i in moving) else set()
     wrong = {p: c for p, c in report.change.items() if c and p not in free}
     if wrong:
         path, change = max(wrong.items(), key=lambda item: item[1])

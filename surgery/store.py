@@ -90,6 +90,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
 def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
     """Splice a saved adapter into a base model, in place.
 
+    To go on training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as before.
+
     Args:
         model: the base; its sites must have the shapes that the adapter was made for.
         folder: where ``save`` put it.

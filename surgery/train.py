@@ -63,12 +63,18 @@ class Frozen:
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
     frozen: int
+    rows: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         text = f"froze {self.frozen:,} parameters of the base"
         if self.fresh:
             text += (
                 f"; still trained, because no weights were loaded for them: {', '.join(self.fresh)}"
+            )
+        if self.rows:
+            text += (
+                f"; single rows are trained no more of {', '.join(self.rows)}: call "
+                "surgery.train_rows again"
             )
         asked = [n for n in self.kept if n not in self.fresh]
         return text + (f"; still trained, as asked: {', '.join(asked)}" if asked else "")
@@ -91,6 +97,7 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
             f"nothing is spliced into this {type(model).__name__}, so nothing would be trained. "
             "Call surgery.splice first."
         )
+    rows = tuple(trained_rows(model))
     forget_rows(model)
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     base = [name for name, p in model.named_parameters() if id(p) not in inserted]
@@ -110,8 +117,8 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
         parameter.requires_grad_(id(parameter) in inserted or name in kept)
         frozen += 0 if parameter.requires_grad else parameter.numel()
     vars(model)[_KEPT] = list(kept)
-    result = Frozen(tuple(kept), tuple(new), frozen)
-    if new:
+    result = Frozen(tuple(kept), tuple(new), frozen, rows)
+    if new or rows:
         _log.warning("surgery: %r", result)
     return result
 

@@ -52,8 +52,7 @@ def virtual_tokens(
     else:
         if heads != keys.shape[0]:
             keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-        s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
-        s = s if scores is None else scores(s)
+        s = scores((query @ keys.mT * scale).to(lse.dtype))  # (B, H, n, P)
         both = torch.cat([s, lse.unsqueeze(-1)], -1).softmax(-1)  # g softmax(s_P), and 1 - g
         own_weights = both[..., :-1].to(values.dtype)
         g = own_weights.sum(-1).mT.unsqueeze(-1)

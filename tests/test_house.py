@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "dropout errors fastpath frozen guards huggingface kernels patching proxy rebind unfused "
     "values",
-    1: "adapter_files compiled edit extend quiet rows sites task trial",
-    2: "border fused method recipe selection",
+    1: "adapter_files compiled extend quiet rows sites task trial",
+    2: "border edit fused method recipe selection",
     3: "assign core dataflow hookspecs report tracer",
     4: "capture projection registry train virtual",
     5: "layout observe pattern",

@@ -86,6 +86,7 @@ def test_a_wrong_recipe_says_what_is_wrong(content: dict[str, Any], part: str) -
         ("nonsense", "write key=value"),
         ("device=cuda", "torch finds no GPU here"),
         ("training.fp16=true", "training.fp16 is for a GPU"),
+        ("training.bf16=no", "training.bf16=.no. must be true or false"),
         ("model=/nowhere/at/all", "no such folder"),
         ("patience=3", "Set training.load_best_model_at_end=true"),
         ("splice=[{method: lora, at: heads}]", "at must be attention or ffn"),

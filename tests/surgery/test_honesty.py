@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tr
 from torch import Tensor, nn
 
 import surgery
@@ -292,9 +293,17 @@ def test_a_second_adapter_is_loaded_beside_the_first(tmp_path: Path) -> None:
         surgery.freeze_base(model, keep=[f"transformer.h.{rank - 2}.ln_1"])
         perturb(model)
         folders.append(surgery.save(model, tmp_path / name))
-    both = build("gpt2")
-    for folder in folders:
+    both, expected = build("gpt2"), build("gpt2")
+    for folder, (name, rank) in zip(folders, (("one", 2), ("two", 3)), strict=True):
         surgery.load(both, folder)
+        alone = surgery.load(build("gpt2"), folder)
+        surgery.splice(expected, surgery.method("lora", rank=rank), name=name)
+        with torch.no_grad():
+            for key, parameter in surgery.spliced_parameters(alone, name):
+                expected.get_parameter(key).copy_(parameter)
+            for key in surgery.train.kept_parameters(alone):
+                expected.get_parameter(key).copy_(alone.get_parameter(key))
+    assert torch.equal(logits(both, x), logits(expected, x))
     assert [report.name for report in surgery.summary(both).reports] == ["one", "two"]
     again = surgery.load(build("gpt2"), surgery.save(both, tmp_path / "both"))
     assert torch.equal(logits(again, x), logits(both, x))
@@ -403,3 +412,85 @@ def test_hooks_of_the_user_do_not_fire_in_a_splice(name: str) -> None:
     assert not fired
     logits(model, inputs("gpt2"))
     assert fired
+
+
+def interleaved() -> Any:
+    """A model whose fused projection has the queries, keys and values of each head side by side."""
+    torch.manual_seed(0)
+    config = tr.GPTNeoXConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    return tr.GPTNeoXForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("first", ["inference", "export"])
+def test_a_graph_captured_in_some_mode_serves_all_others(first: str) -> None:
+    model, ids = interleaved(), torch.randint(0, 60, (2, 7))
+    surgery.splice(model, methods(("lora", {"ports": ("query", "value")}), ("ia3", {})))
+    perturb(model, 0.3)
+    expected = copy.deepcopy(model)(input_ids=ids).logits
+    other = {"input_ids": ids, "output_attentions": False}  # a call of another structure
+    if first == "inference":
+        with torch.inference_mode():
+            model(**other)
+    else:
+        torch.export.export(model, (), other, strict=False)
+    logits = model(**other).logits
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert all(p.grad is not None for _, p in surgery.spliced_parameters(model))
+
+
+def test_merging_the_last_splice_forgets_rows_too() -> None:
+    x, model = inputs("gpt2"), build("gpt2")
+    surgery.splice(model, surgery.method("lora"))
+    surgery.freeze_base(model)
+    surgery.train_rows(model, "transformer.wte.weight", [7])
+    surgery.merge(model)
+    model.requires_grad_(True)
+    assert rows_with_gradient(model, x) > 1
+
+
+def test_freezing_says_which_rows_it_forgot() -> None:
+    model = build("gpt2")
+    surgery.splice(model, surgery.method("lora"))
+    surgery.train_rows(model, "transformer.wte.weight", [7])
+    shown = repr(surgery.freeze_base(model))
+    assert "trained no more of transformer.wte.weight: call surgery.train_rows again" in shown
+
+
+def test_a_text_is_no_truth_value() -> None:
+    with pytest.raises(surgery.MethodError, match=r"lora.*bias='no' must be true or false"):
+        surgery.method("lora", bias="no")
+
+
+@dataclass(frozen=True)
+class Other:
+    """No method at all."""
+
+
+def test_a_plugin_that_offers_something_else_is_told_so() -> None:
+    class Plugin:
+        @surgery.hookimpl
+        def register_methods(self, register: Any) -> None:
+            register(Other)
+            register(Twice)
+
+    with pytest.raises(surgery.MethodError, match="Other"):
+        surgery.registry.Registry().add(Plugin(), "odd")
+
+
+def test_two_methods_of_one_name_in_one_plugin_clash() -> None:
+    @dataclass(frozen=True)
+    class Again(Twice):
+        name = "twice"
+
+    class Plugin:
+        @surgery.hookimpl
+        def register_methods(self, register: Any) -> None:
+            register(Twice)
+            register(Again)
+
+    with pytest.raises(surgery.MethodError, match="'both' offers 2 methods 'twice': Twice, Again"):
+        surgery.registry.Registry().add(Plugin(), "both")
