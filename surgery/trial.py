@@ -54,7 +54,8 @@ def grouped_backward(kernel: Kernel, device: torch.device, dtype: torch.dtype, w
 
 
 def _agrees(kernel: Kernel, trial: Trial) -> bool:
-    n, width, groups, p = 8, trial.width, trial.groups, 0.5 if trial.dropping else 0.0
+    n, width = min(16, trial.width), trial.width
+    groups, p = trial.groups, 0.5 if trial.dropping else 0.0
     wave = torch.arange(2 * 2 * groups * n * width, device=trial.device, dtype=torch.float32)
     q = (wave * 0.7).sin().reshape(2, 2 * groups, n, width).to(trial.dtype)
     k, v = ((wave * a).cos().reshape(2, 2 * groups, n, width)[:, :2] for a in (1.3, 0.3))
