@@ -39,7 +39,7 @@ def compare(grid: Grid, console: Console) -> list[Cell]:
     check(grid, everything)
     todo = [cell for cell in everything if not cell.finished]
     console.print(f"{grid.title}: {len(everything)} runs, {len(everything) - len(todo)} finished")
-    failed = list(_run_all(grid, todo, console))
+    failed = list(_run_all(grid, todo, console)) if todo else []
     made = tables.write(grid, everything)
     if made is not None:
         console.print(made)

@@ -54,7 +54,9 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
         csv.writer(file).writerows([head, *rows])
     pictures.by_parameters(grid, lines, folder / "parameters.png")
     pictures.by_length(grid, lines, folder / "length.png")
-    shown = Table(*head, title=grid.title)
+    shown = Table(title=grid.title)
+    for number, name in enumerate(head):
+        shown.add_column(name, no_wrap=number == 0)
     for row in rows:
         shown.add_row(*row)
     return shown
