@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from surgery_recipes.tables import Line
 
 
+MARKERS = "osD^v"
+
+
 def by_parameters(grid: Grid, lines: Sequence[Line], path: Path) -> None:
     """One panel for each task: the first score against trainable numbers."""
     figure, panels = _panels(grid)
@@ -33,11 +36,13 @@ def by_length(grid: Grid, lines: Sequence[Line], path: Path) -> None:
     """One panel for each task: the score of its main metric in each quarter of input lengths."""
     figure, panels = _panels(grid)
     for task, place in panels.items():
-        for line in (line for line in lines if line.task == task and line.by_length):
+        chosen = [line for line in lines if line.task == task and line.by_length]
+        for number, line in enumerate(chosen):
             quarters = list(zip(*line.by_length, strict=True))  # seeds in each quarter
             lengths = [statistics.mean(length for length, _ in seeds) for seeds in quarters]
             scores = [statistics.mean(score for _, score in seeds) for seeds in quarters]
-            place.plot(lengths, scores, marker="o", label=line.row)
+            marker = MARKERS[number // 10 % len(MARKERS)]  # ten colours, then they come again
+            place.plot(lengths, scores, marker=marker, label=line.row)
         place.set(xlabel="tokens of the input, mean of each quarter", ylabel="score", title=task)
         place.grid(alpha=0.3)
         if place.lines:
