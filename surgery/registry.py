@@ -153,7 +153,7 @@ class Registry:
                 )
             if known[option] in (bool, "bool") and isinstance(options[option], str):
                 raise kind.error(
-                    f"{kind.what} {name!r}: {option}={options[option]!r} must be true or false."
+                    f"{kind.what} {name!r}: {option}={options[option]!r} must be True or False."
                 )
         try:
             return cls(**options)

@@ -461,7 +461,7 @@ def test_freezing_says_which_rows_it_forgot() -> None:
 
 
 def test_a_text_is_no_truth_value() -> None:
-    with pytest.raises(surgery.MethodError, match=r"lora.*bias='no' must be true or false"):
+    with pytest.raises(surgery.MethodError, match=r"lora.*bias='no' must be True or False"):
         surgery.method("lora", bias="no")
 
 
