@@ -247,11 +247,10 @@ def _full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, T
 
 def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     found = []
-    for report in [records(model)[name]]:
-        for inserted in report.inserted:
-            module = model.get_submodule(inserted.path)
-            named = dict(module.named_buffers())
-            found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
+    for inserted in records(model)[name].inserted:
+        module = model.get_submodule(inserted.path)
+        named = dict(module.named_buffers())
+        found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
     return found
 
 
