@@ -109,7 +109,7 @@ def _linear(width: int, out: int, std: float) -> nn.Linear:
 
 
 class Prefix(nn.Module):
-    """What the prefix changes in the merged heads: ``g (prefix's context - f)``, to be added.
+    """The merged heads with the prefix: ``f + g (prefix's context - f)``, to take their place.
 
     Args:
         site: where it is.  method: its options.
@@ -270,7 +270,7 @@ class PrefixTuning(surgery.Method):
             site.port("positions").insert(Later(self.length), name=self.name)
             return
         reads = ("merged", "query_heads", "lse")
-        site.port("merged").add(Prefix(site, self), name=self.name, reads=reads)
+        site.port("merged").replace(Prefix(site, self), name=self.name, reads=reads)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Attend(Part):
 
     Shape:
         merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n), key and value heads
-        (B, G, m, d) -> (B, n, H d), to be added to merged
+        (B, G, m, d) -> (B, n, H d), to take the place of merged
     """
 
     def __init__(self, prompt: Any, scale: float) -> None:
@@ -113,7 +113,7 @@ class Attend(Part):
         if self.shared.running:
             self.seen = k[0], v[0]
         if self.shared.running or self.seen is None:
-            return torch.zeros_like(merged)
+            return merged
         keys, values = self.seen
         return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale)
 
@@ -280,7 +280,7 @@ class PromptTuning(surgery.Method):
             own = prompt if isinstance(prompt, Prompt) else prompt.module
             own.causal = True
             reads = ("merged", "query_heads", "lse", "key_heads", "value_heads")
-            site.port("merged").add(Attend(prompt, site.scale), name=self.name, reads=reads)
+            site.port("merged").replace(Attend(prompt, site.scale), name=self.name, reads=reads)
         elif site.kind == "position":
             site.port("positions").insert(Later(prompt), name=self.name)
         elif site.kind == "embedding":

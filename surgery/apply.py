@@ -15,6 +15,8 @@ from surgery.edit import (
     add_sequence_first,
     chain,
     columns,
+    put,
+    put_sequence_first,
     rewrite,
 )
 from surgery.errors import PortError
@@ -47,9 +49,12 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 
     def make(graph: fx.Graph) -> fx.Node:
         y: Any = port.node
+        turned = port.sequence_first and edit.batched
         if edit.verb == "add":
-            plain = add_sequence_first if port.sequence_first and edit.batched else add
+            plain = add_sequence_first if turned else add
             return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))
+        if own is None and edit.batched:
+            return chain(graph, (child, reads), (put_sequence_first if turned else put, (y, ...)))
         if own is None:
             return chain(graph, (child, reads or (y,)))
         if reads:

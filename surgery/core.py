@@ -266,8 +266,8 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
                 "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
                 "do not read 'lse' (lora, FFN adapters)."
             )
-        # Some wrappers fold a group of heads into the query axis; the order stays the same.
-        return result, lse.reshape(query.shape[:-1])
+        rows = query.shape[:-1]  # some wrappers fold a group of heads into the query axis
+        return result, lse if lse.shape == rows else lse.reshape(rows)
 
     name = getattr(function, "__name__", "attention")
     both.__name__ = f"{name}_with_lse"

@@ -73,14 +73,22 @@ def add(y: Tensor, delta: Tensor) -> Tensor:
 
     Tokens may lie on another number of axes there: (h, w, D) or (B n, D) against (B, n, D).
     """
-    if delta.shape != y.shape:
-        delta = delta.reshape(y.shape)
-    return y + delta.to(y.dtype)
+    return y + put(y, delta)
 
 
 def add_sequence_first(y: Tensor, delta: Tensor) -> Tensor:
     """``y + delta`` for y (n, B, D), or (n B, D), and delta (B, n, D)."""
-    return y + delta.transpose(0, 1).reshape(y.shape).to(y.dtype)
+    return y + put_sequence_first(y, delta)
+
+
+def put(y: Tensor, new: Tensor) -> Tensor:
+    """``new`` in the place of ``y``, with its dtype and its axes, see :func:`add`."""
+    return (new if new.shape == y.shape else new.reshape(y.shape)).to(y.dtype)
+
+
+def put_sequence_first(y: Tensor, new: Tensor) -> Tensor:
+    """``new`` (B, n, D) in the place of y (n, B, D), or (n B, D)."""
+    return new.transpose(0, 1).reshape(y.shape).to(y.dtype)
 
 
 def rows_like(lse: Tensor, heads: Tensor) -> Tensor:

@@ -51,12 +51,20 @@ def _shaped(lse: fx.Node, pattern: Pattern) -> fx.Node:
     heads = pattern.ports["query_heads"].node
     graph = lse.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
-        rows = graph.call_function(rows_like, (lse, heads))
+    rows = lse
+    if not _made_for(heads, lse):
+        with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
+            rows = graph.call_function(rows_like, (lse, heads))
     if heads.meta["value"].dim() != 3 or not pattern.heads:
         return rows
     with graph.inserting_after(rows):
         return graph.call_function(_split_lse, (rows, pattern.heads))
+
+
+def _made_for(heads: fx.Node, lse: fx.Node) -> bool:
+    """Were these very heads the query of the call that gave ``lse``? It has their rows then."""
+    called = lse.args[0]
+    return lse.target is second_of and isinstance(called, fx.Node) and heads in called.args[:2]
 
 
 def _split_lse(lse: Tensor, n_heads: int) -> Tensor:

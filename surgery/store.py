@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from surgery import huggingface
 from surgery.adapter_files import FORMAT, JSON, read, write_whole
 from surgery.errors import SpliceError, StoreError
+from surgery.fingerprint import fingerprint, warn_of_other_weights
 from surgery.locate import locate
 from surgery.registry import method
 from surgery.report import records
@@ -71,7 +72,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         "base": {
             "class": type(model).__name__,
             "name": huggingface.name_or_path(model),
-            "fingerprint": fingerprint(model),
+            "fingerprint": fingerprint(model, _trained(model)),
         },
         "kept": kept_parameters(model),
         "rows": trained_rows(model),
@@ -88,7 +89,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
-    """Splice a saved adapter into a base model, in place.
+    """Splice a saved adapter into a base model, in place. Warns if the base has other weights.
 
     To go on training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as before.
 
@@ -109,6 +110,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     rows = description.get("rows", {})
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
+    known = description["base"]["fingerprint"]
+    if isinstance(known, dict):  # it was a digest of shapes once
+        warn_of_other_weights(model, known, folder)
     done: list[str] = []
     try:
         for saved, at in plans:
@@ -143,12 +147,11 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the names and shapes of the base's parameters."""
+def _trained(model: nn.Module) -> set[str]:
+    """Parameters that are no part of the base as it was: inserted, or trained along."""
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
-    own = [(n, p) for n, p in model.named_parameters() if id(p) not in inserted]
-    shapes = [f"{n} {tuple(p.shape)}" for n, p in own]
-    return hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()[:16]
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in inserted}
+    return names | set(kept_parameters(model)) | set(trained_rows(model))
 
 
 def _describe(report: Any, plain: bool) -> dict[str, Any]:

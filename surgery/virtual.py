@@ -27,7 +27,7 @@ def virtual_tokens(
     scores: Callable[[Tensor], Tensor] | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """What P virtual keys and values change in the merged heads: ``g (context_P - f)``.
+    """The merged heads with P virtual keys and values: ``f' = f + g (context_P - f)``.
 
     Args:
         merged: f, heads side by side (B, n, H d_v).
@@ -39,7 +39,7 @@ def virtual_tokens(
         gate: one factor of g for each head (H,).
 
     Returns:
-        (B, n, H d_v), to be added to ``merged``.
+        f' (B, n, H d_v), to take the place of ``merged``.
     """
     batch, heads, n, _ = query.shape
     f = merged.reshape(batch, n, heads, -1)
@@ -48,7 +48,9 @@ def virtual_tokens(
         grouped = heads != keys.shape[0]
         context, own = attention(query, own_keys, own_values, scale=scale, enable_gqa=grouped)
         g = torch.sigmoid(own - lse).mT.unsqueeze(-1).to(f.dtype)  # (B, n, H, 1)
-        changed = g * (context.transpose(1, 2) - f)
+        if gate is not None:
+            g = g * gate.to(f.dtype).unsqueeze(-1)
+        made = torch.lerp(f, context.transpose(1, 2).to(f.dtype), g)
     else:
         if heads != keys.shape[0]:
             keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
@@ -56,8 +58,6 @@ def virtual_tokens(
         both = torch.cat([s, lse.unsqueeze(-1)], -1).softmax(-1)  # g softmax(s_P), and 1 - g
         own_weights = both[..., :-1].to(values.dtype)
         g = own_weights.sum(-1).mT.unsqueeze(-1)
-        changed = (own_weights @ values).transpose(1, 2) - g * f
-    if gate is not None:
-        changed = changed * gate.to(f.dtype).unsqueeze(-1)
-    made: Tensor = changed.flatten(2)
-    return made
+        changed = (own_weights @ values).transpose(1, 2).to(f.dtype) - g.to(f.dtype) * f
+        made = f + (changed if gate is None else changed * gate.to(f.dtype).unsqueeze(-1))
+    return made.flatten(2)

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "dropout errors fastpath frozen guards huggingface kernels patching proxy rebind unfused "
-    "values",
+    0: "dropout errors fastpath fingerprint frozen guards huggingface kernels patching proxy "
+    "rebind unfused values",
     1: "adapter_files compiled extend quiet rows sites task trial",
     2: "border edit fused method recipe selection",
     3: "assign core dataflow hookspecs report tracer",
