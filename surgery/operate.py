@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,35 +37,48 @@ from surgery.verify import (
 )
 
 
-def operate(
-    model: nn.Module,
-    path: str,
-    pairs: list[tuple[Method, Site]],
-    report: Report,
-    common: dict[int, dict[str, nn.Module]],
-    undo: list[Any],
+@dataclass
+class Progress:
+    """A splice under way.
+
+    Attributes:
+        shared: modules that all sites of a method share, by the method's id and their names.
+        undo: what to call, the last first, to have the model as it was.
+    """
+
+    model: nn.Module
+    report: Report
+    shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+def operate(progress: Progress, path: str, pairs: list[tuple[Method, Site]]) -> None:
+    """Build, insert and verify one host; each change leaves its undoing in ``progress``."""
+    module = progress.model.get_submodule(path)
+    around = [pair for pair in pairs if pair[1].kind in CALLS]
+    inside = [pair for pair in pairs if pair not in around]
+    for act, group in ((_rewrite, inside), (_wrap, around)):
+        if group:
+            plan = group[0][1].host
+            assert plan is not None
+            if not plan.args and not plan.kwargs:
+                raise SpliceError(
+                    f"{path}: this site has no example of a call any more, as sites of a report "
+                    "have none. Take it from surgery.locate(model)."
+                )
+            act(progress, module, plan, group)
+
+
+def _rewrite(
+    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
-    """Build, insert and verify one host; each change leaves its undoing in ``undo``."""
-    module = model.get_submodule(path)
-    plan = pairs[0][1].host
-    assert plan is not None
-    if not plan.args and not plan.kwargs:
-        raise SpliceError(
-            f"{path}: this site has no example of a call any more, as sites of a report have none. "
-            "Take it from surgery.locate(model)."
-        )
-    calls = [pair for pair in pairs if pair[1].kind in CALLS]
-    if calls:
-        inside = [pair for pair in pairs if pair not in calls]
-        if inside:
-            operate(model, path, inside, report, common, undo)
-        _wrap(model, module, path, calls, report, common, undo)
-        return
+    """What is inserted into the graph of a host."""
+    path, report = plan.path, progress.report
     base = present_outputs(module, plan.args, plan.kwargs)
     known = state_of(module)
     if known is not None and not known.edited and not known.through >= plan.through:
         before = known.through  # it was made for what goes around its call
-        undo.append(lambda: setattr(known, "through", before))
+        progress.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
     captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
@@ -72,20 +87,17 @@ def operate(
             for edit, child in zip(earlier.edits, earlier.children, strict=True):
                 apply_edit(patterns, edit, child, module)
     one_key = {(p.kind, p.key) for p in patterns if p.one_key}
-    operation, new, inserted = _build(model, module, path, pairs, report, common)
-    undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
-    state = _put_in(module, plan, operation, new)
-    fastpath.close(model, path)
-    for edit, child in zip(operation.edits, operation.children, strict=True):
-        require_applied(apply_edit(patterns, edit, child, module), edit, path)
+    state, inserted = _insert(progress, module, plan, pairs)
+    fastpath.close(progress.model, path)
+    for i in inserted:
+        require_applied(apply_edit(patterns, i.edit, _child(i), module), i.edit, path)
     variant = finish(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.variants = {key: [variant]}
     try:
         report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
         alone = [i for i in inserted if _heard(i.edit, one_key) and not i.method.together]
-        children = [i.path.rpartition(".")[2] for i in alone]
-        verify_reach(module, state, variant, children, plan.args, plan.kwargs)
+        verify_reach(module, state, variant, list(map(_child, alone)), plan.args, plan.kwargs)
     except SurgeryError:
         raise
     except Exception as error:  # whatever the code of a plugin raises
@@ -94,26 +106,14 @@ def operate(
             f"{path}: the forward fails with {names} spliced in ({type(error).__name__}: {error}). "
             "What the method inserts does not fit this site; leave it out with at=."
         ) from error
-    report.inserted += inserted
 
 
 def _wrap(
-    model: nn.Module,
-    module: nn.Module,
-    path: str,
-    pairs: list[tuple[Method, Site]],
-    report: Report,
-    common: dict[int, dict[str, nn.Module]],
-    undo: list[Any],
+    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
-    """The same for what goes around the call of a module."""
-    plan = pairs[0][1].host
-    assert plan is not None
+    """What goes around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
-    operation, new, inserted = _build(model, module, path, pairs, report, common)
-    undo.append(lambda: take_out(module, report.name, [c for c, _ in new]))
-    state = _put_in(module, plan, operation, new)
-    report.inserted += inserted
+    state, inserted = _insert(progress, module, plan, pairs)
     if any(i.method.together for i in inserted):
         return
 
@@ -121,56 +121,51 @@ def _wrap(
         return run(module, state, args, kwargs)
 
     change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
-    within = report.change.get(path, 0.0)  # of what was put inside the same host
-    report.change[path] = None if change is None or within is None else max(change, within)
-    verify_wraps(module, state, forward, operation.children, plan.args, plan.kwargs)
+    changes = progress.report.change
+    within = changes.get(plan.path, 0.0)  # of what was put inside the same host
+    changes[plan.path] = None if change is None or within is None else max(change, within)
+    verify_wraps(module, state, forward, list(map(_child, inserted)), plan.args, plan.kwargs)
 
 
-def _put_in(
-    module: nn.Module, plan: HostPlan, operation: Operation, new: list[tuple[str, nn.Module]]
-) -> HostState:
-    """Make the module a host that has these children."""
-    state = install(module, plan)
-    for child, made in new:
-        made.train(module.training)
-        draw_by_name(made, f"{plan.path}.{child}")
-        module.add_module(child, made)
-    before = state.operations.get(operation.name, Operation(operation.name, [], []))
-    edits, children = before.edits + operation.edits, before.children + operation.children
-    state.operations[operation.name] = Operation(operation.name, edits, children)
-    state.refresh()
-    return state
-
-
-def _build(
-    model: nn.Module,
-    module: nn.Module,
-    path: str,
-    pairs: list[tuple[Method, Site]],
-    report: Report,
-    common: dict[int, dict[str, nn.Module]],
-) -> tuple[Operation, list[tuple[str, nn.Module]], list[Inserted]]:
-    """Let each method make its modules; nothing of the model changes."""
-    operation = Operation(report.name, [], [])
-    new: list[tuple[str, nn.Module]] = []
+def _insert(
+    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
+) -> tuple[HostState, list[Inserted]]:
+    """Let each method make its modules, and make ``module`` a host that has them as children."""
+    name = progress.report.name
+    made: list[tuple[str, nn.Module]] = []
     inserted: list[Inserted] = []
-    shared: dict[int, nn.Parameter] = {}  # modules of one site may share
+    seen: set[int] = set()  # modules of one site may share parameters
     for method, site in pairs:
-        opened = site.open(model, common.setdefault(id(method), {}))
+        opened = site.open(progress.model, progress.shared.setdefault(id(method), {}))
         method.splice(opened)
         if not opened.edits:
-            raise SpliceError(f"method {method.name!r} at {path}: it inserted nothing.")
-        for edit, made in opened.edits:
-            child = _free_name(module, edit.child, report.name, [c for c, _ in new])
-            new.append((child, made))
-            operation.edits.append(edit)
-            operation.children.append(child)
-            fresh = {id(p): p for p in made.parameters() if id(p) not in shared}
-            shared.update(fresh)
+            raise SpliceError(f"method {method.name!r} at {plan.path}: it inserted nothing.")
+        for edit, new in opened.edits:
+            child = _free_name(module, edit.child, name, [c for c, _ in made])
+            made.append((child, new))
+            fresh = {id(p): p for p in new.parameters() if id(p) not in seen}
+            seen.update(fresh)
             count = sum(p.numel() for p in fresh.values())
-            full = f"{path}.{child}" if path else child
+            full = f"{plan.path}.{child}" if plan.path else child
             inserted.append(Inserted(_lean(site), method, edit, full, count))
-    return operation, new, inserted
+    children = [child for child, _ in made]
+    progress.undo.append(lambda: take_out(module, name, children))
+    state = install(module, plan)
+    for child, new in made:
+        new.train(module.training)
+        draw_by_name(new, f"{plan.path}.{child}")
+        module.add_module(child, new)
+    before = state.operations.get(name, Operation(name, [], []))
+    edits = before.edits + [i.edit for i in inserted]
+    state.operations[name] = Operation(name, edits, before.children + children)
+    state.refresh()
+    progress.report.inserted += inserted
+    return state, inserted
+
+
+def _child(inserted: Inserted) -> str:
+    """What an inserted module is called on its host."""
+    return inserted.path.rpartition(".")[2]
 
 
 def _heard(edit: Edit, one_key: set[tuple[str, str]]) -> bool:

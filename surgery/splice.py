@@ -14,7 +14,7 @@ from surgery.errors import SpliceError, suggest
 from surgery.host import hosts, is_host, state_of
 from surgery.locate import locate
 from surgery.method import Method
-from surgery.operate import operate, take_out
+from surgery.operate import Progress, operate, take_out
 from surgery.quiet import evaluating
 from surgery.report import RECORD, Report, records
 from surgery.rows import forget_rows
@@ -58,19 +58,18 @@ def splice(
     todo = assign(model, chosen, sites)
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
-    undo: list[Any] = []
-    shared: dict[int, dict[str, nn.Module]] = {}  # by method: modules that its sites share
+    progress = Progress(model, report)
     try:
         with evaluating(model):
             for path, pairs in todo.items():
-                operate(model, path, pairs, report, shared, undo)
+                operate(progress, path, pairs)
             verify_together(model, report, sites.others)
         _verify_starts(report, [site.path for site in sites.others if site.kind == "trunk"])
         for i in report.inserted:  # in training, if their hosts are
             model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     except BaseException:
-        for step in reversed(undo):
-            step()
+        for undo in reversed(progress.undo):
+            undo()
         fastpath.reopen(model, is_host)
         raise
     vars(model).setdefault(RECORD, {})[name] = report
