@@ -72,6 +72,17 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
             other.projection = dataclasses.replace(other.projection, source=new)
 
 
+def port_values(patterns: Iterable[Pattern], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of the port that an edit is for, wherever its site occurs."""
+    found = [p.ports[edit.port] for p in patterns if p.holds(edit.kind, edit.site)
+             and edit.port in p.ports]  # fmt: skip
+    held: list[torch.Tensor] = [value(port.node) for port in found]
+    return [
+        (torch.Size((*v.shape[:-1], len(port.columns))) if port.columns else v.shape, v.dtype)
+        for v, port in zip(held, found, strict=True)
+    ]
+
+
 def device_of(port: PortNode) -> torch.device:
     """Where a port's values are in the call that is captured; one elsewhere has its own graph."""
     held: torch.Tensor = value(port.node)

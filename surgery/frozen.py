@@ -53,23 +53,37 @@ class FrozenProjection:
         """Is this its weight or its bias?"""
         return any(own is parameter for own in self.tensors())
 
+    def matrix(self) -> Tensor:
+        """W (in_width, width), as the base has it now."""
+        weight: Tensor = getattr(*self._weight).detach()
+        return (weight.T if self.transposed else weight)[:, self._chosen()]
+
+    def bias(self) -> Tensor | None:
+        """b (width,), or None."""
+        return None if self._bias is None else getattr(*self._bias).detach()[self._chosen()]
+
+    def _chosen(self) -> Any:
+        return slice(None) if self.columns is None else list(self.columns)
+
     def __call__(self, x: Tensor) -> Tensor:
-        owner, name = self._weight
-        weight: Tensor = getattr(owner, name).detach()
-        matrix = weight.T if self.transposed else weight  # (in_width, out)
-        columns = slice(None) if self.columns is None else list(self.columns)
-        y = x @ matrix[:, columns].to(x.dtype)
-        if self._bias is not None:
-            y = y + getattr(*self._bias).detach()[columns].to(x.dtype)
-        return y
+        y, bias = x @ self.matrix().to(x.dtype), self.bias()
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 def frozen_inside(module: nn.Module) -> Iterator[FrozenProjection]:
     """The projections of the base that a module and its parts use."""
+    return (held for held in _held(module) if isinstance(held, FrozenProjection))
+
+
+def referred(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a module and its parts refer to."""
+    return (held.module for held in _held(module) if isinstance(held, Reference))
+
+
+def _held(module: nn.Module) -> Iterator[Any]:
     for part in module.modules():
         for held in vars(part).values():
-            several = held if isinstance(held, (list, tuple)) else [held]
-            yield from (each for each in several if isinstance(each, FrozenProjection))
+            yield from held if isinstance(held, (list, tuple)) else [held]
 
 
 def _place(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:

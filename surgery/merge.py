@@ -8,12 +8,14 @@ so with one method, and ``merge`` computes the new W and b in float64 and rounds
 
 W is (in, out), only the columns of the port if the projection is fused; b is None where there is
 none, and what there is besides the projection's own bias if the module reads that. A module that
-can be folded in part only (the inducer's b2) also has ``rest()``, which takes that part out of it.
+can be folded in part only (the inducer's b2) also has ``rest()``, which takes that part out of it;
+one that has a bias of its own to fold says ``needs_bias = True``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from surgery import fastpath
 from surgery.errors import SpliceError
-from surgery.frozen import FrozenProjection, frozen_inside
+from surgery.frozen import frozen_inside, referred
 from surgery.host import is_host
 from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
@@ -75,7 +77,9 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
     """
     names = list(records(model)) if name is None else [name]
     known(model, names)
-    plan = _Plan(model, names, partial)
+    stay: dict[str, str] = {}  # modules that others are in the way of, and how
+    while new := (plan := _Plan(model, names, partial, stay)).conflicts():
+        stay |= new
     own = dict(model.named_parameters(remove_duplicate=False))
     merged = Merged(plan.whole, plan.left + plan.parts)
     merged.originals = {n: own[n].detach().clone() for n in plan.weights}
@@ -93,19 +97,18 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
 class _Plan:
     """The new weights, and which modules they make superfluous. Nothing is changed here."""
 
-    def __init__(self, model: nn.Module, names: list[str], partial: bool) -> None:
-        self.model, self.partial = model, partial
+    def __init__(
+        self, model: nn.Module, names: list[str], partial: bool, stay: dict[str, str]
+    ) -> None:
+        self.model, self.partial, self.stay = model, partial, stay
         self.own = dict(model.named_parameters(remove_duplicate=False))
         self.weights: dict[str, Tensor] = {}
         self.whole: list[Inserted] = []
         self.parts: list[Inserted] = []
         self.left: list[Inserted] = []
         ports: dict[tuple[Any, str], list[tuple[Inserted, bool]]] = {}
-        self.frozen: list[tuple[str, FrozenProjection]] = []
         for report in records(model).values():
             for i in report.inserted:
-                found = frozen_inside(model.get_submodule(i.path))
-                self.frozen += [(repr(i.method.name), each) for each in found]
                 place = (i.site.identity, i.edit.port)
                 ports.setdefault(place, []).append((i, report.name in names))
         self.refused: set[str] = set()
@@ -131,6 +134,23 @@ class _Plan:
         if chosen:
             self.compute(chosen)
 
+    def conflicts(self) -> dict[str, str]:
+        """What cannot go because of what stays, by path, and why."""
+        gone = {i.path for i in self.whole}
+        every = [i for report in records(self.model).values() for i in report.inserted]
+        staying = [(i, self.model.get_submodule(i.path)) for i in every if i.path not in gone]
+        found: dict[str, str] = {}
+        for i in [*self.whole, *self.parts]:
+            own = set(self.model.get_submodule(i.path).modules())
+            port = i.site.port(i.edit.port)
+            for other, module in staying:
+                if i.path in gone and not own.isdisjoint(referred(module)):
+                    found[i.path] = f"{other.method.name!r} at {other.site.path} uses a part of it"
+                for name in filter(None, (port.weight, port.bias)):
+                    if any(frozen.reads(self.own[name]) for frozen in frozen_inside(module)):
+                        found[i.path] = f"{other.method.name!r} reads {name} as the base has it"
+        return {path: why for path, why in found.items() if path not in self.stay}
+
     def compute(self, chosen: list[Inserted]) -> None:
         """The projection's weight and bias with these modules folded in."""
         port = chosen[0].site.port(chosen[0].edit.port)
@@ -144,14 +164,13 @@ class _Plan:
         behind = [i for i in chosen if i.edit.verb != "feed"]
         for inserted in [*reversed(feeds), *behind]:
             module: Any = self.model.get_submodule(inserted.path)
-            with torch.no_grad():
-                if inserted.edit.verb == "feed":
-                    w = module.fold_input(w)
-                elif b is not None and raw is not None and _reads_bias(inserted):
-                    w, b = module.fold(w, b - raw)
-                    b = raw + b
-                else:
-                    w, b = module.fold(w, b)
+            if inserted.edit.verb == "feed":
+                w = _folded(inserted, lambda w, b, m=module: (m.fold_input(w), b), w, b)[0]
+            elif b is not None and raw is not None and _reads_bias(inserted):
+                w, b = _folded(inserted, module.fold, w, b - raw)
+                b = None if b is None else raw + b
+            else:
+                w, b = _folded(inserted, module.fold, w, b)
             (self.parts if hasattr(module, "rest") else self.whole).append(inserted)
         for name, merged in ((port.weight, w), (port.bias, b)):
             if merged is not None and not bool(merged.to(self.own[name].dtype).isfinite().all()):
@@ -176,6 +195,8 @@ class _Plan:
 
     def why_not(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
         """Why a module cannot be folded; empty if it can."""
+        if inserted.path in self.stay:
+            return self.stay[inserted.path]
         module, edit = self.model.get_submodule(inserted.path), inserted.edit
         port = inserted.site.port(edit.port)
         fold = "fold_input" if edit.verb == "feed" else "fold"
@@ -196,10 +217,6 @@ class _Plan:
             others = [n for n, p in tied if p is self.own[name] and n != name]
             if others:
                 return f"its weight {name} is also {others[0]}, which must stay as it is"
-        for reader, frozen in self.frozen:
-            for name in filter(None, (port.weight, port.bias)):
-                if frozen.reads(self.own[name]):
-                    return f"{reader} reads {name} as the base has it"
         for other in site.ports.values():
             overlap = other.columns is None or not {*other.columns}.isdisjoint(port.columns or ())
             if other.name != port.name and port.weight and other.weight == port.weight and overlap:
@@ -229,6 +246,33 @@ class _Plan:
         module = self.model.get_submodule(inserted.path)
         fold = "fold_input" if inserted.edit.verb == "feed" else "fold"
         return hasattr(module, fold) and not hasattr(module, "rest")
+
+
+def _folded(
+    inserted: Inserted, fold: Callable[..., Any], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a module's ``fold`` gives, if it is of the shapes that it was given."""
+    where = f"method {inserted.method.name!r} at {inserted.site.path}"
+    try:
+        with torch.no_grad():
+            made = fold(weight, bias)
+            new_weight, new_bias = made
+            pairs = ((new_weight, weight), (new_bias, bias))
+            fits = all(
+                getattr(new, "shape", None) == getattr(old, "shape", None) for new, old in pairs
+            )
+    except Exception as error:  # whatever the code of a plugin raises
+        raise SpliceError(
+            f"{where}: its fold fails ({type(error).__name__}: {error}). Nothing has changed. It "
+            "gets W (in, out) and b, or None, and returns both; a module whose own bias goes into "
+            "b says needs_bias = True."
+        ) from error
+    if not fits:
+        raise SpliceError(
+            f"{where}: its fold gives other shapes than the weight and bias that it was given. "
+            "Nothing has changed. Return W (in, out) and b as they came, or None for None."
+        )
+    return new_weight, new_bias
 
 
 def _reads_bias(inserted: Inserted) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import json
+from typing import Any, ClassVar, Literal, get_args
 
-from surgery.errors import MethodError
+from surgery.errors import MethodError, suggest
+from surgery.sites import Kind, Site
 
-if TYPE_CHECKING:
-    from surgery.sites import Site
-
+KINDS = get_args(Kind)
 Start = Literal["exact", "gated", "none"]
 
 
@@ -67,6 +67,32 @@ class Method:
                 f"method {self.name!r}: {option}={getattr(self, option)!r} is not possible. "
                 f"It must be {wish}."
             )
+
+    def check_declared(self) -> None:
+        """Raise if what the class declares, or an option, is nothing that a splice can work with.
+
+        Raises:
+            MethodError: an unknown kind or start, or an option that no JSON can hold.
+        """
+        who = f"method {self.name!r}"
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise MethodError(
+                    f"{who}: there is no kind of site {kind!r}. {suggest(kind, KINDS)}"
+                    f"Kinds: {', '.join(KINDS)}."
+                )
+        if self.start not in get_args(Start):
+            raise MethodError(
+                f"{who}: start={self.start!r} must be one of {', '.join(get_args(Start))}."
+            )
+        for option, value in self.options().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise MethodError(
+                    f"{who}: {option}={value!r} is nothing that JSON can hold ({error}), so an "
+                    "adapter with it could not be saved. Take a name or numbers instead."
+                ) from error
 
     def options(self) -> dict[str, Any]:
         """The hyperparameters, as plain data for a saved adapter."""

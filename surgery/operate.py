@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery import fastpath
-from surgery.apply import apply_edit, require_applied
+from surgery.apply import apply_edit, port_values, require_applied
 from surgery.dropout import draw_by_name
 from surgery.errors import SpliceError, SurgeryError
+from surgery.frozen import referred
 from surgery.host import (
     HostState,
     Operation,
@@ -25,9 +27,11 @@ from surgery.host import (
     uninstall,
 )
 from surgery.method import Method
-from surgery.report import Inserted, Report
+from surgery.report import Inserted, Report, records
 from surgery.sites import CALLS, Edit, HostPlan, Site
 from surgery.verify import (
+    Result,
+    checked,
     difference,
     outputs,
     present_outputs,
@@ -42,14 +46,34 @@ class Progress:
     """A splice under way.
 
     Attributes:
+        together: can methods that work only together be tried out together?
         shared: modules that all sites of a method share, by the method's id and their names.
+        base_parts: the ids of the modules and parameters that the model had before any splice.
         undo: what to call, the last first, to have the model as it was.
     """
 
     model: nn.Module
     report: Report
+    together: bool
     shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        earlier = [i.path for report in records(self.model).values() for i in report.inserted]
+        modules = [self.model.get_submodule(path) for path in earlier]
+        theirs = {id(x) for m in modules for x in (*m.modules(), *m.parameters())}
+        all_parts = {id(x) for x in (*self.model.modules(), *self.model.parameters())}
+        self.base_parts = frozenset(all_parts - theirs)
+
+    def waits(self, inserted: Inserted) -> bool:
+        """Is it to be verified with the others, in one run of the trunk?"""
+        return inserted.method.together and self.together
+
+    def referred(self, inserted: list[Inserted]) -> list[nn.Parameter]:
+        """Parameters that modules use without owning them, but for those of the base."""
+        modules = [m for i in inserted for m in referred(self.model.get_submodule(i.path))]
+        found = {id(p): p for m in modules for p in m.parameters()}
+        return [p for key, p in found.items() if key not in self.base_parts]
 
 
 def operate(progress: Progress, path: str, pairs: list[tuple[Method, Site]]) -> None:
@@ -89,23 +113,20 @@ def _rewrite(
     one_key = {(p.kind, p.key) for p in patterns if p.one_key}
     state, inserted = _insert(progress, module, plan, pairs)
     fastpath.close(progress.model, path)
+    results: list[Result] = []
     for i in inserted:
+        results.append(Result(_child(i), i.edit, port_values(patterns, i.edit)))
         require_applied(apply_edit(patterns, i.edit, _child(i), module), i.edit, path)
     variant = finish(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.variants = {key: [variant]}
-    try:
-        report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
-        alone = [i for i in inserted if _heard(i.edit, one_key) and not i.method.together]
-        verify_reach(module, state, variant, list(map(_child, alone)), plan.args, plan.kwargs)
-    except SurgeryError:
-        raise
-    except Exception as error:  # whatever the code of a plugin raises
-        names = ", ".join(m.name for m in report.methods)
-        raise SpliceError(
-            f"{path}: the forward fails with {names} spliced in ({type(error).__name__}: {error}). "
-            "What the method inserts does not fit this site; leave it out with at=."
-        ) from error
+    with _named(_failing(path, report)):
+        with checked(module, path, results):
+            report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
+        alone = [i for i in inserted if _heard(i.edit, one_key) and not progress.waits(i)]
+        others = progress.referred(inserted)
+        children = list(map(_child, alone))
+        verify_reach(module, state, variant, children, others, plan.args, plan.kwargs)
 
 
 def _wrap(
@@ -114,17 +135,19 @@ def _wrap(
     """What goes around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
     state, inserted = _insert(progress, module, plan, pairs)
-    if any(i.method.together for i in inserted):
+    if any(map(progress.waits, inserted)):
         return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(module, state, args, kwargs)
 
-    change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
+    children, others = list(map(_child, inserted)), progress.referred(inserted)
     changes = progress.report.change
-    within = changes.get(plan.path, 0.0)  # of what was put inside the same host
-    changes[plan.path] = None if change is None or within is None else max(change, within)
-    verify_wraps(module, state, forward, list(map(_child, inserted)), plan.args, plan.kwargs)
+    with _named(_failing(plan.path, progress.report)):
+        change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
+        within = changes.get(plan.path, 0.0)  # of what was put inside the same host
+        changes[plan.path] = None if change is None or within is None else max(change, within)
+        verify_wraps(module, state, forward, children, others, plan.args, plan.kwargs)
 
 
 def _insert(
@@ -136,8 +159,10 @@ def _insert(
     inserted: list[Inserted] = []
     seen: set[int] = set()  # modules of one site may share parameters
     for method, site in pairs:
-        opened = site.open(progress.model, progress.shared.setdefault(id(method), {}))
-        method.splice(opened)
+        shared = progress.shared.setdefault(id(method), {})
+        opened = site.open(progress.model, shared, progress.base_parts)
+        with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
+            method.splice(opened)
         if not opened.edits:
             raise SpliceError(f"method {method.name!r} at {plan.path}: it inserted nothing.")
         for edit, new in opened.edits:
@@ -161,6 +186,24 @@ def _insert(
     state.refresh()
     progress.report.inserted += inserted
     return state, inserted
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say what failed, whatever the code of a plugin raises."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise SpliceError(
+            f"{what} ({type(error).__name__}: {error}). What the method inserts does not fit this "
+            "site; mend it, or leave the site out with at=."
+        ) from error
+
+
+def _failing(path: str, report: Report) -> str:
+    return f"{path}: the forward fails with {', '.join(m.name for m in report.methods)} spliced in"
 
 
 def _child(inserted: Inserted) -> str:

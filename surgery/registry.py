@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -32,9 +34,13 @@ class _Offer:
     error: type[SurgeryError]
 
     def check(self, cls: Any, plugin: str) -> None:
-        if not (
-            isinstance(cls, type) and issubclass(cls, self.base) and dataclasses.is_dataclass(cls)
-        ):
+        if not isinstance(cls, type):
+            raise self.error(
+                f"plugin {plugin!r} offers {cls!r}, which is no class. Call register(MyClass)."
+            )
+        new = {n for n, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
+        plain = new and "__dataclass_params__" not in vars(cls)
+        if plain or not (issubclass(cls, self.base) and dataclasses.is_dataclass(cls)):
             raise self.error(
                 f"plugin {plugin!r} offers {cls!r}, which is not a dataclass deriving from "
                 f"surgery.{self.base.__name__}. Decorate it with @dataclass(frozen=True)."
@@ -113,6 +119,19 @@ class Registry:
                         f"{cls.name!r}. Rename one of them; the first is used."
                     )
             accepted[kind.what] = {cls.name: (cls, name) for cls in offered}
+        hooks = [kind.hook for kind in _OFFERS] + ["is_leaf"]
+        meant = [n for n in dir(plugin) if self.manager.parse_hookimpl_opts(plugin, n) is not None]
+        for hook in meant:
+            if hook not in hooks:
+                raise MethodError(
+                    f"plugin {name!r}: there is no hook {hook!r}. {suggest(hook, hooks)}Hooks: "
+                    f"{', '.join(hooks)}."
+                )
+        if not any(accepted.values()) and "is_leaf" not in meant:
+            raise MethodError(
+                f"plugin {name!r} offers nothing. Write @surgery.hookimpl in front of "
+                "def register_methods(register), and call register(MyMethod) in it."
+            )
         self.manager.register(plugin, name)
         for what, new in accepted.items():
             self._offered[what].update(new)
@@ -172,8 +191,18 @@ class Registry:
 def registry() -> Registry:
     """The registry of this process, filled on first use."""
     made = Registry()
-    made.load(sorted(entry_points(group="surgery"), key=lambda p: (p.name, p.value)))
+    made.load(in_order(entry_points(group="surgery")))
     return made
+
+
+def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Entry points by name, those that come with this package first: no other takes their place."""
+
+    def place(point: EntryPoint) -> tuple[bool, str, str]:
+        package = point.value.partition(".")[0]
+        return package not in ("surgery_plugins", "surgery_recipes"), point.name, point.value
+
+    return sorted(points, key=place)
 
 
 def method(name: str, **options: Any) -> Method:

@@ -15,7 +15,8 @@ Ports of an attention site:
     mask weights                   what is allowed in, and what comes out where it is computed
     context                        heads mixed, as the attention call gives them
     merged                         (B, n, H d)   the same, side by side: what makes the output
-    lse                            (B, H, n)     logsumexp of the masked, scaled scores
+    lse                            (B, H, n)     logsumexp of the masked, scaled scores, read only;
+                                                 -inf or the lowest number for a query without keys
     output                         (B, n, D)     after the output projection
 
 Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n, F), ``activation``
@@ -41,6 +42,7 @@ from torch import nn
 
 from surgery.errors import PortError, suggest
 from surgery.frozen import FrozenModule, FrozenProjection, Reference
+from surgery.insertable import require_insertable
 
 Kind = Literal[
     "attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack", "block"
@@ -81,7 +83,7 @@ class Port:
     """A named value inside a site, and the verbs that edit it.
 
     Attributes:
-        name: one of the names in the legend of this module.
+        name: one of the names in the legend, see ``help(surgery.sites)``.
         width: size of its last axis.
         in_width: width of what its projection reads; None if no projection makes it.
         weight, bias: names in the model of that projection's matrix and bias; empty if it has
@@ -113,7 +115,7 @@ class Port:
         """``y := module(*reads)``; name the port itself among ``reads`` to keep its value.
 
         Beside ports, ``"query.source"`` may be read (what the query's projection reads) and
-        ``"query.bias"`` (the bias that it adds, or None).
+        ``"query.bias"`` (the bias that it adds, or None), where a projection makes the port.
         """
         self.site._edit(self, "replace", module, name, reads)
 
@@ -156,7 +158,7 @@ class Site:
     Attributes:
         path: the module that contains it whole, output projection included (its host).
         key: tells it from other sites of the same host.
-        kind: ``attention``, ``ffn``, or one of the others in the legend of this module.
+        kind: ``attention``, ``ffn``, or one of the others in the legend, ``help(surgery.sites)``.
         layer: the first number in its path, None if there is none.
         cross: does it attend to another sequence?  causal: does no query see later keys?
         heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
@@ -167,8 +169,8 @@ class Site:
         norm: the path of the norm in front of it, if it reads one that nothing else is added to.
         ids, call: of a trunk: the argument that holds the token ids, and its arguments by name in
             an example.
-        model, shared: while a method edits it, the model that it is in, and what the sites of one
-            splice share.
+        model, shared, base_parts: while a method edits it, the model that it is in, what the sites
+            of one splice share, and the ids of the base's modules and parameters.
     """
 
     path: str
@@ -193,6 +195,7 @@ class Site:
     call: dict[str, Any] = field(default_factory=dict, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     shared: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    base_parts: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -238,7 +241,8 @@ class Site:
         """A module that all sites of one splice share, made by the first that asks.
 
         That site gets the module, to be registered as a child of what it inserts; the others get a
-        reference to it, which is called alike and not registered.
+        reference to it, which is called alike and not registered. One site that uses it in several
+        places registers it once, and ``surgery.Reference(module)`` in the others.
         """
         if name in self.shared:
             return Reference(self.shared[name])
@@ -256,9 +260,13 @@ class Site:
             return nn.Identity()
         return FrozenModule(self.model.get_submodule(self.norm))
 
-    def open(self, model: nn.Module | None, shared: dict[str, nn.Module]) -> Site:
+    def open(
+        self, model: nn.Module | None, shared: dict[str, nn.Module], base_parts: frozenset[int]
+    ) -> Site:
         """A copy that a method may edit; the edits gather in its ``edits``."""
-        copy = dataclasses.replace(self, edits=[], ports={}, model=model, shared=shared)
+        copy = dataclasses.replace(
+            self, edits=[], ports={}, model=model, shared=shared, base_parts=base_parts
+        )
         copy.ports.update({n: dataclasses.replace(p, site=copy) for n, p in self.ports.items()})
         return copy
 
@@ -270,8 +278,7 @@ class Site:
                 f"port {port.name!r} at {self.path} can be edited only inside Method.splice(site). "
                 "Call surgery.splice(model, method, at=sites)."
             )
-        for read in reads:
-            self.port(read.removesuffix(".source").removesuffix(".bias"))
+        require_insertable(self, port, verb, module, name, reads)
         module.to(device=self.device, dtype=self.dtype)
         child = f"{name}_{port.name}"
         self.edits.append((Edit(self.key, self.kind, port.name, verb, child, reads), module))

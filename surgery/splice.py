@@ -58,13 +58,14 @@ def splice(
     todo = assign(model, chosen, sites)
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
-    progress = Progress(model, report)
+    trunks = [site.path for site in sites.others if site.kind == "trunk"]
+    progress = Progress(model, report, together=bool(trunks))
     try:
         with evaluating(model):
             for path, pairs in todo.items():
                 operate(progress, path, pairs)
             verify_together(model, report, sites.others)
-        _verify_starts(report, [site.path for site in sites.others if site.kind == "trunk"])
+        _verify_starts(report, trunks)
         for i in report.inserted:  # in training, if their hosts are
             model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     except BaseException:
@@ -82,6 +83,7 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
             raise SpliceError(
                 f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
             )
+        method.check_declared()
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     if not name.isidentifier():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from surgery import huggingface
 from surgery.adapter_files import FORMAT, JSON, read, write_whole
-from surgery.errors import SpliceError, StoreError
+from surgery.errors import MethodError, SpliceError, StoreError
 from surgery.fingerprint import fingerprint, warn_of_other_weights
 from surgery.locate import locate
-from surgery.registry import method
+from surgery.method import Method
+from surgery.registry import method, methods
 from surgery.report import records
 from surgery.rows import fits, train_rows, trained_rows
 from surgery.selection import Sites
@@ -57,6 +59,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
             "adapter alone would not hold that. Save it before merging, or save the whole model."
         )
     own = dict(model.named_parameters())
+    _warn_of_methods_not_offered(model)
     inserted = plain_state(model) if plain else _full_state(model)
     tensors = {f"inserted.{name}": t for name, t in inserted.items()}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
@@ -78,10 +81,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         "rows": trained_rows(model),
         "splices": [_describe(report, plain) for report in records(model).values()],
     }
+    text = json.dumps(description, indent=1).encode()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     write_whole(target / file, data)
-    write_whole(target / JSON, json.dumps(description, indent=1).encode())
+    write_whole(target / JSON, text)
     for old in target.glob("surgery-*.safetensors"):
         if old.name != file:
             old.unlink()
@@ -116,7 +120,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     done: list[str] = []
     try:
         for saved, at in plans:
-            methods = [method(m["name"], **m["options"]) for m in saved["methods"]]
+            methods = [_method(m, folder) for m in saved["methods"]]
             report = splice(model, methods, at=at, name=saved["name"])
             done.append(saved["name"])
             made = [i.path for i in report.inserted]
@@ -154,6 +158,17 @@ def _trained(model: nn.Module) -> set[str]:
     return names | set(kept_parameters(model)) | set(trained_rows(model))
 
 
+def _warn_of_methods_not_offered(model: nn.Module) -> None:
+    used = {m.name: type(m) for report in records(model).values() for m in report.methods}
+    unknown = [name for name, cls in used.items() if methods().get(name) is not cls]
+    if unknown:
+        warnings.warn(
+            f"no installed plugin offers {', '.join(map(repr, unknown))}, so this adapter is saved "
+            "but cannot be loaded. List the plugin in its pyproject.toml and pip install it.",
+            stacklevel=3,
+        )
+
+
 def _describe(report: Any, plain: bool) -> dict[str, Any]:
     methods = [m.plain() if plain else m for m in report.methods]
     return {
@@ -162,6 +177,16 @@ def _describe(report: Any, plain: bool) -> dict[str, Any]:
         "sites": [_shape(site) for site in report.sites],
         "modules": [i.path for i in report.inserted],
     }
+
+
+def _method(saved: dict[str, Any], folder: Any) -> Method:
+    try:
+        return method(saved["name"], **saved["options"])
+    except MethodError as error:
+        raise StoreError(
+            f"the adapter in {folder} cannot be loaded here: {error} Install the plugin that it "
+            "was made with, in that version."
+        ) from error
 
 
 def _shape(site: Site) -> dict[str, Any]:

@@ -11,6 +11,8 @@ does nothing, is undone and reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from surgery.errors import SpliceError
 from surgery.host import HostState, original_class, run, state_of
 from surgery.quiet import silenced
+from surgery.sites import Edit
 from surgery.values import detached_copy, leaves, map_leaves
 from surgery.variant import Variant
 
@@ -52,15 +55,71 @@ def verify_start(module: nn.Module, variant: Variant, args: Any, kwargs: Any, ba
     return difference(base, outputs(module, forward, args, kwargs))
 
 
+@dataclass(frozen=True)
+class Result:
+    """What an inserted module must give: the shapes and dtypes that its port has in the graph."""
+
+    child: str
+    edit: Edit
+    port: list[tuple[torch.Size, torch.dtype]]
+
+    def check(self, path: str, given: tuple[Any, ...], made: Any) -> None:
+        """Raise unless ``made`` can take its place."""
+        fits = isinstance(made, Tensor)
+        wanted = self.port
+        if self.edit.verb in ("insert", "feed"):
+            wanted = [(given[0].shape, given[0].dtype)]
+        if fits and (self.edit.verb == "add" or self.edit.batched):  # put in its dtype and axes
+            fits = made.numel() in [shape.numel() for shape, _ in wanted]
+            fits = fits and made.shape[-1:] in [shape[-1:] for shape, _ in wanted]
+        elif fits:
+            fits = (made.shape, made.dtype) in wanted
+        if not fits:
+            got = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else repr(made)
+            shape, dtype = wanted[0]
+            raise SpliceError(
+                f"{path}: {self.child} gives {got}, where port {self.edit.port!r} has "
+                f"{tuple(shape)} {dtype}. Return a tensor of the same shape and dtype."
+            )
+
+
+@contextmanager
+def checked(module: nn.Module, path: str, results: list[Result]) -> Iterator[None]:
+    """Check what inserted modules give while the host runs."""
+
+    def checking(result: Result, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run_and_check(*given: Any) -> Any:
+            made = forward(*given)
+            result.check(path, given, made)
+            return made
+
+        return run_and_check
+
+    children = [module.get_submodule(result.child) for result in results]
+    own = [vars(child).get("forward") for child in children]
+    try:
+        for child, result in zip(children, results, strict=True):
+            vars(child)["forward"] = checking(result, child.forward)
+        yield
+    finally:
+        for child, before in zip(children, own, strict=True):
+            vars(child).pop("forward", None)
+            if before is not None:
+                vars(child)["forward"] = before
+
+
 def verify_reach(
     module: nn.Module,
     state: HostState,
     variant: Variant,
     children: list[str],
+    others: list[nn.Parameter],
     args: Any,
     kwargs: Any,
 ) -> None:
     """Raise unless a gradient reaches every inserted parameter of ``children``.
+
+    ``others`` are parameters that they use without owning them: moved off their start, too.
 
     Raises:
         SpliceError: a parameter is not used, or a module cannot change the output.
@@ -69,7 +128,7 @@ def verify_reach(
     def forward(*given: Any, **named: Any) -> Any:
         return variant.run(module, module, *leaves((given, named)))
 
-    verify_wraps(module, state, forward, children, args, kwargs)
+    verify_wraps(module, state, forward, children, others, args, kwargs)
 
 
 def verify_wraps(
@@ -77,6 +136,7 @@ def verify_wraps(
     state: HostState,
     forward: Callable[..., Any],
     children: list[str],
+    others: list[nn.Parameter],
     args: Any,
     kwargs: Any,
 ) -> None:
@@ -87,7 +147,9 @@ def verify_wraps(
         for name, parameter in module.get_submodule(child).named_parameters()
     ]
     parameters = [parameter for _, _, parameter in named]
-    if not parameters or parameters[0].is_meta:
+    known = set(map(id, parameters))
+    parameters += [parameter for parameter in others if id(parameter) not in known]
+    if not named or parameters[0].is_meta:
         return
 
     def tried(arguments: Any) -> list[Tensor | None]:
@@ -100,14 +162,14 @@ def verify_wraps(
         # The example may be degenerate (a decoder that starts from zeros): try noise instead.
         pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
         reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
-    for (child, name, _), gradient in zip(named, reached, strict=True):
+    for (child, name, _), gradient in zip(named, reached, strict=False):
         if gradient is None:
             raise SpliceError(
                 f"{state.path}: no gradient reaches {child}.{name}. The inserted module does not "
                 "use it; remove the parameter or use it in forward."
             )
     for child in children:
-        mine = [g for (c, _, _), g in zip(named, reached, strict=True) if c == child]
+        mine = [g for (c, _, _), g in zip(named, reached, strict=False) if c == child]
         if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
             _dead(state, [child])
 
@@ -156,7 +218,8 @@ def _noise(arguments: Any) -> Any:
 def _dead(state: HostState, children: list[str]) -> NoReturn:
     raise SpliceError(
         f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
-        "its parameters stand. The port that it edits is not used here; choose another."
+        "its parameters stand. Either the port that it edits is not used here, or what it gives "
+        "does not depend on its parameters."
     )
 
 

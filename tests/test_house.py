@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "dropout errors fastpath fingerprint frozen guards huggingface kernels patching proxy "
     "rebind unfused values",
-    1: "adapter_files compiled extend quiet rows sites task trial",
-    2: "border edit fused method recipe selection",
-    3: "assign core dataflow hookspecs report tracer",
-    4: "capture projection registry train virtual",
-    5: "layout observe pattern",
+    1: "adapter_files compiled extend insertable quiet rows task trial",
+    2: "border edit fused recipe sites",
+    3: "core dataflow method selection tracer",
+    4: "assign capture hookspecs projection report virtual",
+    5: "layout observe pattern registry train",
     6: "attention_ports call_sites ffn_pattern lse module_sites",
     7: "attention_pattern variant",
     8: "patterns",
