@@ -30,6 +30,11 @@ def plan(recipe: Recipe) -> Plan:
     for entry in recipe.splice:
         if entry.get("at") not in (None, "attention", "ffn"):
             raise RecipeError(f"splice entry {entry!r}: at must be attention or ffn.")
+        layers = entry.get("layers", [0, 1])
+        if not isinstance(layers, list) or [type(x) for x in layers] != [int, int]:
+            raise RecipeError(
+                f"splice entry {entry!r}: layers must be [first, last + 1], two whole numbers."
+            )
         options = {k: v for k, v in entry.items() if k not in ("method", "at", "layers")}
         made.append((surgery.method(entry["method"], **options), entry))
     return made
@@ -39,22 +44,23 @@ def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
     """The base with a head of the task, and with rows for its new tokens.
 
     New embeddings are drawn around the mean of the old ones, as transformers does, from ``seed``.
+    Weights are float32, unless the recipe's ``dtype`` says ``auto``: as the files have them.
     """
     set_seed(seed)
     task, source = prepared.task, source or prepared.source
+    dtype: Any = torch.float32 if prepared.recipe.dtype == "float32" else "auto"
     try:
         if task.kind == "decoder":
-            model: Any = AutoModelForCausalLM.from_pretrained(source)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         else:
             names = dict(enumerate(task.labels))
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(names), id2label=names
+                source, num_labels=len(names), id2label=names, dtype=dtype
             )
             model.config.pad_token_id = pad_id(prepared.tokenizer)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model {source!r} cannot be loaded for this task: {error}") from error
-    if len(prepared.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(prepared.tokenizer))
+    huggingface.grow_vocabulary(model, len(prepared.tokenizer))
     return model
 
 
@@ -65,13 +71,22 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
     sites = surgery.locate(model)
     for index, (method, entry) in enumerate(methods):
         chosen = getattr(sites, entry["at"]) if entry.get("at") else sites
-        chosen = chosen.layers(*entry["layers"]) if "layers" in entry else chosen
+        if "layers" in entry:
+            first, end = entry["layers"]
+            there = {site.layer for site in chosen if site.layer is not None}
+            if not first < end or not set(range(first, end)) <= there:
+                raise RecipeError(
+                    f"splice entry {entry!r}: layers must be [first, last + 1] of this model's "
+                    f"layers {min(there, default=0)} to {max(there, default=0)}."
+                )
+            chosen = chosen.layers(first, end)
         name = "default" if index == 0 else f"step{index + 1}"
         surgery.splice(model, method, at=chosen, name=name)
     recipe = prepared.recipe
     surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
     if prepared.new:
-        surgery.train_rows(model, embedding_name(model), prepared.new)
+        for name in embedding_names(model):
+            surgery.train_rows(model, name, prepared.new)
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
@@ -81,10 +96,11 @@ def freeze_all_but_head(model: nn.Module) -> None:
         parameter.requires_grad_(name in fresh)
 
 
-def embedding_name(model: Any) -> str:
-    """The name of the token embeddings, among ``model.named_parameters()``."""
-    weight = model.get_input_embeddings().weight
-    return next(name for name, p in model.named_parameters() if p is weight)
+def embedding_names(model: Any) -> list[str]:
+    """The token embeddings, of input and output, among ``model.named_parameters()``."""
+    modules = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
+    weights = {id(module.weight) for module in modules}
+    return [name for name, p in model.named_parameters() if id(p) in weights]
 
 
 def trainable(model: nn.Module) -> int:

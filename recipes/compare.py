@@ -45,7 +45,7 @@ def compare(grid: Grid, console: Console) -> list[Cell]:
         console.print(made)
         console.print(f"tables and plots: {grid.output}/table.md .html .csv, *.png")
     for cell in failed:
-        console.print(f"[bold red]failed:[/] {cell.folder}, see {cell.folder}/log.txt")
+        console.print(f"failed: {cell.folder}, see {cell.folder}/log.txt", style="bold red")
     return failed
 
 
@@ -82,7 +82,7 @@ def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:
 def _run(grid: Grid, cell: Cell, device: str) -> bool:
     cell.folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **({GPUS: device} if device else {})}
-    resume = ["--resume"] if cell.begun else []
+    resume = ["--resume" if cell.begun else "--overwrite"]
     command = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *resume]
     with (cell.folder / "log.txt").open("a") as log:
         done = subprocess.run(

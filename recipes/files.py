@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"{path}: no such data file.")
     try:
         raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
@@ -104,6 +105,8 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
         if not all(isinstance(row, dict) for row in rows):
             raise RecipeError(f"{path}: each line must be a JSON object with columns by name.")
         names = list(rows[0]) if rows else []
+    if not rows:
+        raise RecipeError(f"{path}: no rows in it.")
     require_columns(names, columns, str(path))
     for number, row in enumerate(rows):
         for column in columns:

@@ -7,8 +7,6 @@ Under ``torchrun`` or ``accelerate launch`` every process trains and the first o
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,21 @@ from surgery_recipes.build import (
     trainable,
     try_out,
 )
+from surgery_recipes.folder import (
+    Run,
+    check_folder,
+    last_checkpoint,
+    read_trained,
+    start_folder,
+    write_trained,
+)
 from surgery_recipes.prepare import Prepared, prepare
 from surgery_recipes.results import Row
-from surgery_recipes.trainer import CHECKPOINTS, arguments, make_trainer
+from surgery_recipes.trainer import arguments, make_trainer
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import surgery
-from surgery import RecipeError
-from surgery.recipe import Recipe, read_recipe, write_recipe
-
-
-@dataclass(frozen=True)
-class Run:
-    """How to run: go on with an unfinished run, write over a finished one, log to W&B."""
-
-    resume: bool = False
-    overwrite: bool = False
-    wandb: bool = False
+from surgery.recipe import Recipe, read_recipe
 
 
 def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]:
@@ -50,18 +45,23 @@ def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]
     methods = plan(recipe)
     made = arguments(recipe, run.wandb)
     folder = Path(recipe.output)
-    checkpoint = _checkpoint(folder, run)
+    check_folder(folder, recipe, run)
     prepared = prepare(recipe)
-    model = load_base(prepared, made.seed)
-    splice(model, prepared, methods)
-    try_out(model, prepared)
+    trained = read_trained(folder) if run.resume else None
+    checkpoint = last_checkpoint(folder) if run.resume and trained is None else None
+    if trained is None:
+        model = load_base(prepared, made.seed)
+        splice(model, prepared, methods)
+        try_out(model, prepared)
+    else:
+        model = _load(prepared, made, folder)
     first = made.process_index == 0
     if not first:
         console = Console(quiet=True)
     else:
-        _start_folder(folder, recipe, run)
+        start_folder(folder, recipe, run)
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
-    console.print(f"{recipe.model}: {sizes}", highlight=False)
+    console.print(f"{recipe.model}: {sizes}", highlight=False, markup=False)
     rows = []
     if recipe.baseline:
         console.rule("frozen base, new head")
@@ -70,16 +70,22 @@ def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]
     console.rule(what)
     if methods:
         console.print(surgery.summary(model), highlight=False)
-    rows.append(_fit(what, model, prepared, made, console, checkpoint, folder))
+    if trained is None:
+        trained = _fit(what, model, prepared, made, console, checkpoint, folder)
+    rows.append(_score(trained, model, prepared, made, console, folder))
     if first:
         results.write(folder, rows, prepared.task, made.seed)
     console.print(results.table(rows, prepared.task.metric))
     for name, note in prepared.task.notes().items():
-        console.print(f"{name}: {note}", highlight=False)
+        console.print(f"{name}: {note}", highlight=False, markup=False)
     last = rows[-1]
     shown = ", ".join(f"{name} {value:.4f}" for name, value in last.scores.items())
-    console.print(f"{what}: {shown}; {last.seconds:.0f} s; all of it in {folder}", highlight=False)
-    console.print(f"score it again with: surgery eval {folder}", highlight=False)
+    console.print(
+        f"{what}: {shown}; {last.seconds:.0f} s; all of it in {folder}",
+        highlight=False,
+        markup=False,
+    )
+    console.print(f"score it again with: surgery eval {folder}", highlight=False, markup=False)
     return rows
 
 
@@ -104,51 +110,27 @@ def evaluate(folder: Path, console: Console) -> dict[str, float]:
     recipe = read_recipe(folder / "recipe.yaml")
     prepared = prepare(recipe)
     made = arguments(recipe)
-    if recipe.splice:
-        model = surgery.load(load_base(prepared, made.seed), folder / "adapter")
-    else:
-        model = load_base(prepared, made.seed, str(folder / "model"))
-    model.to(made.device)
+    model = _load(prepared, made, folder)
     _, scores = _answer(model, prepared, made, console)
     for name, value in scores.items():
         console.print(f"{folder}: {name} {value}")
     return scores
 
 
-def _checkpoint(folder: Path, run: Run) -> str | None:
-    """Where to go on from, if anywhere."""
-    checkpoints = folder / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if run.resume:
-        if last is None:
-            raise RecipeError(f"--resume: {checkpoints} has no checkpoint. Run without --resume.")
-        return last
-    if not run.overwrite and (folder / "metrics.json").is_file():
-        raise RecipeError(
-            f"{folder} holds the results of a finished run. Choose another folder with "
-            "output=PATH, or write over it with --overwrite."
-        )
-    if not run.overwrite and last is not None:
-        raise RecipeError(
-            f"{folder} holds an unfinished run. Go on with --resume, begin again with "
-            "--overwrite, or choose another folder with output=PATH."
-        )
-    return None
-
-
-def _start_folder(folder: Path, recipe: Recipe, run: Run) -> None:
-    if run.overwrite and folder.is_dir():
-        for old in (folder / CHECKPOINTS, folder / "adapter", folder / "model"):
-            shutil.rmtree(old, ignore_errors=True)
-        (folder / "metrics.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(recipe, folder / "recipe.yaml")
+def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
+    """The base afresh, with what a run has learnt."""
+    if prepared.recipe.splice:
+        model = surgery.load(load_base(prepared, made.seed), folder / "adapter")
+    else:
+        model = load_base(prepared, made.seed, str(folder / "model"))
+    return model.to(made.device)
 
 
 def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:
     model = load_base(prepared, made.seed)
     freeze_all_but_head(model)
-    return _fit("frozen base, new head", model, prepared, made, console, None, None)
+    trained = _fit("frozen base, new head", model, prepared, made, console, None, None)
+    return _score(trained, model, prepared, made, console, None)
 
 
 def _fit(
@@ -159,8 +141,8 @@ def _fit(
     console: Console,
     checkpoint: str | None,
     folder: Path | None,
-) -> Row:
-    """Train and score one model; save it in ``folder``, if it is one to keep."""
+) -> dict[str, Any]:
+    """Train one model, and save it in ``folder``, if it is one to keep; how it went, for a Row."""
     set_seed(made.seed)
     trainer = make_trainer(model, prepared, made)
     if torch.cuda.is_available():
@@ -173,28 +155,48 @@ def _fit(
             step = trainer.state.global_step
             console.print(f"\ninterrupted at step {step}: what was learnt is in {where}")
         raise
-    seconds = trainer.seconds
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    if folder is not None and made.process_index == 0:
-        _keep(model, prepared, folder)
-    sets, scores = _answer(model, prepared, made, console)
-    if folder is not None and made.process_index == 0:
-        results.write_answers(folder, prepared.task, sets)
     counts = surgery.summary(model)
     whole = all(p.requires_grad for p in model.parameters())
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    trained = {
+        "what": what,
+        "inserted": counts.inserted,
+        "percent": 100.0 if whole else counts.percent,
+        "stored": 100.0 if whole else 100 * counts.stored / counts.base,
+        "trainable": trainable(model),
+        "seconds": trainer.seconds,
+        "peak_mib": peak,
+        "losses": [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+    }
+    if folder is not None and made.process_index == 0:
+        _keep(model, prepared, folder)
+        write_trained(folder, trained)
+    return trained
+
+
+def _score(
+    trained: dict[str, Any],
+    model: Any,
+    prepared: Prepared,
+    made: TrainingArguments,
+    console: Console,
+    folder: Path | None,
+) -> Row:
+    """Score one model, and write its answers into ``folder``."""
+    try:
+        sets, scores = _answer(model, prepared, made, console)
+    except KeyboardInterrupt:
+        if folder is not None:
+            console.print(f"\ninterrupted: training is over, --resume scores it; see {folder}")
+        raise
+    if folder is not None and made.process_index == 0:
+        results.write_answers(folder, prepared.task, sets)
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
     examples, given = map(list, zip(*scored, strict=True))
     return Row(
-        what=what,
+        **trained,
         score=scores[prepared.task.metric],
         scores=scores,
-        inserted=counts.inserted,
-        percent=100.0 if whole else counts.percent,
-        stored=100.0 if whole else 100 * counts.stored / counts.base,
-        trainable=trainable(model),
-        seconds=seconds,
-        peak_mib=peak,
-        losses=[(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
         by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )
 
@@ -202,6 +204,7 @@ def _fit(
 def _keep(model: Any, prepared: Prepared, folder: Path) -> Path:
     """Save what was trained."""
     if surgery.summary(model).reports:
+        prepared.tokenizer.save_pretrained(folder / "adapter")
         return surgery.save(model, folder / "adapter")
     model.save_pretrained(folder / "model")
     prepared.tokenizer.save_pretrained(folder / "model")

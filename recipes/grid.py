@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from surgery_recipes import shipped
 from surgery_recipes.build import plan
+from surgery_recipes.folder import begun, finished, same_settings
+from surgery_recipes.prepare import Prepared, prepare
 from surgery_recipes.trainer import arguments
 
-import surgery
 from surgery import RecipeError
 from surgery.errors import suggest
 from surgery.extend import read_extended
@@ -72,11 +72,11 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "metrics.json").is_file()
+        return finished(self.folder)
 
     @property
     def begun(self) -> bool:
-        return any((self.folder / "checkpoints").glob("checkpoint-*"))
+        return begun(self.folder)
 
 
 def read_grid(path: str | Path) -> Grid:
@@ -110,6 +110,18 @@ def read_grid(path: str | Path) -> Grid:
             raise RecipeError(f"{path}: which scores of task {task!r}? Add them to 'scores'.")
     if not grid.seeds or not all(type(seed) is int for seed in grid.seeds):
         raise RecipeError(f"{path}: seeds={grid.seeds!r} must be numbers, one or more.")
+    for key in ("tasks", "rows", "seeds"):
+        twice = [x for x in getattr(grid, key) if getattr(grid, key).count(x) > 1]
+        if twice:
+            raise RecipeError(f"{path}: {key} has {twice[0]!r} twice.")
+    lists = {"set": {"": grid.set}, "scores": grid.scores}
+    for key, of in {**lists, "task_set": grid.task_set, "row_set": grid.row_set}.items():
+        for name, texts in of.items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                what = f"{key} of {name}" if name else key
+                raise RecipeError(
+                    f"{path}: {what} is {texts!r}; write a list of texts, [a=1, b=2]."
+                )
     if grid.baseline and grid.baseline not in grid.rows:
         raise RecipeError(f"{path}: the baseline {grid.baseline!r} is none of the rows.")
     columns = {f"{task}.{name}" for task in grid.tasks for name in grid.scores[task]}
@@ -154,38 +166,34 @@ def check(grid: Grid, everything: list[Cell]) -> None:
     """Find what would fail in some run, or what an earlier run did under other settings.
 
     Raises:
-        RecipeError: a bad setting, missing data, or a folder with something else.
+        RecipeError: a bad setting, missing data, a model of the wrong kind, an example that is too
+            long, or a folder with something else.
     """
-    tried = set()
+    tried: set[str] = set()
     for cell in everything:
         recipe = recipe_of(grid, cell)
-        _same(recipe, cell)
+        if cell.finished or cell.begun:
+            same_settings(cell.folder, recipe, "this grid asks for")
         if cell.finished:
             continue
         plan(recipe)
         arguments(recipe)
-        if cell.task not in tried:
-            surgery.task(recipe.task, **recipe.data).splits()
-            tried.add(cell.task)
+        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit))
+        if same not in tried:
+            _check_scores(grid, cell.task, prepare(recipe))
+            tried.add(same)
 
 
-def _same(recipe: Recipe, cell: Cell) -> None:
-    file = cell.folder / "recipe.yaml"
-    if not (cell.finished or cell.begun):
-        return
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    now = dataclasses.asdict(recipe)
-    for name, (then, wanted) in _differences(before, now):
-        raise RecipeError(
-            f"{cell.folder}: that run had {name}={then!r}, this grid asks for {wanted!r}. Give the "
-            "grid another folder with --output, or delete this one."
-        )
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[tuple[str, tuple[Any, Any]]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            whole = f"{name}.{key}" if name else str(key)
-            yield from _differences(before.get(key), now.get(key), whole)
-    elif before != now and name not in ("output", "about"):
-        yield name, (before, now)
+def _check_scores(grid: Grid, name: str, prepared: Prepared) -> None:
+    """Raise unless the task gives every score that is a column, or says why it does not."""
+    task, given = prepared.task, set(prepared.task.notes())
+    for split in prepared.scored:
+        examples = prepared.examples[split]
+        answer: Any = 0 if task.kind == "classifier" else "a"
+        given |= set(task.score([answer] * len(examples), examples))
+    for score in grid.scores[name]:
+        if score not in given and score.partition("_")[0] not in task.notes():
+            raise RecipeError(
+                f"scores: task {name!r} gives no {score!r}. {suggest(score, given)}"
+                f"It gives: {', '.join(sorted(given))}."
+            )

@@ -39,6 +39,7 @@ def by_length(grid: Grid, lines: Sequence[Line], path: Path) -> None:
         chosen = [line for line in lines if line.task == task and line.by_length]
         for number, line in enumerate(chosen):
             quarters = list(zip(*line.by_length, strict=True))  # seeds in each quarter
+            quarters = [q for q in quarters if all(score is not None for _, score in q)]
             lengths = [statistics.mean(length for length, _ in seeds) for seeds in quarters]
             scores = [statistics.mean(score for _, score in seeds) for seeds in quarters]
             marker = MARKERS[number // 10 % len(MARKERS)]  # ten colours, then they come again

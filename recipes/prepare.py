@@ -61,12 +61,22 @@ def prepare(recipe: Recipe) -> Prepared:
         RecipeError: the model is of the wrong kind, data are missing, an example is too long.
     """
     task = surgery.task(recipe.task, **recipe.data)
+    if recipe.baseline and task.kind != "classifier":
+        raise RecipeError(
+            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave it "
+            "out."
+        )
     source = model_path(recipe.model)
     config = _config(source, task)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model {source!r} has no tokenizer that loads: {error}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"model {source!r}: its tokenizer has neither a padding nor an end token. Set one in "
+            "its tokenizer_config.json."
+        )
     before = set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
     new = [token for token in task.tokens if token not in before]
@@ -97,12 +107,15 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _config(source: str, task: surgery.Task) -> Any:
     """The configuration of the base, if it is of the kind that the task needs."""
-    if Path(source).is_absolute() and not Path(source).is_dir():
+    here = Path(source)
+    meant = here.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if meant and not here.is_dir():
         raise RecipeError(f"model {source!r}: no such folder.")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model {source!r} cannot be loaded: {error}") from error
+        also = "" if here.is_dir() else ", and there is no such folder here"
+        raise RecipeError(f"model {source!r} cannot be loaded{also}: {error}") from error
     what = f"model {source!r} ({config.model_type})"
     if task.kind == "classifier" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise RecipeError(
@@ -164,9 +177,11 @@ def _check_room(
         needed = len(row["input_ids"]) + written
         if needed > room:
             raise RecipeError(
-                f"{split}, example {number + 1}: {len(row['input_ids'])} tokens and {written} to "
-                f"write, but the model has {room} positions. Lower data.max_new_tokens, shorten "
-                "the example, or take a model with more positions."
+                f"{split}, example {number + 1}: {len(row['input_ids'])} tokens"
+                + (f" and {written} to write" if written else "")
+                + f", but the model has {room} positions. Take the example out or shorten it, "
+                "lower data.max_new_tokens where it is read to be answered, or take a model with "
+                "more positions."
             )
 
 

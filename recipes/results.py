@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,16 @@ def write(folder: Path, rows: Sequence[Row], task: surgery.Task, seed: int) -> N
             "python": platform.python_version(),
         },
     }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(content, indent=1))
+    (folder / "metrics.json").write_text(json.dumps(_without_nan(content), indent=1))
+
+
+def _without_nan(x: Any) -> Any:
+    """JSON has no NaN: null stands for a score that is not defined."""
+    if isinstance(x, dict):
+        return {key: _without_nan(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _machine() -> str:

@@ -51,12 +51,12 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes))
     (folder / "table.html").write_text(_html(grid.title, head, rows, notes))
     with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
+        csv.writer(file).writerows(_numbers(grid, lines))
     pictures.by_parameters(grid, lines, folder / "parameters.png")
     pictures.by_length(grid, lines, folder / "length.png")
     shown = Table(title=grid.title)
     for number, name in enumerate(head):
-        shown.add_column(name, no_wrap=number == 0)
+        shown.add_column(name, no_wrap=number == 0, overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -72,7 +72,8 @@ def read(cells: Sequence[Cell]) -> list[Line]:
         last = content["rows"][-1]
         line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
         for name, value in last["scores"].items():
-            line.scores.setdefault(name, []).append(value)
+            if value is not None:
+                line.scores.setdefault(name, []).append(value)
         line.percent, line.trainable = last["percent"], last["trainable"]
         line.stored = last.get("stored", line.percent)
         line.notes |= content.get("notes", {})
@@ -111,7 +112,7 @@ def _test(grid: Grid, lines: list[Line]) -> None:
 def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
     named = len(grid.tasks) > 1
-    head = ["row", "% trained", "% stored", "trainable", "minutes", "peak MiB"]
+    head = ["row", "% inserted", "% stored", "trainable", "minutes", "peak MiB"]
     for task, name in wanted:
         head += [f"{task} {name}" if named else name]
         if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
@@ -135,6 +136,26 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
                 cells.append(str(grid.paper.get(row, {}).get(f"{task}.{name}", "")))
         rows.append(cells)
     return head, rows
+
+
+def _numbers(grid: Grid, lines: list[Line]) -> list[list[Any]]:
+    """The same for programs: one number in each cell, one line for each task and row."""
+    wanted = list(dict.fromkeys(name for task in grid.tasks for name in grid.scores[task]))
+    head: list[Any] = ["task", "row", "runs", "inserted_percent", "stored_percent", "trainable"]
+    head += ["minutes", "peak_mib"]
+    head += [f"{name}_{what}" for name in wanted for what in ("mean", "std", "paper")]
+    made = [head]
+    for line in lines:
+        paper = grid.paper.get(line.row, {})
+        cells: list[Any] = [line.task, line.row, len(line.seconds), line.percent, line.stored]
+        cells += [line.trainable, statistics.mean(line.seconds) / 60, line.peak_mib]
+        for name in wanted:
+            values = line.scores.get(name, [])
+            cells.append(statistics.mean(values) if values else "")
+            cells.append(statistics.stdev(values) if len(values) > 1 else "")
+            cells.append(paper.get(f"{line.task}.{name}", ""))
+        made.append(cells)
+    return made
 
 
 def _number(values: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from surgery_recipes.answers import pad_id
 from surgery_recipes.collate import Collator
+from surgery_recipes.folder import CHECKPOINTS
 from surgery_recipes.prepare import Prepared
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -25,8 +26,6 @@ from surgery.recipe import Recipe
 from surgery.report import records
 from surgery.rows import trained_rows
 from surgery.store import restore
-
-CHECKPOINTS = "checkpoints"
 
 
 class LossInBar(ProgressCallback):
@@ -114,6 +113,13 @@ def arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
             )
         if known[key] in (bool, "bool") and isinstance(given, str):
             raise RecipeError(f"training.{key}={given!r} must be true or false.")
+        kind = str(known[key])
+        if isinstance(given, str) and "str" not in kind and ("int" in kind or "float" in kind):
+            raise RecipeError(f"training.{key}={given!r} must be a number.")
+        if key.startswith("per_device_") and not (isinstance(given, int) and given >= 1):
+            raise RecipeError(f"training.{key}={given!r} must be a whole number, 1 or more.")
+        if key == "output_dir":
+            raise RecipeError("training.output_dir: checkpoints go below output=PATH. Set that.")
     _check_device(recipe)
     logs = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     if wandb and importlib.util.find_spec("wandb") is None:
@@ -150,6 +156,21 @@ def _check_device(recipe: Recipe) -> None:
         )
 
 
+def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArguments) -> None:
+    """Raise if the checkpoint is to be chosen by something that validation does not give."""
+    name = made.metric_for_best_model
+    if not made.load_best_model_at_end or name is None:
+        return
+    given = {"loss"}
+    if task.kind == "classifier" and validation:
+        given |= set(task.score([0] * len(validation), validation))
+    if name.removeprefix("eval_") not in given:
+        raise RecipeError(
+            f"training.metric_for_best_model={name!r}: validation does not give it. "
+            f"{suggest(name, given)}It gives: {', '.join(sorted(given))}."
+        )
+
+
 def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> AdapterTrainer:
     """A Trainer for a prepared recipe."""
     task = prepared.task
@@ -158,15 +179,22 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
     def accuracy(prediction: Any) -> dict[str, float]:
         return task.score(np.argmax(prediction.predictions, -1).tolist(), validation)
 
-    trainer = AdapterTrainer(
-        model,
-        made,
-        data_collator=Collator(pad_id(prepared.tokenizer)),
-        train_dataset=prepared.features["train"],
-        eval_dataset=prepared.features.get("validation"),
-        compute_metrics=accuracy if task.kind == "classifier" else None,
-    )
+    _check_best(task, validation, made)
+    try:
+        AdapterTrainer.get_optimizer_cls_and_kwargs(made, model)
+        trainer = AdapterTrainer(
+            model,
+            made,
+            data_collator=Collator(pad_id(prepared.tokenizer)),
+            train_dataset=prepared.features["train"],
+            eval_dataset=prepared.features.get("validation"),
+            compute_metrics=accuracy if task.kind == "classifier" else None,
+        )
+    except (ImportError, ValueError, TypeError) as error:
+        raise RecipeError(f"training: transformers' Trainer refuses it: {error}") from error
     trainer.can_return_loss = True
+    if task.kind == "classifier":  # their losses are means, which takes no number of items
+        trainer.model_accepts_loss_kwargs = False
     trainer.add_callback(Clock)
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)

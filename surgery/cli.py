@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import surgery
 from surgery.errors import RecipeError, SurgeryError
@@ -65,7 +66,10 @@ def recipes() -> None:
     """List the recipes that come with the package."""
     from surgery_recipes.shipped import shipped, tables
 
-    table = Table("recipe", "task", "methods", "what it is", title="recipes")
+    table = Table(title="recipes")
+    table.add_column("recipe", no_wrap=True)  # it is what one types
+    for heading in ("task", "methods", "what it is"):
+        table.add_column(heading, overflow="fold")
     try:
         for name, path in shipped().items():
             plan = read_recipe(path)
@@ -127,6 +131,11 @@ def compare(
         from surgery_recipes.grid import read_grid
 
         plan = dataclasses.replace(read_grid(grid), given=override or [])
+        for text in plan.given:
+            if text.startswith(("output=", "training.seed=")):
+                raise RecipeError(f"{text}: a table sets that itself. Use --output and --seeds.")
+        if seeds < 0:
+            raise RecipeError(f"--seeds {seeds}: how many, 1 or more.")
         if seeds:
             plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
         if output:
@@ -136,6 +145,7 @@ def compare(
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on from here")
         raise typer.Exit(130) from None
 
 
@@ -151,6 +161,8 @@ def evaluate(run: Annotated[Path, typer.Argument(help="the folder of a finished 
         finetune.evaluate(run, console)
     except SurgeryError as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _transformers() -> Any:
@@ -163,5 +175,6 @@ def _transformers() -> Any:
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[bold red]error:[/] {message}", highlight=False)
+    # Whole lines, and brackets as they are: it may be a path, or `pip install 'surgery[recipes]'`.
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(1)

@@ -118,6 +118,19 @@ def fresh_parameters(model: nn.Module) -> list[str]:
     return [n for n, _ in model.named_parameters() if n not in loaded] if loaded else []
 
 
+def grow_vocabulary(model: Any, size: int) -> None:
+    """Have embeddings for ``size`` tokens at least; an output embedding stays one that was loaded,
+    though it is another object then.
+    """
+    if size <= model.get_input_embeddings().weight.shape[0]:
+        return
+    fresh = fresh_parameters(model)
+    model.resize_token_embeddings(size)
+    for name, parameter in model.named_parameters():
+        if name not in fresh:
+            parameter._is_hf_initialized = True
+
+
 def name_or_path(model: nn.Module) -> str | None:
     """What the model was loaded from."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -29,6 +29,8 @@ class Recipe:
         train_head: train a freshly initialised head (yes, unless a protocol freezes it).
         baseline: also train the base with nothing spliced and only its head, for comparison.
         device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of the base and what is inserted: ``float32``, or ``auto``, as the model's files have
+            it. For mixed precision leave it float32 and set ``training.bf16``.
         limit: for trials, take so many examples of a split, drawn at random but always the same:
             ``{train: 100, test: 10}``.
         patience: stop after so many validations without a better one; 0 never stops early.
@@ -45,6 +47,7 @@ class Recipe:
     train_head: bool = True
     baseline: bool = False
     device: str = "auto"
+    dtype: str = "float32"
     limit: dict[str, Any] = field(default_factory=dict)
     patience: int = 0
     training: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +89,8 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
             raise RecipeError(f"{where}: splice entry {entry!r} needs a key 'method'.")
     if recipe.device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"{where}: device={recipe.device!r} must be auto, cpu or cuda.")
+    if recipe.dtype not in ("float32", "auto"):
+        raise RecipeError(f"{where}: dtype={recipe.dtype!r} must be float32 or auto.")
     return recipe
 
 

@@ -170,9 +170,15 @@ class Registry:
                     f"{kind.what} {name!r} has no {kind.option} {option!r}. "
                     f"{suggest(option, known)}Options: {', '.join(known) or 'none'}."
                 )
-            if known[option] in (bool, "bool") and isinstance(options[option], str):
+            value, wanted = options[option], known[option]
+            if wanted in (bool, "bool") and isinstance(value, str):
+                raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be True or False.")
+            number = wanted in (int, "int", float, "float")
+            if number and isinstance(value, (str, list, dict)):
+                raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be a number.")
+            if wanted in (int, "int") and isinstance(value, float):
                 raise kind.error(
-                    f"{kind.what} {name!r}: {option}={options[option]!r} must be True or False."
+                    f"{kind.what} {name!r}: {option}={value!r} must be a whole number."
                 )
         try:
             return cls(**options)

@@ -27,6 +27,13 @@ class Classification(surgery.Task):
     path: str = ""
     max_length: int = 512
 
+    def __post_init__(self) -> None:
+        if self.max_length < 8:
+            raise RecipeError(
+                f"task {self.name!r}: max_length={self.max_length} leaves next to nothing of an "
+                "example between its special tokens. Take 8 or more."
+            )
+
     def encode(self, example: Example, tokenizer: Any) -> Features:
         tokens = tokenizer(*example["texts"], truncation=True, max_length=self.max_length)
         return {**tokens, "labels": example["label"]}

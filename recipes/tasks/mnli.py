@@ -80,7 +80,7 @@ class MNLI(Classification):
             where, rows = str(file), read_rows(file, ())
         if name == "mismatched" and self.mismatched_if and rows:
             require_columns(list(rows[0]), [self.mismatched_if], where)
-            rows = [row for row in rows if row[self.mismatched_if] in (True, "true", "1")]
+            rows = [row for row in rows if row.get(self.mismatched_if) in (True, "true", "1")]
         found = [_example(row, name, f"{where}: row {i + 1}") for i, row in enumerate(rows)]
         kept = [example for example in found if example]
         if not kept:

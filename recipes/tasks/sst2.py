@@ -51,7 +51,9 @@ class SST2(Classification):
     def _example(self, row: dict[str, Any], where: str) -> Example:
         if str(row["label"]) not in ("0", "1"):
             raise RecipeError(f"{where}: label {row['label']!r} is neither 0 nor 1.")
-        return labelled([row["sentence"].strip()], int(row["label"]), where)
+        text = row["sentence"]
+        text = text.strip() if isinstance(text, str) else text
+        return labelled([text], int(row["label"]), where)
 
 
 @surgery.hookimpl

@@ -43,6 +43,13 @@ def grid(output: Path, **more: Any) -> Grid:
     return Grid(**{**shape, **more})
 
 
+def shown(folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The head of a written table, and its rows without their names, by name."""
+    lines = (folder / "table.md").read_text().splitlines()
+    head, _, *rows = ([c.strip() for c in x.split("|")[1:-1]] for x in lines if x[:1] == "|")
+    return head, {row[0]: row[1:] for row in rows}
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_whole(path: Path) -> None:
     made = read_grid(path)
@@ -61,13 +68,18 @@ def test_numbers_of_the_tables_are_means_of_the_seeds(tmp_path: Path) -> None:
     for cell in cells(made):
         finished(cell, values[cell.row][cell.seed - 1])
     assert tables.write(made, cells(made)) is not None
+    head, rows = shown(tmp_path)
+    parameters = ["% inserted", "% stored", "trainable", "minutes", "peak MiB"]
+    assert head == ["row", *parameters, "accuracy", "paper"]
+    assert rows["prefix"][5:] == ["0.51 ± 0.01", ""]
+    assert rows["inducer"][5:] == ["0.91 ± 0.01*", "94.2"]
+    assert rows["lora"][5] == "0.5 ± 0.1"  # no better than chance
     with (tmp_path / "table.csv").open() as file:
-        head, *rows = csv.reader(file)
-    shown = ["% trained", "% stored", "trainable", "minutes", "peak MiB"]
-    assert head == ["row", *shown, "accuracy", "paper"]
-    assert rows[0][6:] == ["0.51 ± 0.01", ""]
-    assert rows[1][6:] == ["0.91 ± 0.01*", "94.2"]
-    assert rows[2][6] == "0.5 ± 0.1"  # no better than chance
+        numbers = {row["row"]: row for row in csv.DictReader(file)}
+    assert float(numbers["inducer"]["accuracy_mean"]) == pytest.approx(0.91)
+    assert float(numbers["inducer"]["accuracy_std"]) == pytest.approx(0.01)
+    assert (numbers["inducer"]["runs"], numbers["inducer"]["trainable"]) == ("3", "1007")
+    assert (numbers["inducer"]["accuracy_paper"], numbers["lora"]["accuracy_paper"]) == ("94.2", "")
     text = (tmp_path / "table.md").read_text()
     assert "| inducer | 0.50 | 0.25 | 1,007 | 1.0 |" in text
     assert "Made on: a machine, torch 2." in text
@@ -82,9 +94,8 @@ def test_an_error_rate_that_rises_is_not_marked(tmp_path: Path) -> None:
         value = {"prefix": 0.5, "inducer": 0.9, "lora": 0.2}[cell.row] + cell.seed / 1000
         finished(cell, 0.0, scores={"ter": value})
     tables.write(made, cells(made))
-    with (tmp_path / "table.csv").open() as file:
-        marked = {row[0]: row[6].endswith("*") for row in csv.reader(file)}
-    assert marked == {"row": False, "prefix": False, "inducer": False, "lora": True}
+    marked = {row: cells[5].endswith("*") for row, cells in shown(tmp_path)[1].items()}
+    assert marked == {"prefix": False, "inducer": False, "lora": True}
 
 
 def test_one_seed_is_no_significance(tmp_path: Path) -> None:
@@ -92,8 +103,7 @@ def test_one_seed_is_no_significance(tmp_path: Path) -> None:
     for cell in cells(made):
         finished(cell, {"prefix": 0.1, "inducer": 0.9, "lora": 0.5}[cell.row])
     tables.write(made, cells(made))
-    assert "*" not in (tmp_path / "table.csv").read_text()
-    assert "±" not in (tmp_path / "table.csv").read_text()
+    assert not any(mark in str(shown(tmp_path)) for mark in "*±")
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -125,16 +135,53 @@ def test_a_folder_of_other_settings_is_no_result(root: Path, tmp_path: Path) -> 
         (["training.lerning_rate=1"], "no 'lerning_rate'. Did you mean 'learning_rate'"),
         (["data=nowhere"], "data path nowhere: no such folder"),
         (["data.max_lenght=3"], "max_lenght"),
+        (["training.learning_rate=abc"], "learning_rate='abc' must be a number"),
+        (["training.per_device_train_batch_size=0"], "must be a whole number, 1 or more"),
+        (["model=./nothing"], "'./nothing': no such folder"),
+        (["limit={tst: 3}"], "no split 'tst'"),
+        (["data.max_length=2"], "max_length=2 leaves next to nothing"),
     ],
 )
 def test_what_would_fail_in_every_run_is_found_before_any(
     given: list[str], part: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, data = tiny.prepared("sst2", root)
+    model, data = tiny.prepared("sst2", root)
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
+    own = [f"model={model}", f"data={data}", "data.held_out=2"]
     with pytest.raises(RecipeError, match=part):
-        compare.compare(grid(tmp_path / "grid", given=[f"data={data}", *given]), QUIET)
+        compare.compare(grid(tmp_path / "grid", given=[*own, *given]), QUIET)
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_score_that_the_task_does_not_give_is_found_before_any_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tiny.prepared("sst2", root)
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
+    own = [f"model={model}", f"data={data}", "data.held_out=2"]
+    made = grid(tmp_path / "grid", given=own, scores={"sst2": ["acuracy"]}, paper={})
+    with pytest.raises(RecipeError, match="gives no 'acuracy'"):
+        compare.compare(made, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("seeds: [1, 1]", "seeds has 1 twice"),
+        ("row_set: {lora: training.max_steps=3}", "row_set of lora is 'training.max_steps=3'"),
+        ("set: [{training: 3}]", "write a list of texts"),
+        ("scores: {sst2: accuracy}", "scores of sst2 is 'accuracy'"),
+    ],
+)
+def test_a_grid_with_values_of_the_wrong_kind_is_refused(
+    line: str, part: str, tmp_path: Path
+) -> None:
+    key = line.partition(":")[0]
+    lines = {"title": "title: a", "tasks": "tasks: [sst2]", "rows": "rows: [lora]"}
+    lines |= {"scores": "scores: {sst2: [accuracy]}", key: line}
+    (tmp_path / "grid.yaml").write_text("\n".join(lines.values()))
+    with pytest.raises(RecipeError, match=part):
+        read_grid(tmp_path / "grid.yaml")
 
 
 def test_runs_share_the_gpus_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,14 +197,14 @@ def test_runs_share_the_gpus_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -
 def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, data = tiny.prepared("sst2", root)
+    model, data = tiny.prepared("sst2", root)
     row_set = {"lora": ["patience=0"]}
     made = grid(
         tmp_path,
         seeds=[1],
         set=["about=x"],
         row_set=row_set,
-        given=[f"data={data}", "data.held_out=2"],
+        given=[f"model={model}", f"data={data}", "data.held_out=2"],
     )
     first, second, third = cells(made)
     finished(first, 0.5, made)
@@ -179,6 +226,7 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
         "train",
         "sst2/inducer",
         "about=x",
+        f"model={model}",
         f"data={data}",
         "data.held_out=2",
         "training.seed=1",
@@ -186,7 +234,7 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
     assert asked[0] == [*head, f"output={second.folder}", "--resume"]
     assert asked[1][:3] == ["train", "sst2/lora", "about=x"]
     assert "patience=0" in asked[1]
-    assert "--resume" not in asked[1]
+    assert asked[1][-1] == "--overwrite"  # of what an interrupted run without checkpoints left
     assert "prefix" in (tmp_path / "table.md").read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from surgery_recipes import finetune
-from surgery_recipes.build import embedding_name, load_base, plan, splice
+from surgery_recipes.build import embedding_names, load_base, plan, splice
 from surgery_recipes.prepare import prepare
 from surgery_recipes.shipped import find
 from surgery_recipes.trainer import arguments, make_trainer
@@ -65,7 +65,7 @@ def test_saved_rows_come_back_and_nothing_else_of_the_embedding_is_stored(
     rows = finetune.train(made, Console(quiet=True))
     prepared = prepare(made)
     fresh = load_base(prepared, 7)
-    name = embedding_name(fresh)
+    (name,) = embedding_names(fresh)
     start = fresh.get_input_embeddings().weight.detach().clone()
     surgery.load(fresh, run / "adapter")
     new = list(prepared.new)

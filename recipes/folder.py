@@ -1,0 +1,131 @@
+"""Folder: what a run's folder holds, and whether a run may begin, or go on, in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from surgery import RecipeError
+from surgery.recipe import Recipe, write_recipe
+
+CHECKPOINTS = "checkpoints"
+RECIPE, METRICS, TRAINED = "recipe.yaml", "metrics.json", "trained.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to run: go on with an unfinished run, write over an old one, log to W&B."""
+
+    resume: bool = False
+    overwrite: bool = False
+    wandb: bool = False
+
+
+def finished(folder: Path) -> bool:
+    """Has it been trained and scored?"""
+    return (folder / METRICS).is_file()
+
+
+def begun(folder: Path) -> bool:
+    """Can a run go on here: from a checkpoint, or with scoring?"""
+    return (folder / TRAINED).is_file() or last_checkpoint(folder) is not None
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint."""
+    checkpoints = folder / CHECKPOINTS
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def check_folder(folder: Path, recipe: Recipe, run: Run) -> None:
+    """Raise unless this run may use the folder; nothing is written.
+
+    Raises:
+        RecipeError: it holds another run, or none to go on with, or cannot be written to.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecipeError(f"output={folder}: {above} is no folder that can be written to.")
+    if run.resume:
+        if finished(folder):
+            raise RecipeError(
+                f"--resume: {folder} holds a finished run. Score it again with surgery eval, train "
+                "anew with --overwrite, or choose another folder with output=PATH."
+            )
+        if not begun(folder):
+            raise RecipeError(
+                f"--resume: {folder} has no checkpoint to go on from. Begin again with --overwrite."
+            )
+        same_settings(folder, recipe, "the run has")
+        return
+    if run.overwrite:
+        return
+    if finished(folder):
+        raise RecipeError(
+            f"{folder} holds the results of a finished run. Choose another folder with "
+            "output=PATH, or write over it with --overwrite."
+        )
+    if begun(folder):
+        raise RecipeError(
+            f"{folder} holds an unfinished run. Go on with --resume, begin again with "
+            "--overwrite, or choose another folder with output=PATH."
+        )
+    if (folder / "adapter").exists() or (folder / "model").exists():
+        raise RecipeError(
+            f"{folder} holds what an interrupted run has learnt. Write over it with --overwrite, "
+            "or choose another folder with output=PATH."
+        )
+
+
+def start_folder(folder: Path, recipe: Recipe, run: Run) -> None:
+    """Make the folder, without what an earlier run left, and write the recipe."""
+    if run.overwrite and folder.is_dir():
+        for old in (folder / CHECKPOINTS, folder / "adapter", folder / "model"):
+            shutil.rmtree(old, ignore_errors=True)
+        for name in (METRICS, TRAINED):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(recipe, folder / RECIPE)
+
+
+def write_trained(folder: Path, numbers: dict[str, Any]) -> None:
+    """Say that training is over, and how it went: only scoring is left."""
+    (folder / TRAINED).write_text(json.dumps(numbers))
+
+
+def read_trained(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_trained` wrote, if training is over."""
+    file = folder / TRAINED
+    if not file.is_file():
+        return None
+    numbers: dict[str, Any] = json.loads(file.read_text())
+    return numbers
+
+
+def same_settings(folder: Path, recipe: Recipe, asked: str) -> None:
+    """Raise if what the folder holds was made with other settings than the recipe's."""
+    file = folder / RECIPE
+    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    for name, (then, wanted) in _differences(before, dataclasses.asdict(recipe)):
+        raise RecipeError(
+            f"{folder}: that run had {name}={then!r}, {asked} {wanted!r}. Take the same setting, "
+            "another folder, or delete this one."
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterable[tuple[str, tuple[Any, Any]]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            whole = f"{name}.{key}" if name else str(key)
+            yield from _differences(before.get(key), now.get(key), whole)
+    elif before != now and name not in ("output", "about"):
+        yield name, (before, now)
