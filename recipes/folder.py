@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from surgery import RecipeError
-from surgery.recipe import Recipe, write_recipe
+from surgery.recipe import Recipe, read_recipe, write_recipe
 
 CHECKPOINTS = "checkpoints"
 RECIPE, METRICS, TRAINED = "recipe.yaml", "metrics.json", "trained.json"
@@ -114,7 +113,7 @@ def read_trained(folder: Path) -> dict[str, Any] | None:
 def same_settings(folder: Path, recipe: Recipe, asked: str) -> None:
     """Raise if what the folder holds was made with other settings than the recipe's."""
     file = folder / RECIPE
-    before = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    before = dataclasses.asdict(read_recipe(file)) if file.is_file() else {}
     for name, (then, wanted) in _differences(before, dataclasses.asdict(recipe)):
         raise RecipeError(
             f"{folder}: that run had {name}={then!r}, {asked} {wanted!r}. Take the same setting, "

@@ -239,9 +239,9 @@ def _check_rows(
     for name, chosen in rows.items():
         if not fits(model, name, chosen, tensors[f"rows.{name}"]):
             raise StoreError(
-                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model has not. "
-                "Where they are new tokens, add them first: take the tokenizer that was saved with "
-                "it and call model.resize_token_embeddings(len(tokenizer))."
+                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model has "
+                "not. Where they are new tokens, add them first: take the tokenizer that was saved "
+                "with it and call model.resize_token_embeddings(len(tokenizer))."
             )
 
 
