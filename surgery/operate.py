@@ -48,7 +48,8 @@ class Progress:
     Attributes:
         together: can methods that work only together be tried out together?
         shared: modules that all sites of a method share, by the method's id and their names.
-        base_parts: the ids of the modules and parameters that the model had before any splice.
+        base_parts: the modules and parameters that the model had before any splice, by id; they are
+            held, for offloading replaces parameters, whose ids would be given to others.
         undo: what to call, the last first, to have the model as it was.
     """
 
@@ -62,8 +63,8 @@ class Progress:
         earlier = [i.path for report in records(self.model).values() for i in report.inserted]
         modules = [self.model.get_submodule(path) for path in earlier]
         theirs = {id(x) for m in modules for x in (*m.modules(), *m.parameters())}
-        all_parts = {id(x) for x in (*self.model.modules(), *self.model.parameters())}
-        self.base_parts = frozenset(all_parts - theirs)
+        every = (*self.model.modules(), *self.model.parameters())
+        self.base_parts = {id(x): x for x in every if id(x) not in theirs}
 
     def waits(self, inserted: Inserted) -> bool:
         """Is it to be verified with the others, in one run of the trunk?"""

@@ -173,10 +173,10 @@ class Registry:
             value, wanted = options[option], known[option]
             if wanted in (bool, "bool") and isinstance(value, str):
                 raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be True or False.")
-            number = wanted in (int, "int", float, "float")
+            number = kind is _TASKS and wanted in (int, "int", float, "float")
             if number and isinstance(value, (str, list, dict)):
                 raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be a number.")
-            if wanted in (int, "int") and isinstance(value, float):
+            if number and wanted in (int, "int") and isinstance(value, float):
                 raise kind.error(
                     f"{kind.what} {name!r}: {option}={value!r} must be a whole number."
                 )

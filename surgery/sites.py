@@ -170,7 +170,7 @@ class Site:
         ids, call: of a trunk: the argument that holds the token ids, and its arguments by name in
             an example.
         model, shared, base_parts: while a method edits it, the model that it is in, what the sites
-            of one splice share, and the ids of the base's modules and parameters.
+            of one splice share, and the base's own modules and parameters, by id.
     """
 
     path: str
@@ -195,7 +195,7 @@ class Site:
     call: dict[str, Any] = field(default_factory=dict, repr=False)
     model: nn.Module | None = field(default=None, repr=False)
     shared: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    base_parts: frozenset[int] = field(default=frozenset(), repr=False)
+    base_parts: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @property
     def identity(self) -> tuple[str, str, str]:
@@ -261,7 +261,7 @@ class Site:
         return FrozenModule(self.model.get_submodule(self.norm))
 
     def open(
-        self, model: nn.Module | None, shared: dict[str, nn.Module], base_parts: frozenset[int]
+        self, model: nn.Module | None, shared: dict[str, nn.Module], base_parts: dict[int, Any]
     ) -> Site:
         """A copy that a method may edit; the edits gather in its ``edits``."""
         copy = dataclasses.replace(
