@@ -159,7 +159,7 @@ def virtual(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Te
     """The same from ``(query, context, lse)``."""
     context, lse = attention(q, k, v, is_causal=True)
     merged = context.transpose(1, 2).flatten(2)
-    return merged + surgery.virtual_tokens(merged, q, lse, keys, values, q.shape[-1] ** -0.5)
+    return surgery.virtual_tokens(merged, q, lse, keys, values, q.shape[-1] ** -0.5)
 
 
 def long_prefix(repeats: int) -> None:

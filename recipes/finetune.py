@@ -157,7 +157,6 @@ def _fit(
         raise
     counts = surgery.summary(model)
     whole = all(p.requires_grad for p in model.parameters())
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     trained = {
         "what": what,
         "inserted": counts.inserted,
@@ -165,7 +164,7 @@ def _fit(
         "stored": 100.0 if whole else 100 * counts.stored / counts.base,
         "trainable": trainable(model),
         "seconds": trainer.seconds,
-        "peak_mib": peak,
+        "peak_mib": results.peak_mib(),
         "losses": [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
     }
     if folder is not None and made.process_index == 0:

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class Row:
             100 where the whole model is trained.
         stored: what a saved adapter holds of them, per cent of the base's.
         trainable: numbers that training could change: inserted, head, rows of new tokens.
-        seconds: of training.  peak_mib: of GPU memory in training; 0 on a CPU.
+        seconds: of training.  peak_mib: of GPU memory in training; without a GPU, of the process.
         losses: (step, training loss).  by_length: (mean tokens of the input, score) of each
             quarter of what was scored, from the shortest inputs to the longest.
     """
@@ -107,6 +108,18 @@ def _without_nan(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
         return [_without_nan(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def peak_mib() -> float:
+    """The most memory so far: of the GPU; without one, of this process, libraries included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _machine() -> str:

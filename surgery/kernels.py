@@ -151,14 +151,15 @@ def with_lse_gradient(
 ) -> Grads:
     """Gradients of query, key and value by a backward that knows only the context's."""
     if query.device.type == "cpu":
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        size = wide.square().sum(-1)  # (B, H, n)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)  # (B, H, n)
         most = torch.finfo(context.dtype).max ** 0.5
-        far = (size < 1e-30) | (grad_lse.abs() > most * size.sqrt())
+        far = (norm < 1e-15) | (grad_lse.abs() > most * norm)
         if not bool((far & (grad_lse != 0)).any()):
-            share = (grad_lse / size.clamp(min=1e-30)).unsqueeze(-1)
-            seen = (context - share * wide).to(context.dtype)
-            return run(grad.contiguous(), query, key, value, seen)
+            share = (grad_lse / norm.clamp(min=1e-15).square()).unsqueeze(-1)
+            seen = torch.addcmul(context.to(wide), share, grad.to(wide), value=-1)
+            whole = grad if grad.stride(-1) == 1 else grad.contiguous()
+            return run(whole, query, key, value, seen.to(context.dtype))
     width = query.shape[-1]
     extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
     query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
