@@ -114,14 +114,12 @@ def read_grid(path: str | Path) -> Grid:
         twice = [x for x in getattr(grid, key) if getattr(grid, key).count(x) > 1]
         if twice:
             raise RecipeError(f"{path}: {key} has {twice[0]!r} twice.")
-    lists = {"set": {"": grid.set}, "scores": grid.scores}
-    for key, of in {**lists, "task_set": grid.task_set, "row_set": grid.row_set}.items():
-        for name, texts in of.items():
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                what = f"{key} of {name}" if name else key
-                raise RecipeError(
-                    f"{path}: {what} is {texts!r}; write a list of texts, [a=1, b=2]."
-                )
+    lists: dict[str, Any] = {"set": grid.set}
+    for key in ("scores", "task_set", "row_set"):
+        lists |= {f"{key} of {name}": texts for name, texts in getattr(grid, key).items()}
+    for what, texts in lists.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RecipeError(f"{path}: {what} is {texts!r}; write a list of texts, [a=1, b=2].")
     if grid.baseline and grid.baseline not in grid.rows:
         raise RecipeError(f"{path}: the baseline {grid.baseline!r} is none of the rows.")
     columns = {f"{task}.{name}" for task in grid.tasks for name in grid.scores[task]}

@@ -51,7 +51,7 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes))
     (folder / "table.html").write_text(_html(grid.title, head, rows, notes))
     with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(_numbers(grid, lines))
+        csv.writer(file).writerows(_for_programs(grid, lines))
     pictures.by_parameters(grid, lines, folder / "parameters.png")
     pictures.by_length(grid, lines, folder / "length.png")
     shown = Table(title=grid.title)
@@ -138,7 +138,7 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _numbers(grid: Grid, lines: list[Line]) -> list[list[Any]]:
+def _for_programs(grid: Grid, lines: list[Line]) -> list[list[Any]]:
     """The same for programs: one number in each cell, one line for each task and row."""
     wanted = list(dict.fromkeys(name for task in grid.tasks for name in grid.scores[task]))
     head: list[Any] = ["task", "row", "runs", "inserted_percent", "stored_percent", "trainable"]

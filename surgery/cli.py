@@ -1,4 +1,4 @@
-"""The command line: ``surgery methods``, ``locate``, ``recipes``, ``train`` and ``eval``."""
+"""The command line: ``surgery`` methods, locate, recipes, train, compare and eval."""
 
 from __future__ import annotations
 
