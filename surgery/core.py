@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
+from surgery.causal import hides_later_keys
 from surgery.fused import fused, usable
 from surgery.kernels import CPU, CUDA, Kernel
 from surgery.rebind import rebound
@@ -66,6 +67,8 @@ def attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
+        if kernel is CPU and attn_mask is not None and not isinstance(attn_mask, FakeTensor):
+            is_causal = hides_later_keys(attn_mask)  # SDPA takes no mask with the flag
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
     if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.causal import hides_all_keys
 from surgery.kernels import Grads, Kernel, with_lse_gradient
 from surgery.trial import Trial, grouped_backward, trusted
 
@@ -63,7 +64,7 @@ def _of_nothing(lse: Tensor, mask: Tensor | None) -> Tensor:
     """Some kernels call the logsumexp of no score at all 0."""
     if mask is None:
         return lse
-    return lse.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+    return lse.masked_fill(hides_all_keys(mask), float("-inf"))
 
 
 def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:

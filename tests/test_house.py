@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: "dropout errors fastpath fingerprint frozen guards huggingface kernels patching proxy "
-    "rebind unfused values",
+    0: "causal dropout errors fastpath fingerprint frozen guards huggingface kernels patching "
+    "proxy rebind unfused values",
     1: "adapter_files compiled extend insertable quiet rows task trial",
     2: "border edit fused recipe sites",
     3: "core dataflow method selection tracer",

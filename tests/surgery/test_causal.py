@@ -1,0 +1,118 @@
+"""Tests of surgery.causal: what a mask hides, and that skipping it keeps every bit of SDPA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from surgery import kernels
+from surgery.causal import hides_all_keys, hides_later_keys
+from surgery.core import attention, dense_lse
+
+INF = float("inf")
+
+
+def padded(n: int, m: int, left: int = 0, right: int = 0) -> Tensor:
+    """Which keys (1, 1, n, m) a query sees: none after it, and no padding."""
+    seen = torch.ones(1, 1, n, m, dtype=torch.bool).tril()
+    seen[..., :left] = False
+    seen[..., m - right :] = False
+    return seen
+
+
+def additive(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -INF)
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1024, 1400),
+    m=st.integers(1024, 1400),
+    query=st.integers(0, 1399),
+    key=st.integers(0, 1399),
+    bias=st.sampled_from([0.0, -3.0, torch.finfo(torch.float32).min, float("nan")]),
+)
+def test_one_later_key_that_is_not_hidden_is_found(
+    n: int, m: int, query: int, key: int, bias: float
+) -> None:
+    mask = additive(padded(n, m, left=5, right=9))
+    assert hides_later_keys(mask)
+    query, key = query % n, key % m
+    mask[..., query, key] = bias
+    assert hides_later_keys(mask) == (key <= query)
+
+
+def test_a_short_mask_is_not_worth_looking_at() -> None:
+    assert not hides_later_keys(additive(padded(512, 512)))
+    assert not hides_later_keys(additive(padded(1, 4096)))
+
+
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The causal flags that the kernel on the CPU is called with."""
+    seen: list[bool] = []
+    kernel = kernels._flash_on_cpu
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append(args[4])
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(kernels, "_flash_on_cpu", spy)
+    return seen
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("m", "left", "right"), [(1100, 0, 70), (1100, 300, 0), (1500, 7, 400)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_skipped_changes_no_bit(
+    flags: list[bool],
+    dtype: torch.dtype,
+    boolean: bool,
+    m: int,
+    left: int,
+    right: int,
+    groups: int,
+) -> None:
+    torch.manual_seed(0)
+    seen = padded(1100, m, left, right)
+    mask = seen if boolean else additive(seen, dtype) + torch.randn(1100, m).to(dtype)
+    heads = [2 * groups, 2, 2]
+    inputs = [
+        torch.randn(1, h, n, 8).to(dtype).requires_grad_()
+        for h, n in zip(heads, (1100, m, m), strict=True)
+    ]
+    grouped = {"enable_gqa": groups > 1}
+    expected = F.scaled_dot_product_attention(*inputs, mask, **grouped)
+    context, lse = attention(*inputs, mask, **grouped)
+    assert flags == [True]
+    assert torch.equal(context, expected)
+    dense = dense_lse(inputs[0], inputs[1], mask)
+    torch.testing.assert_close(lse, dense, rtol=1e-4, atol=1e-4)
+    seed = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((x * seed).sum(), inputs) for x in (context, expected))
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("mask", ["later", "window"])
+def test_a_mask_that_shows_later_keys_keeps_them(flags: list[bool], mask: str) -> None:
+    seen = padded(1100, 1100)
+    if mask == "later":
+        seen[..., 500, 501] = True
+    else:
+        seen = torch.ones(1, 1, 1100, 1100, dtype=torch.bool).tril(9)
+    q, k, v = (torch.randn(1, 2, 1100, 8) for _ in range(3))
+    assert torch.equal(attention(q, k, v, seen)[0], F.scaled_dot_product_attention(q, k, v, seen))
+    assert flags == [False]
+
+
+def test_queries_that_see_no_key_are_told_from_those_that_see_one() -> None:
+    mask = additive(padded(6, 6, left=2))
+    assert hides_all_keys(mask).flatten().tolist() == [True, True, False, False, False, False]
+    assert hides_all_keys(mask[..., :0]).all()
