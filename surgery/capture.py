@@ -62,7 +62,7 @@ def capture(
 
     Returns:
         a graph whose placeholders are the host itself and then the leaves of ``(args, kwargs)``
-        that :func:`leaves` yields, in that order.
+        that ``values.leaves`` yields, in that order.
 
     Raises:
         CaptureError: the forward does something that a graph cannot hold; it names the line.

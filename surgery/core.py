@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.causal import hides_later_keys
 from surgery.fused import fused, usable
-from surgery.kernels import CPU, CUDA, Kernel
+from surgery.kernels import CPU, CUDA, ON_CPU, Kernel
 from surgery.rebind import rebound
 from surgery.unfused import same_as_sdpa, unfused
 
@@ -132,6 +132,8 @@ def _scale(query: Tensor, scale: float | None) -> float:
 
 
 def _autocast(x: Tensor) -> bool:
+    if x.is_cpu:  # not every device has one, and to ask takes as long as a small operation
+        return torch.is_autocast_enabled("cpu")
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -165,10 +167,8 @@ def _kernel(
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    if query.is_cuda:
-        kernel = CUDA.get(choice)
-    else:
-        kernel = CPU if choice == SDPBackend.FLASH_ATTENTION.value else None
+    known = CUDA if query.is_cuda else ON_CPU
+    kernel = known.get(choice)
     fits = kernel is not None and usable(kernel, query, key, value, attn_mask, dropout_p)
     return kernel if fits else None
 

@@ -12,6 +12,7 @@ import functools
 import threading
 import types
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
+_PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
 _lock = threading.RLock()
 
 
@@ -202,34 +204,40 @@ def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
-    """The structure of a call, and the inputs of its graph (see ``capture.leaves``).
+    """The structure of a call, and the inputs of its graph (see ``values.leaves``).
 
     Two calls of one structure differ only in values of tensors, numbers and opaque objects.
     """
     inputs: list[Any] = []
+    given = _describe(args, inputs)
+    return (active, given, tuple(kwargs), _describe(kwargs.values(), inputs)), inputs
 
-    def describe(x: Any) -> Any:
+
+def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
+    """What decides about the graph in each value; the others are appended to ``inputs``."""
+    known: list[Any] = []
+    for x in values:
         kind = type(x)
-        if x is None or kind is bool or kind is str:
-            return x
-        if kind is tuple or kind is list:
-            return (kind, *[describe(y) for y in x])
-        if kind is dict:
-            return (kind, *[(k, describe(v)) for k, v in x.items()])
-        if kind is torch.dtype or kind is torch.device or isinstance(x, type):
-            return x
-        if kind is int or kind is float:
+        if kind in _PLAIN:
+            known.append(x)
+        elif kind is tuple or kind is list:
+            known.append((kind, _describe(x, inputs)))
+        elif kind is dict:
+            known.append((kind, tuple(x), _describe(x.values(), inputs)))
+        elif kind is int or kind is float:
             inputs.append(x)
-            return kind
-        for position, known in enumerate(inputs):  # a few; Dynamo would guard an id()
-            if known is x:
-                return position
-        inputs.append(x)
-        if isinstance(x, Tensor):
-            return (x.dim(), x.dtype, x.device)
-        return kind
-
-    return (active, describe(args), describe(kwargs)), inputs
+            known.append(kind)
+        elif isinstance(x, (str, type)):
+            known.append((kind, x))
+        else:
+            for position, other in enumerate(inputs):  # a few; Dynamo would guard an id()
+                if other is x:
+                    known.append((position,))
+                    break
+            else:
+                inputs.append(x)
+                known.append((x.dim(), x.dtype, x.device) if isinstance(x, Tensor) else kind)
+    return tuple(known)
 
 
 def new_variant(module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any) -> Variant:

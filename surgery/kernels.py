@@ -133,6 +133,7 @@ def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 CPU = Kernel("flash on the CPU", _cpu, _cpu_back, grouped=True)
+ON_CPU = {SDPBackend.FLASH_ATTENTION.value: CPU}
 CUDA = {
     SDPBackend.FLASH_ATTENTION.value: Kernel("flash", _flash, _flash_back, True, masks=False),
     SDPBackend.EFFICIENT_ATTENTION.value: Kernel("efficient", _efficient, _efficient_back),

@@ -41,23 +41,33 @@ def virtual_tokens(
     Returns:
         f' (B, n, H d_v), to take the place of ``merged``.
     """
-    batch, heads, n, _ = query.shape
-    f = merged.reshape(batch, n, heads, -1)
+    batch, heads = query.shape[:2]
     if scores is None:  # real queries attend to virtual keys: by a fused kernel
-        own_keys, own_values = (x.expand(batch, -1, -1, -1) for x in (keys, values))
-        grouped = heads != keys.shape[0]
-        context, own = attention(query, own_keys, own_values, scale=scale, enable_gqa=grouped)
-        g = torch.sigmoid(own - lse).mT.unsqueeze(-1).to(f.dtype)  # (B, n, H, 1)
-        if gate is not None:
-            g = g * gate.to(f.dtype).unsqueeze(-1)
-        made = torch.lerp(f, context.transpose(1, 2).to(f.dtype), g)
+        keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        grouped = heads != keys.shape[1]
+        context, own = attention(query, keys, values, scale=scale, enable_gqa=grouped)
     else:
-        if heads != keys.shape[0]:
-            keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+        keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
         s = scores((query @ keys.mT * scale).to(lse.dtype))  # (B, H, n, P)
-        both = torch.cat([s, lse.unsqueeze(-1)], -1).softmax(-1)  # g softmax(s_P), and 1 - g
-        own_weights = both[..., :-1].to(values.dtype)
-        g = own_weights.sum(-1).mT.unsqueeze(-1)
-        changed = (own_weights @ values).transpose(1, 2).to(f.dtype) - g.to(f.dtype) * f
-        made = f + (changed if gate is None else changed * gate.to(f.dtype).unsqueeze(-1))
-    return made.flatten(2)
+        context, own = s.softmax(-1).to(values.dtype) @ values, s.logsumexp(-1)
+    g = torch.sigmoid(own - lse).unsqueeze(-1)  # (B, H, n, 1)
+    if gate is not None:
+        g = g * gate.view(-1, 1, 1)
+    f = _split(merged, heads)
+    if not context.dtype == g.dtype == f.dtype:
+        context, g = context.to(f.dtype), g.to(f.dtype)
+    return _merge(torch.lerp(f, context, g))
+
+
+def _split(merged: Tensor, heads: int) -> Tensor:
+    """(B, n, H d) -> (B, H, n, d), which are the same numbers in one order if n = 1."""
+    if merged.shape[1] == 1:
+        return merged.view(len(merged), heads, 1, -1)
+    return torch.unflatten(merged, -1, (heads, -1)).transpose(1, 2)
+
+
+def _merge(heads: Tensor) -> Tensor:
+    """(B, H, n, d) -> (B, n, H d)."""
+    if heads.shape[2] == 1:
+        return heads.reshape(len(heads), 1, -1)
+    return heads.transpose(1, 2).flatten(2)

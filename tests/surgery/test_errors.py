@@ -34,6 +34,8 @@ def test_unknown_port_names_the_nearest() -> None:
     site = surgery.locate(build("gpt2"))[0]
     with pytest.raises(surgery.PortError, match=r"no port 'contxt'. Did you mean 'context'\?"):
         site.port("contxt")
+    with pytest.raises(surgery.PortError, match=r"no port 'weights' \(.*'eager' shows it\)"):
+        site.port("weights")
 
 
 @pytest.mark.parametrize(

@@ -247,3 +247,32 @@ def test_kernels_of_a_gpu(dtype: torch.dtype, masked: bool) -> None:
     expected = dense_lse(q.double(), k.double(), mask, not masked)
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-2)
     assert context.dtype == dtype
+
+
+ASKED = [
+    pytest.param(kernel, groups, masked, id=f"{kernel.name} {groups}{' masked' * masked}")
+    for kernel in kernels.CUDA.values()
+    for groups in ((1, 2) if kernel.grouped else (1,))
+    for masked in ((False, True) if kernel.masks else (False,))
+]
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 16), (7, 19)])
+@pytest.mark.parametrize(("kernel", "groups", "masked"), ASKED)
+def test_operators_of_a_gpu_take_what_they_are_given_and_give_its_shapes(
+    kernel: kernels.Kernel, groups: int, masked: bool, n: int, m: int
+) -> None:
+    q, k, v = (
+        torch.empty(2, heads, rows, 64, dtype=torch.bfloat16, device="meta")
+        for heads, rows in ((4, n), (4 // groups, m), (4 // groups, m))
+    )
+    mask = torch.empty(2, 1, n, m, dtype=torch.bfloat16, device="meta") if masked else None
+    options = (0.0, not masked, 0.125)
+    o, lse, more = kernel.forward(q, k, v, mask, *options)
+
+    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> kernels.Grads:
+        return kernel.backward(grad, q, k, v, mask, o, lse, more, *options)
+
+    grads = kernels.with_lse_gradient(run, o, lse, q, k, v, o)
+    assert (o.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:-1], torch.float32)
+    assert [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,22 @@ class ByArgument(Attention):
         else:
             y = F.scaled_dot_product_attention(q, k, v, scale=1.0 if self.sharp else None)
         return self.merge(y) * (2 if twice else 1)
+
+
+class Style(str, enum.Enum):
+    """Strings by another type, as configs hold them."""
+
+    SOFT, SHARP = "soft", "sharp"
+
+
+class ByKind(Attention):
+    """What a second argument is decides: a tensor, the first one again, a flag or a style."""
+
+    def forward(self, x: Tensor, other: Any = False) -> Tensor:
+        q, k, v = self.heads(x)
+        scale = 1.0 if other is True or other is Style.SHARP else None
+        y = self.merge(F.scaled_dot_product_attention(q, k, v, scale=scale))
+        return y + other if isinstance(other, Tensor) else y
 
 
 class WithoutGradient(Attention):
@@ -132,6 +149,12 @@ def test_a_branch_on_a_flag_a_string_and_an_attribute() -> None:
         model.sharp = True
         expected = model(given)
     assert torch.equal(model(given), expected)
+
+
+def test_a_branch_on_what_an_argument_is() -> None:
+    given = x()
+    calls: list[Any] = [False, given, True, x(), Style.SOFT, Style.SHARP, given, False]
+    check(ByKind().eval(), (x(),), [((given, other), {}) for other in calls])
 
 
 @dataclass
