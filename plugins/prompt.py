@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +69,6 @@ class Prompt(nn.Module):
             yield
         finally:
             self.running, self.total = False, 0
-
-    def train(self, mode: bool = True) -> Prompt:
-        self.known = False
-        return super().train(mode)
 
     def forward(self) -> Tensor:
         return self.encoder(self.rows)  # type: ignore[no-any-return]
@@ -167,11 +163,11 @@ class Call(Part):
         if not prompt.causal:
             with prompt.in_sequence(ids.shape[1]):
                 return forward(**self.lengthened(arguments, ids))
-        if not (prompt.known and ids.shape[1] == 1 and not torch.is_grad_enabled()):
+        if torch.is_grad_enabled() or not (prompt.known and continued(arguments)):
             own = torch.zeros(1, prompt.length, dtype=ids.dtype, device=ids.device)
             with prompt.in_sequence(0), surgery.without_checkpointing(self.trunk.module):
                 forward(**{**self.settings, self.ids: own})
-            prompt.known = not torch.is_grad_enabled()  # a text is generated from one run
+            prompt.known = not torch.is_grad_enabled()
         return forward(**arguments)
 
     def lengthened(self, arguments: dict[str, Any], ids: Tensor) -> dict[str, Any]:
@@ -192,6 +188,11 @@ class Call(Part):
             real = ids.gather(1, mask.long().argmax(1, keepdim=True))
             longer[self.ids] = torch.cat([real.expand(-1, length), ids], 1)
         return longer
+
+
+def continued(arguments: dict[str, Any]) -> bool:
+    """Goes a text on that a KV cache holds the beginning of? It is generated from one run."""
+    return any(x.get_seq_length() > 0 for x in arguments.values() if hasattr(x, "get_seq_length"))
 
 
 class Cut(Part):
@@ -242,8 +243,7 @@ class PromptTuning(surgery.Method):
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.length, int) and self.length >= 1, "length", "an integer >= 1")
-        known = ("none", "mlp", "ptuning")
-        self.require(self.encoder in known, "encoder", f"one of {', '.join(known)}")
+        self.require(self.encoder in get_args(Encoder), "encoder", "one of none, mlp, ptuning")
         self.require(isinstance(self.hidden, int) and self.hidden >= 1, "hidden", "an integer >= 1")
         self.require(self.init in ("vocabulary", "normal"), "init", "'vocabulary' or 'normal'")
         self.require(self.std > 0, "std", "a number > 0")

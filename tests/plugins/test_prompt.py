@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from surgery_plugins.prompt import Prompt
 from torch import Tensor
 
 import surgery
@@ -78,17 +79,32 @@ def test_generation_with_and_without_a_cache_is_the_same(name: str) -> None:
         assert not torch.equal(cached, model.generate(**case, **settings))
 
 
-def test_after_a_step_generation_starts_from_the_new_rows() -> None:
-    model = spliced("gpt2")
-    one = {"input_ids": torch.tensor([[5]])}
-    with torch.no_grad():
-        first = logits(model, one)
-        assert torch.equal(logits(model, one), first)
+@pytest.mark.parametrize("tokens", [1, 4])
+@torch.no_grad()
+def test_each_text_starts_from_the_weights_of_now(tokens: int) -> None:
+    model, given = spliced("gpt2"), {"input_ids": torch.arange(tokens).unsqueeze(0)}
+    first = logits(model, given)
+    assert torch.equal(logits(model, given), first)
     perturb(model, 0.5, seed=9)
-    model.train()
-    model.eval()
-    with torch.no_grad():
-        assert not torch.equal(logits(model, one), first)
+    second = logits(model, given)
+    assert not torch.equal(second, first)
+    with torch.enable_grad():  # always runs the prompt anew
+        assert torch.equal(model(**given).logits, second)
+
+
+@torch.no_grad()
+def test_a_text_that_goes_on_needs_one_run_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = spliced("gpt2", length=3), []
+    prompt = next(m for m in model.modules() if isinstance(m, Prompt))
+    forward = prompt.forward
+    monkeypatch.setattr(prompt, "forward", lambda: runs.append(1) or forward())
+    ids = torch.arange(6).unsqueeze(0)
+    whole = model(input_ids=ids).logits
+    cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+    chunk = model(input_ids=ids[:, 2:5], past_key_values=cache).logits
+    last = model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    assert len(runs) == 2  # of the whole text, and of the one in three parts
+    torch.testing.assert_close(torch.cat([chunk, last], 1), whole[:, 2:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
