@@ -158,6 +158,12 @@ def qwen_half_billion() -> Any:
     return tr.Qwen2ForCausalLM(config)
 
 
+def checkpointing(model: Any, reentrant: bool = False) -> None:
+    """Recompute activations in the backward; transformers has renamed the way to say so."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+
+
 def rename(model: nn.Module) -> dict[str, str]:
     """Give every submodule another name; parents find their children under both.
 

@@ -13,7 +13,15 @@ from surgery_plugins.prompt import Prompt
 from torch import Tensor
 
 import surgery
-from tests.models import build, gpt2_small, inputs, logits, losses_of_imitation, perturb
+from tests.models import (
+    build,
+    checkpointing,
+    gpt2_small,
+    inputs,
+    logits,
+    losses_of_imitation,
+    perturb,
+)
 
 ENCODERS = ["none", "mlp", "ptuning"]
 
@@ -116,12 +124,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
             module.p = 0.0
     model.config.attention_dropout = 0.0
     found = []
-    for checkpointing in (False, True):
+    for recomputed in (False, True):
         model.train()
-        if checkpointing:
-            with warnings.catch_warnings():  # renamed in newer transformers
-                warnings.simplefilter("ignore")
-                model.gradient_checkpointing_enable()
+        if recomputed:
+            checkpointing(model)
         for module in model.modules():
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0

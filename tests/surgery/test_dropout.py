@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
+from tests.models import checkpointing
 
 X = torch.ones(40, 50)
 
@@ -202,7 +203,7 @@ def test_a_checkpointed_spliced_model_has_the_gradients_of_a_plain_one(
         for _, parameter in surgery.spliced_parameters(model):
             parameter.normal_(std=0.3)
     checked = copy.deepcopy(model)
-    checked.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointing(checked, reentrant)
     if reentrant:
         checked.enable_input_require_grads()
     for a, b in zip(model_gradients(checked), model_gradients(model), strict=True):

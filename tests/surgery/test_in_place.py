@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import surgery
-from tests.models import GENERATORS, NAMES, TEXT, build, inputs, logits, perturb
+from tests.models import GENERATORS, NAMES, TEXT, build, checkpointing, inputs, logits, perturb
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -81,16 +81,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
     if reentrant:
         model.enable_input_require_grads() if name != "vit" else _inputs_need_grad(model)
     plain = _gradients(model, name)
-    _checkpoint(model, reentrant)
+    checkpointing(model, reentrant)
     checkpointed = _gradients(model, name)
     assert plain.keys() == checkpointed.keys()
     for key, gradient in plain.items():
         torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)
-
-
-def _checkpoint(model: Any, reentrant: bool) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
 
 
 def _inputs_need_grad(model: nn.Module) -> None:
