@@ -68,8 +68,6 @@ def assemble(
     if key is val and from_parameters(query):
         return None  # learned queries mix tensors as they are (outputs of layers): no attention
     nodes, missing = [core, context], {}
-    if "weights" not in ports:
-        missing["weights"] = "one call computes its softmax; attn_implementation='eager' shows it"
     for name, heads in (("query", query), ("key", key), ("value", val)):
         ends, _, _ = walk_back(heads, root, partial(on_the_way, root))
         if not ends:

@@ -25,7 +25,7 @@ from surgery.errors import CaptureError
 from surgery.guards import MATH, line_of
 from surgery.patching import patched
 from surgery.proxy import apply, call
-from surgery.quiet import capture_running, quiet_random
+from surgery.quiet import capture_running, untouched
 from surgery.tracer import AttentionPatch, Captured, IsLeaf, Recorder, Tracer, any_proxy
 from surgery.values import detached, identity, map_leaves
 
@@ -173,7 +173,7 @@ def _quiet(
     ]
     if attention_patch is not None:
         replacements += attention_patch(leaf)
-    with quiet_random(module), patched(*replacements), Recorder(tracer):
+    with untouched(module), patched(*replacements), Recorder(tracer):
         yield
 
 

@@ -20,7 +20,7 @@ def hides_later_keys(mask: Tensor) -> bool:
 
     Query i stands where key i does, as the causal flag aligns them.
     """
-    n, m = mask.shape[-2:]
+    n, m = mask.shape[-2:] if mask.dim() > 1 else (1, 1)
     if n < _WORTH_IT or m < _WORTH_IT or not _hidden(mask[..., 0, 1:]):
         return False
     for first in range(0, n, _BLOCK):

@@ -9,7 +9,6 @@ when first met. ``uninstall`` puts the class back: bit for bit the module that i
 from __future__ import annotations
 
 import functools
-import threading
 import types
 import warnings
 from collections.abc import Iterable
@@ -25,18 +24,18 @@ from surgery.capture import capture
 from surgery.compiled import prepare
 from surgery.errors import CaptureError, SpliceError
 from surgery.module_sites import module_pattern
+from surgery.patching import one_at_a_time
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
 from surgery.registry import registry
 from surgery.sites import Edit, HostPlan
 from surgery.tracer import Captured
-from surgery.values import by_name
+from surgery.values import CONSTANT, by_name
 from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
 _PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
-_lock = threading.RLock()
 
 
 @dataclass
@@ -191,7 +190,13 @@ def _run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> A
             f"be captured anew. It relies on: {variant.guards}. Keep the module that decides "
             "this whole with the is_leaf hook."
         )
-    return variant.run(module, module, *inputs)
+    try:
+        return variant.run(module, module, *inputs)
+    except GuardFlipped as flip:
+        raise CaptureError(
+            f"{state.path}: {flip}. What is spliced in before it changes the answer, which its "
+            "graph has from the base. Keep the module that branches whole with the is_leaf hook."
+        ) from None
 
 
 def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -210,7 +215,16 @@ def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, lis
     """
     inputs: list[Any] = []
     given = _describe(args, inputs)
-    return (active, given, tuple(kwargs), _describe(kwargs.values(), inputs)), inputs
+    named = _describe(kwargs.values(), inputs)
+    return (active, _autocast(), given, tuple(kwargs), named), inputs
+
+
+def _autocast() -> tuple[torch.dtype, ...]:
+    """The lower dtypes that operations take now: a graph has those of its results as constants."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return ()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple(map(torch.get_autocast_dtype, kinds))
 
 
 def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
@@ -224,11 +238,11 @@ def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
             known.append((kind, _describe(x, inputs)))
         elif kind is dict:
             known.append((kind, tuple(x), _describe(x.values(), inputs)))
-        elif kind is int or kind is float:
+        elif isinstance(x, CONSTANT):
+            known.append((kind, x))
+        elif isinstance(x, (int, float)):
             inputs.append(x)
             known.append(kind)
-        elif isinstance(x, (str, type)):
-            known.append((kind, x))
         else:
             for position, other in enumerate(inputs):  # a few; Dynamo would guard an id()
                 if other is x:
@@ -242,7 +256,7 @@ def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
 
 def new_variant(module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any) -> Variant:
     """Capture the host's own forward for this call and apply what has been spliced."""
-    with _lock:
+    with one_at_a_time:
         captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
         for name in state.active:
             operation = state.operations[name]

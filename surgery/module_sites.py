@@ -70,8 +70,9 @@ def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
 def module_pattern(graph: fx.Graph) -> list[Pattern]:
     """The ports of a host that is such a module."""
     nodes = list(graph.nodes)
-    floats = [n for n in nodes if n.op == "placeholder" and _tensor(n) is True]
-    whole = [n for n in nodes if n.op == "placeholder" and _tensor(n) is False]
+    given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
+    floats = [n for n in given if value(n).is_floating_point() and value(n).dim()]
+    whole = [n for n in given if is_whole(value(n))]
     ports: dict[str, PortNode] = {}
     if whole:
         ports["positions"] = ports["ids"] = PortNode(whole[0])
@@ -81,9 +82,3 @@ def module_pattern(graph: fx.Graph) -> list[Pattern]:
     if isinstance(made, fx.Node) and isinstance(value(made), Tensor):
         ports["output"] = PortNode(made)
     return [Pattern("module", "", nodes[-1], ports, nodes)] if ports else []
-
-
-def _tensor(node: fx.Node) -> bool | None:
-    """Is it a tensor of floating-point numbers (True), of whole ones (False), or none (None)?"""
-    held = value(node)
-    return held.is_floating_point() if isinstance(held, Tensor) and held.dim() else None

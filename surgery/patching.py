@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _MISSING = object()
-_lock = threading.RLock()
+one_at_a_time = threading.RLock()  # captures and splices, too: two locks could wait for each other
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
     """
     me = threading.get_ident()
     saved: list[tuple[Any, str, Any]] = []
-    with _lock:
+    with one_at_a_time:
         try:
             for owner, name, make in replacements:
                 own = vars(owner).get(name, _MISSING)

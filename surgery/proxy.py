@@ -8,8 +8,9 @@ recorded as a *guard*, so that the graph is used only where it would be the same
 from __future__ import annotations
 
 import copy
+import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
+        if not hasattr(value, name):  # of another object the next time, perhaps
+            self.tracer.guard(self.node, _lacks(name), True)
         attribute = getattr(value, name)  # raises the AttributeError that the value would
         if isinstance(value, torch.Tensor):
             if name in _CONSTANT_ATTRIBUTES:
@@ -76,7 +79,7 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, dict):
-            return iter(list(self.value))
+            return iter(self.tracer.concrete(self, tuple))
         return iter([self[i] for i in range(len(self))])
 
     def _counts_data(self) -> bool:
@@ -89,14 +92,16 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 
     @property
     def keys(self) -> Any:  # fx.Proxy has a method of this name, which would hide the value's
-        return self.value.keys if isinstance(self.value, dict) else self.__getattr__("keys")
+        if isinstance(self.value, dict):
+            return lambda: dict.fromkeys(self).keys()
+        return self.__getattr__("keys")
 
     def __len__(self) -> int:
         if isinstance(self.value, torch.Tensor):
             return int(self.shape[0])
-        if self._counts_data():
-            return int(self.tracer.concrete(self, len))
-        return len(self.value)
+        if type(self.value) in (tuple, torch.Size) and not self._counts_data():
+            return len(self.value)
+        return int(self.tracer.concrete(self, len))
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self, bool))
@@ -114,13 +119,23 @@ class ValueProxy(_Operators):  # type: ignore[misc]
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
 
     def __hash__(self) -> int:
+        if isinstance(self.value, (int, float)):
+            return int(self.tracer.concrete(self, hash))
         return id(self)
 
     def __format__(self, spec: str) -> str:
+        if isinstance(self.value, (int, float)):
+            self.tracer.concrete(self, str)
         return format(str(self.value), "") if not spec else format(self.value, spec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
+
+
+@functools.cache
+def _lacks(name: str) -> Callable[[Any], bool]:
+    """A question to be asked again: has a value no attribute of this name?"""
+    return lambda value: not hasattr(value, name)
 
 
 class _Method:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from surgery import fastpath
 from surgery.patching import patched
@@ -48,8 +51,30 @@ def hookless(module: nn.Module) -> Iterator[None]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
 
     replacements = [(nn.Module, "__call__", bare), *fastpath.OPEN]
-    with quiet_random(module), patched(*replacements):
+    with untouched(module), patched(*replacements):
         yield
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Leave random states and the module's buffers as they were, and let no mode look on."""
+    with _unwatched(), quiet_random(module):
+        with concrete(), torch.no_grad():
+            kept = [(b, b.clone()) for b in module.buffers() if not b.is_meta]
+        try:
+            yield
+        finally:
+            with concrete(), torch.no_grad():
+                for buffer, before in kept:  # running statistics, counters
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+def _unwatched() -> Any:
+    """Keep what runs from the user's modes (selective checkpointing, counters of operations)."""
+    modes = _get_current_dispatch_mode_stack()
+    own = any(mode.is_infra_mode() for mode in modes)  # torch.export looks on: it is to see it all
+    return nullcontext() if own or not modes else concrete()
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from surgery.insertable import require_insertable
 Kind = Literal[
     "attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack", "block"
 ]
+_USUALLY = {"weights": "one call computes its softmax; attn_implementation='eager' shows it"}
 CALLS = ("trunk", "stack", "block")  # sites whose one port is the call of the module
 
 
@@ -226,9 +227,9 @@ class Site:
             PortError: this site has no such port; it names those that there are.
         """
         if name not in self.ports:
-            why = f" ({self.missing[name]})" if name in self.missing else ""
+            why = self.missing.get(name) or _USUALLY.get(name)
             raise PortError(
-                f"{self.description} at {self.path}: no port {name!r}{why}. "
+                f"{self.description} at {self.path}: no port {name!r}{f' ({why})' if why else ''}. "
                 f"{suggest(name, self.ports)}Ports here: {', '.join(self.ports)}."
             )
         return self.ports[name]

@@ -6,15 +6,18 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+CONSTANT = (bool, str, Enum, type, torch.dtype, torch.device)  # parts of a call's structure
+
 
 def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
     """Apply ``function`` to the leaves of nested tuples, lists and dicts; keep constants."""
-    if structure is None or isinstance(structure, (bool, str, torch.dtype, torch.device, type)):
+    if structure is None or isinstance(structure, CONSTANT):
         return structure
     if type(structure) in (tuple, list):
         return type(structure)(map_leaves(x, function) for x in structure)
@@ -38,10 +41,10 @@ def identity(value: Any, position: int) -> Any:
 def detached(value: Any) -> Any:
     """An example value that can be worked on: tensors without history, opaque objects copied."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().clone()
     if isinstance(value, (int, float)):
         return value
-    history = {id(t): t.detach() for t in tensors_in(value) if not t.is_leaf}
+    history = {id(t): t.detach().clone() for t in tensors_in(value) if not t.is_leaf}
     with torch.no_grad():  # deepcopy refuses tensors with history
         return copy.deepcopy(value, history)
 
@@ -103,7 +106,9 @@ def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str
 
 def is_whole(x: Any) -> bool:
     """Is this a tensor of whole numbers?"""
-    return isinstance(x, Tensor) and not x.is_floating_point() and x.dim() > 0
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return False
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

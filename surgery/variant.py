@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgery.errors import SpliceError
-from surgery.guards import Guard, is_pure
+from surgery.guards import Guard, is_pure, reads_opaque
 from surgery.lse import first_of, second_of
 from surgery.tracer import Captured
 
@@ -32,7 +32,8 @@ class Variant:
         self.graph = captured.graph
         self.reads = [(vars(m), name, expected) for m, name, expected in captured.reads]
         self.ambient = captured.ambient
-        early = [g for g in captured.guards if _early(g.node)]
+        changed = _behind_a_change(captured.graph)
+        early = [g for g in captured.guards if _early(g.node, changed)]
         self._early = _guard_function(captured.graph, early)
         self.guards = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.guards]
         late = [g for g in captured.guards if g not in early]
@@ -56,12 +57,19 @@ class Variant:
             return False
 
 
-def _early(node: fx.Node) -> bool:
+def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that look something up in an object that the graph may have changed by then."""
+    nodes = list(graph.nodes)
+    first = next((i for i, node in enumerate(nodes) if _changes_something(node)), len(nodes))
+    return {node for node in nodes[first:] if reads_opaque(node)}
+
+
+def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
     """Can this be evaluated before the graph runs?"""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if not is_pure(current):
+        if current in changed or not is_pure(current):
             return False
         if current.op != "placeholder":
             fresh = [n for n in current.all_input_nodes if n not in seen]
@@ -110,7 +118,7 @@ def _check_inside(graph: fx.Graph, guard: Guard) -> None:
                     "KV cache has changed, and it would now be taken differently. Keep the module "
                     "that branches whole with the is_leaf hook."
                 )
-            raise GuardFlipped
+            raise GuardFlipped(f"the branch at {guard.where} is taken otherwise now")
 
     with graph.inserting_after(node):
         graph.call_function(check, (node,)).meta["keep"] = True
