@@ -17,6 +17,7 @@ per token. The paper leaves the activation open; its code uses tanh. Its ablatio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,13 +36,13 @@ class Inducer(nn.Module):
     Args:
         heads, head_width, width: H, d and D of the site.
         key_rank, value_rank: inner widths r_k (0: P_k = Q) and r_v of the two MLPs.
-        scale: the factor of the model's own scores.
+        scale, softcap: what the model's own scores are multiplied by, and capped with.
         dropout: probability, on lambda.
         init: ``zero`` or ``paper``, see Parameters.
+        stretch: by what a rotary encoding multiplies each feature of <Q, P_k>, if not by 1.
 
     Shape:
-        query (B, H, n, d) before a rotary encoding, which leaves <Q, P_k> as it is;
-        lse (B, H, n) -> (B, n, D)
+        query (B, H, n, d) before a rotary encoding, lse (B, H, n) -> (B, n, D)
     Parameters:
         key_w1 (H, d, r_k)  key_b1 (H, r_k)  key_w2 (H, r_k, d)  key_b2 (H, d)
         value_w1 (H, d, r_v)  value_b1 (H, r_v)  value_w2 (H, r_v, D)  value_b2 (D,)
@@ -60,9 +61,14 @@ class Inducer(nn.Module):
         scale: float,
         dropout: float = 0.0,
         init: Init = "zero",
+        softcap: float | None = None,
+        stretch: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.scale = scale
+        self.softcap = softcap
+        self.scale = scale * stretch[0] if len(set(stretch)) == 1 else scale
+        part = torch.tensor(stretch) if len(set(stretch)) > 1 else None  # of the features rotates
+        self.register_buffer("stretch", part, persistent=False)
         self.key_rank = key_rank
         self.dropout = surgery.Dropout(dropout)
         if key_rank:
@@ -82,7 +88,10 @@ class Inducer(nn.Module):
         if self.key_rank:
             hidden = torch.tanh(query @ self.key_w1 + self.key_b1.unsqueeze(-2))  # (B, H, n, r_k)
             key = query + hidden @ self.key_w2 + self.key_b2.unsqueeze(-2)
-        score = (query.to(lse.dtype) * key.to(lse.dtype)).sum(-1) * self.scale  # (B, H, n)
+        scored = query.to(lse.dtype) if self.stretch is None else query * self.stretch
+        score = (scored.to(lse.dtype) * key.to(lse.dtype)).sum(-1) * self.scale  # (B, H, n)
+        if self.softcap is not None:
+            score = self.softcap * torch.tanh(score / self.softcap)
         # A query that may see no key at all has lse = -inf (or the lowest number, from an additive
         # mask): it is padding, and gets nothing.
         nothing = lse < torch.finfo(lse.dtype).min / 2
@@ -119,10 +128,10 @@ class Fade(nn.Module):
 
     def __init__(self, inducer: Inducer) -> None:
         super().__init__()
-        self.inducer = inducer
+        self.inducer = surgery.Reference(inducer)  # registered at its own place
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
-        gate = self.inducer.gate(query, lse).transpose(1, 2)  # (B, n, H)
+        gate = self.inducer.module.gate(query, lse).transpose(1, 2)  # (B, n, H)
         f = merged.unflatten(-1, (gate.shape[-1], -1))  # (B, n, H, d)
         return -(gate.unsqueeze(-1) * f).flatten(2)
 
@@ -137,9 +146,11 @@ class Adaptive(Inducer):
 
     def __init__(
         self, heads: int, head_width: int, value_width: int, value_rank: int, scale: float,
-        dropout: float, init: Init,
+        dropout: float, init: Init, softcap: float | None = None, stretch: Sequence[float] = (),
     ) -> None:  # fmt: skip
-        super().__init__(heads, head_width, 1, 0, value_rank, scale, dropout, init)
+        super().__init__(
+            heads, head_width, 1, 0, value_rank, scale, dropout, init, softcap, stretch
+        )
         self.value_w2 = _weight(heads, value_rank, value_width)
         self.value_b2 = _weight(heads, value_width)
         _start(self, head_width, init)
@@ -210,14 +221,14 @@ class InducerTuning(surgery.Method):
         if self.variant == "adaptive":
             adaptive = Adaptive(
                 site.heads, site.head_width, site.value_width, self.value_rank, site.scale,
-                self.dropout, self.init,
+                self.dropout, self.init, site.softcap, site.stretch,
             )  # fmt: skip
             reads = ("query_unrotated", "lse")
             site.port("merged").add(adaptive, name=self.name, reads=reads)
             return
         inducer = Inducer(
             site.heads, site.head_width, site.width, self.key_rank, self.value_rank,
-            site.scale, self.dropout, self.init,
+            site.scale, self.dropout, self.init, site.softcap, site.stretch,
         )  # fmt: skip
         if self.variant == "gating":
             reads = ("merged", "query_unrotated", "lse")

@@ -123,8 +123,7 @@ class Prefix(nn.Module):
 
     def __init__(self, site: surgery.Site, method: PrefixTuning) -> None:
         super().__init__()
-        assert site.scale is not None
-        self.scale = site.scale
+        self.scored = {"scale": site.scale, "softcap": site.softcap}
         self.made: Reparametrised | None = None
         if method.share == "none":
             shape = (site.kv_heads, method.length)
@@ -144,7 +143,10 @@ class Prefix(nn.Module):
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             self._known = None
             return self.made()
-        stamp = [(p.data_ptr(), p._version, p.dtype) for p in self.made.sources()]
+        sources = list(self.made.sources())
+        if any(p.is_inference() for p in sources):  # nobody counts what is written to those
+            return self.made()
+        stamp = [(p.data_ptr(), p._version, p.dtype) for p in sources]
         if self._known is None or self._known[0] != stamp:
             self._known = stamp, self.made()
         return self._known[1]
@@ -156,7 +158,7 @@ class Prefix(nn.Module):
     def plain_state(self) -> dict[str, Tensor]:
         """What is left after training: keys, values, and the scalars."""
         with torch.no_grad():
-            keys, values = self.tables()
+            keys, values = self.made() if self.made else (self.keys, self.values)
         scalars = dict(self.named_parameters(recurse=False))
         return {**scalars, "keys": keys.detach(), "values": values.detach()}
 
@@ -166,7 +168,8 @@ class Prefix(nn.Module):
             keys, values = self.dropout(keys), self.dropout(values)
         gate = None if self.gate is None else torch.tanh(self.gate)
         bend = None if self.tau is None else self.bend
-        return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale, bend, gate)
+        given = (merged, query, lse, keys, values)
+        return surgery.virtual_tokens(*given, scores=bend, gate=gate, **self.scored)
 
     def bend(self, scores: Tensor) -> Tensor:
         """NoRGa's ``s + tau_2 tanh(tau_1 s)``."""
@@ -176,10 +179,7 @@ class Prefix(nn.Module):
 
 
 class Later(nn.Module):
-    """Positions behind those of the prefix: ``positions + P``.
-
-    Shape: (..., n) -> (..., n). No parameters.
-    """
+    """Positions (..., n) behind those of the prefix: ``positions + P``."""
 
     def __init__(self, length: int) -> None:
         super().__init__()

@@ -100,9 +100,9 @@ class Attend(Part):
         (B, G, m, d) -> (B, n, H d), to take the place of merged
     """
 
-    def __init__(self, prompt: Any, scale: float) -> None:
+    def __init__(self, prompt: Any, site: surgery.Site) -> None:
         super().__init__(prompt)
-        self.scale = scale
+        self.window, self.scored = site.window, {"scale": site.scale, "softcap": site.softcap}
         self.seen: tuple[Tensor, Tensor] | None = None  # keys, values (G, P, d) of the last run
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,18 +110,19 @@ class Attend(Part):
             self.seen = k[0], v[0]
         if self.shared.running or self.seen is None:
             return merged
-        keys, values = self.seen
-        return surgery.virtual_tokens(merged, query, lse, keys, values, self.scale)
+        if self.window is not None and k.shape[-2] + self.shared.length > self.window:
+            raise surgery.SpliceError(
+                f"method 'prompt': {k.shape[-2]} tokens and {self.shared.length} of the prompt are "
+                f"more than the {self.window} that a token sees here. Shorten one of them."
+            )
+        return surgery.virtual_tokens(merged, query, lse, *self.seen, **self.scored)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": None}  # it may carry history, which cannot be copied
 
 
 class Embed(Part):
-    """Puts the rows in the place of the first P embeddings, where those stand for the prompt.
-
-    Shape: embeddings (B, n, D) -> (B, n, D)
-    """
+    """Puts the rows in place of the first P embeddings (B, n, D) where these stand for them."""
 
     def forward(self, embeddings: Tensor) -> Tensor:
         prompt = self.shared
@@ -274,18 +275,16 @@ class PromptTuning(surgery.Method):
             )
 
     def splice(self, site: surgery.Site) -> None:
-        prompt = site.share("prompt", lambda: Prompt(self, site.width))
+        prompt: Any = site.share("prompt", lambda: Prompt(self, site.width))
+        own: Prompt = prompt if isinstance(prompt, Prompt) else prompt.module
         if site.kind == "attention":
-            assert site.scale is not None
-            own = prompt if isinstance(prompt, Prompt) else prompt.module
             own.causal = True
             reads = ("merged", "query_heads", "lse", "key_heads", "value_heads")
-            site.port("merged").replace(Attend(prompt, site.scale), name=self.name, reads=reads)
+            site.port("merged").replace(Attend(prompt, site), name=self.name, reads=reads)
         elif site.kind == "position":
             site.port("positions").insert(Later(prompt), name=self.name)
         elif site.kind == "embedding":
             if self.init == "vocabulary":
-                own = prompt if isinstance(prompt, Prompt) else prompt.module
                 own.start_from(site.base().weight)
             site.port("output").insert(Embed(prompt), name=self.name)
         elif site.kind == "trunk":

@@ -25,7 +25,8 @@ from surgery.frozen import Reference
 from surgery.hookspecs import Register, RegisterTask, hookimpl
 from surgery.huggingface import without_checkpointing
 from surgery.locate import locate
-from surgery.merge import Merged, merge
+from surgery.merge import merge
+from surgery.merged import Merged
 from surgery.method import Method, Start
 from surgery.registry import method, methods, task, tasks
 from surgery.rows import train_rows

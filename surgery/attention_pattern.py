@@ -79,7 +79,11 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
     query, key, val = (h for h in heads if isinstance(h, fx.Node))
     if not _contracts_features(query, root):
         return None
-    return assemble(node, root, query, key, val, context, ports, _number(scale))
+    found = assemble(node, root, query, key, val, context, ports, _number(scale))
+    if found is not None:
+        found.softcap, window = _number(given.get("softcap")), _number(given.get("sliding_window"))
+        found.window = None if window is None else int(window)
+    return found
 
 
 def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
@@ -115,6 +119,8 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if found is None:
         return None
     found.softmax_input = scores
+    bends = [n for n in flow(product, scores) if op_name(n) == "tanh"]
+    found.softcap = scalars_between(flow(bends[-1], scores)) if bends else None
     found.nodes += [*flow(product, node), *flow(node, mixed)]
     rows = value(query).permute(order) if order else value(query)
     if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import BackwardHook
 
 from surgery.errors import SpliceError
 from surgery.quiet import capturing
 from surgery.values import map_leaves
 
 
-def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, BackwardHook | None]:
     """Run the forward pre-hooks of a module that the graph passes through."""
     if capturing():
-        return args, kwargs
+        return args, kwargs, None
     given = (args, kwargs)
     for key, hook in module._forward_pre_hooks.items():
         if key in module._forward_pre_hooks_with_kwargs:
@@ -29,21 +32,27 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"a forward pre-hook of {type(module).__name__} changes an argument that is no tensor, "
             "which the spliced forward cannot follow. Put the hook on the module above."
         )
-    return args, kwargs
+    backward = None
+    if module._backward_pre_hooks or module._backward_hooks:
+        full, _ = module._get_backward_hooks()  # type: ignore[no-untyped-call]
+        backward = BackwardHook(module, full, module._get_backward_pre_hooks())  # type: ignore[no-untyped-call]
+        args = backward.setup_input_hook(args)  # type: ignore[no-untyped-call]
+    return args, kwargs, backward
 
 
 def _constants(structure: Any) -> Any:
     return map_leaves(structure, lambda _: "tensor or object")
 
 
-def after(module: nn.Module, bound: tuple[Any, Any], output: Any) -> Any:
+def after(module: nn.Module, bound: tuple[Any, Any, Any], output: Any) -> Any:
     """Run the forward hooks of a module that the graph passes through."""
     if capturing():
         return output
+    args, kwargs, backward = bound
     for key, hook in module._forward_hooks.items():
         if key in module._forward_hooks_with_kwargs:
-            changed = hook(module, *bound, output)
+            changed = hook(module, args, kwargs, output)
         else:
-            changed = hook(module, bound[0], output)
+            changed = hook(module, args, output)
         output = output if changed is None else changed
-    return output
+    return backward.setup_output_hook(output) if backward else output

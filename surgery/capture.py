@@ -12,8 +12,10 @@ Capture leaves no trace: it draws no random number, fires no hook, and works on 
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -24,9 +26,10 @@ from surgery import fastpath
 from surgery.errors import CaptureError
 from surgery.guards import MATH, line_of
 from surgery.patching import patched
-from surgery.proxy import apply, call
+from surgery.proxy import any_proxy, apply, call
 from surgery.quiet import capture_running, untouched
-from surgery.tracer import AttentionPatch, Captured, IsLeaf, Recorder, Tracer, any_proxy
+from surgery.recorder import Recorder
+from surgery.tracer import AttentionPatch, Captured, IsLeaf, Tracer
 from surgery.values import detached, identity, map_leaves
 
 # Torch's parser looks at arguments before it asks them: a proxy must not get that far.
@@ -94,6 +97,7 @@ def _capture(
         return seen[key]
 
     inputs = map_leaves((args, kwargs), placeholder)
+    containers = [(held, _items(held)) for held in _containers(inputs[0], *inputs[1].values())]
     try:
         with _quiet(module, tracer, attention_patch):
             output = forward(module, *inputs[0], **inputs[1])
@@ -108,11 +112,14 @@ def _capture(
             "into a submodule of its own, or keep such a submodule whole with the is_leaf hook."
         ) from error
     _refuse_leaks(tracer, path)
+    for held, items in containers:
+        _refuse_change(held, items, path)
     tracer.graph.lint()
     ambient: list[tuple[Callable[[], Any], Any]] = [
         (partial(ask, *args), answer) for (ask, args), answer in tracer.ambient.items()
     ]
-    return Captured(tracer.graph, tracer.guards, list(tracer.reads.values()), ambient)
+    reads, parts = list(tracer.reads.values()), list(tracer.parts())
+    return Captured(tracer.graph, tracer.guards, reads, parts, ambient)
 
 
 @contextmanager
@@ -150,7 +157,7 @@ def _quiet(
     def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
         def read(owner: Any, name: str) -> Any:
             value = original(owner, name)
-            if value is None or type(value) in (bool, int, float, str):
+            if _decides(value):
                 if id(owner) in known and name in vars(owner):
                     tracer.read(owner, name, value)
             return value
@@ -177,11 +184,46 @@ def _quiet(
         yield
 
 
+def _decides(value: Any) -> bool:
+    """Is an attribute of this value looked at while capturing, rather than computed with?"""
+    if type(value) is tuple:
+        return all(map(_decides, value))
+    plain = (bool, int, float, str, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+    return value is None or type(value) in plain or isinstance(value, Enum)
+
+
 def _is_config(x: Any) -> bool:
     """A plain object that holds settings: its attributes are read in a forward, not called."""
     written_in_python = type(x).__flags__ & (1 << 9) and not type(x).__flags__ & (1 << 8)
     other = isinstance(x, (nn.Module, torch.Tensor, type)) or callable(x)
     return bool(written_in_python) and hasattr(x, "__dict__") and not other
+
+
+def _containers(*given: Any) -> Iterator[Any]:
+    """The lists and dicts among arguments."""
+    for x in given:
+        if type(x) in (list, dict):
+            yield x
+        if type(x) in (tuple, list, dict):
+            yield from _containers(*(x.values() if type(x) is dict else x))
+
+
+def _items(held: Any) -> list[tuple[Any, Any]]:
+    return list(held.items() if type(held) is dict else enumerate(held))
+
+
+def _refuse_change(held: Any, items: list[tuple[Any, Any]], path: str) -> None:
+    """A list or dict that the caller gave is another one in the graph: changes would be lost."""
+    now = _items(held)
+    same = len(now) == len(items) and all(
+        a == b and x is y for (a, x), (b, y) in zip(now, items, strict=True)
+    )
+    if not same:
+        raise CaptureError(
+            f"the forward at {path or 'the root'} changes a {type(held).__name__} that it is "
+            "given; a graph cannot do that. Give it an object with methods of its own, as caches "
+            "are, return what is new, or keep that submodule whole with the is_leaf hook."
+        )
 
 
 def _refuse_leaks(tracer: Tracer, path: str) -> None:

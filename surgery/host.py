@@ -158,13 +158,13 @@ def uninstall(module: nn.Module) -> None:
 def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """What the host does now: its graph, inside what is wrapped around the call."""
     if not state.wraps:
-        return _run_graph(module, state, args, kwargs)
+        return run_graph(module, state, args, kwargs)
 
     own = original_class(module).forward
 
     def forward(**named: Any) -> Any:
         if state.edited:
-            return _run_graph(module, state, (), named)
+            return run_graph(module, state, (), named)
         return own(module, **named)
 
     for child in state.wraps:
@@ -172,7 +172,7 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     return forward(**by_name(own, module, args, kwargs))
 
 
-def _run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
     key, inputs = signature(args, kwargs, state.active)
     if torch.compiler.is_dynamo_compiling():
@@ -194,8 +194,8 @@ def _run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> A
         return variant.run(module, module, *inputs)
     except GuardFlipped as flip:
         raise CaptureError(
-            f"{state.path}: {flip}. What is spliced in before it changes the answer, which its "
-            "graph has from the base. Keep the module that branches whole with the is_leaf hook."
+            f"{state.path}: {flip}: what is spliced in changes the answer. Keep the module that "
+            "branches whole with the is_leaf hook."
         ) from None
 
 
@@ -219,12 +219,10 @@ def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, lis
     return (active, _autocast(), given, tuple(kwargs), named), inputs
 
 
-def _autocast() -> tuple[torch.dtype, ...]:
+def _autocast() -> tuple[Any, ...]:
     """The lower dtypes that operations take now: a graph has those of its results as constants."""
-    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
-        return ()
     kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return tuple(map(torch.get_autocast_dtype, kinds))
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
 
 
 def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:

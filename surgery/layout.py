@@ -178,12 +178,31 @@ def before_rotation(start: fx.Node, end: fx.Node) -> fx.Node:
     )
     if mixing is None:
         return end
-    furthest, waist = 0, start
+    furthest, waist, dtype = 0, start, value(start).dtype
     for i, node in enumerate(region[:mixing]):
-        if furthest <= i and _like_heads(value(node), value(end)):
-            waist = node
+        given = value(node)
+        if furthest <= i and _like_heads(given, value(end)) and given.dtype == dtype:
+            waist = node  # some cast to float32 only to rotate
         furthest = max([furthest, *(position[u] for u in node.users if u in position)])
     return waist if _like_heads(value(waist), value(end)) else end
+
+
+def stretch(before: Tensor, after: Tensor) -> tuple[float, ...]:
+    """By what a rotary encoding multiplies the products of each feature, (d,); empty if by 1.
+
+    A rotation leaves them as they are. Some encodings stretch what they rotate, queries and keys
+    alike (YaRN; Peng et al. 2023, arXiv:2309.00071, eq. 22).
+    """
+    if before is after or before.is_meta or before.shape != after.shape:
+        return ()
+    a, b = before.double(), after.double()
+    turned = (a != b).flatten(0, -2).any(0)
+    ratio = b[..., turned].square().sum(-1) / a[..., turned].square().sum(-1)  # of each token
+    bound = 0.05 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    mean = float(ratio.mean()) if ratio.numel() else 1.0
+    if not bool(((ratio - mean).abs() < bound).all()) or abs(mean - 1) < bound:
+        return ()  # something else is done to them, too
+    return tuple(torch.where(turned, mean, 1.0).tolist())
 
 
 def _like_heads(x: Any, heads: Tensor) -> bool:

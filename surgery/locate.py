@@ -18,7 +18,7 @@ from surgery import huggingface
 from surgery.call_sites import call_sites, common
 from surgery.dataflow import op_name, origin, value
 from surgery.errors import SiteError
-from surgery.layout import causal
+from surgery.layout import causal, stretch
 from surgery.module_sites import module_sites
 from surgery.observe import Call, Observation, observe
 from surgery.patterns import Pattern, PortNode, find_patterns, joins_residual, linear_patterns
@@ -163,6 +163,9 @@ def _site(pattern: Pattern, group: _Group, call: Call, model: nn.Module) -> Site
             "head_width": heads.shape[-1],
             "value_width": value(ports["value_heads"].node).shape[-1],
             "scale": pattern.scale if pattern.scale is not None else heads.shape[-1] ** -0.5,
+            "softcap": pattern.softcap,
+            "window": pattern.window,
+            "stretch": stretch(value(ports["query_unrotated"].node), heads),
             "cross": _is_cross(pattern),
             "causal": _is_causal(pattern),
         }

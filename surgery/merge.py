@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,38 +25,12 @@ from surgery import fastpath
 from surgery.errors import SpliceError
 from surgery.frozen import frozen_inside, referred
 from surgery.host import is_host
+from surgery.merged import Merged
 from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
 from surgery.rows import forget_rows
 from surgery.sites import Port, Site
 from surgery.splice import known
-
-
-@dataclass
-class Merged:
-    """What ``merge`` did. Print it; as long as it is held, :meth:`undo` can put back the weights.
-
-    Attributes:
-        folded: the modules that are gone.  left: those that are still spliced.
-        originals: the weights as they were, by name.
-    """
-
-    folded: list[Inserted] = field(default_factory=list)
-    left: list[Inserted] = field(default_factory=list)
-    originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    def undo(self, model: nn.Module) -> None:
-        """Give the base its own weights back, bit for bit. (What was folded is not spliced again:
-        load the adapter for that.)"""
-        own = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in self.originals.items():
-                own[name].copy_(tensor)
-
-    def __repr__(self) -> str:
-        text = f"folded {len(self.folded)} modules into {len(self.originals)} weights and biases"
-        names = sorted({i.method.name for i in self.left})
-        return text + (f"; still spliced: {', '.join(names)}" if names else "")
 
 
 def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> Merged:
@@ -86,12 +59,18 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
     with torch.no_grad():
         for n, tensor in plan.weights.items():
             own[n].copy_(tensor)
+            merged.written[n] = own[n]._version
         for inserted in plan.parts:
             model.get_submodule(inserted.path).rest()  # type: ignore[operator]
     for report in [records(model)[n] for n in names]:
         _forget(model, report, {i.path for i in plan.whole})
     fastpath.reopen(model, is_host)
     return merged
+
+
+def _one(a: Tensor, b: Tensor) -> bool:
+    """Are these one parameter, or two in one place, as ``load_state_dict(assign=True)`` ties?"""
+    return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.numel() > 0)
 
 
 class _Plan:
@@ -214,7 +193,7 @@ class _Plan:
         """Is a weight used elsewhere too?"""
         for name in filter(None, (port.weight, port.bias)):
             tied = self.model.named_parameters(remove_duplicate=False)
-            others = [n for n, p in tied if p is self.own[name] and n != name]
+            others = [n for n, p in tied if _one(p, self.own[name]) and n != name]
             if others:
                 return f"its weight {name} is also {others[0]}, which must stay as it is"
         for other in site.ports.values():

@@ -20,7 +20,7 @@ from surgery import fastpath
 from surgery.dataflow import PRODUCTS, normalises
 from surgery.patching import patched
 from surgery.projection import stacks_weights
-from surgery.quiet import evaluating, quiet_random
+from surgery.quiet import evaluating, untouched
 from surgery.tracer import AttentionPatch
 from surgery.values import detached_copy, map_leaves, snapshot
 
@@ -219,7 +219,7 @@ def observe(
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
-    with evaluating(model), quiet_random(model), torch.no_grad():
+    with evaluating(model), untouched(model), torch.no_grad():
         with patched(*replacements), observer:
             args, kwargs = detached_copy((args, kwargs))
             model(*args, **kwargs)

@@ -99,7 +99,7 @@ def _rewrite(
 ) -> None:
     """What is inserted into the graph of a host."""
     path, report = plan.path, progress.report
-    base = present_outputs(module, plan.args, plan.kwargs)
+    base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
     if known is not None and not known.edited and not known.through >= plan.through:
         before = known.through  # it was made for what goes around its call

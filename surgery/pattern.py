@@ -43,6 +43,8 @@ class Pattern:
     ports: dict[str, PortNode]
     nodes: list[fx.Node] = field(default_factory=list)
     scale: float | None = None
+    softcap: float | None = None  # scores s become softcap tanh(s / softcap)
+    window: int | None = None  # how many of the last keys a query sees, where the call says so
     softmax_input: fx.Node | None = None
     heads: int = 0
     kv_heads: int = 0

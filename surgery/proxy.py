@@ -28,6 +28,7 @@ _CONSTANT_METHODS = frozenset(
 )
 
 
+IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow".split()
 _COUNTED = frozenset("split chunk unbind tensor_split split_with_sizes tolist".split())
 
 
@@ -56,9 +57,11 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
-        if not hasattr(value, name):  # of another object the next time, perhaps
+        try:
+            attribute = getattr(value, name)
+        except AttributeError:  # another object may have it the next time
             self.tracer.guard(self.node, _lacks(name), True)
-        attribute = getattr(value, name)  # raises the AttributeError that the value would
+            raise
         if isinstance(value, torch.Tensor):
             if name in _CONSTANT_ATTRIBUTES:
                 return attribute
@@ -175,6 +178,25 @@ def fixed(x: Any) -> Any:
     return x
 
 
+def _in_place(name: str) -> Callable[[ValueProxy, Any], Any]:
+    """``x += y``: on a tensor of the caller's as it is said, else as ``x + y`` in x's dtype."""
+
+    def operate(self: ValueProxy, other: Any) -> Any:
+        if not isinstance(self.value, torch.Tensor):
+            return getattr(operator, name[1:])(self, other)
+        if self.node.op == "placeholder":
+            said = getattr(operator, name)
+            return self.tracer.create_proxy("call_function", said, (self, other), {})
+        made = getattr(operator, name[1:])(self, other)
+        return made if made.dtype == self.dtype else made.to(self.dtype)
+
+    return operate
+
+
+for _name in IN_PLACE:  # fx.Proxy has none, and Python makes ``x = x + y`` of it then
+    setattr(ValueProxy, f"__{_name}__", _in_place(_name))
+
+
 class CallableProxy(ValueProxy):
     """A proxy of something that is called; ``callable()`` asks the class."""
 
@@ -195,3 +217,15 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 def apply(function: Any, *args: Any) -> Any:
     """Apply an autograd function of the model's own (as a node of a graph)."""
     return function.apply(*args)
+
+
+def any_proxy(structure: Any) -> bool:
+    if is_proxy(structure):
+        return True
+    if isinstance(structure, (tuple, list)):
+        return any(any_proxy(x) for x in structure)
+    if isinstance(structure, dict):
+        return any(any_proxy(x) for x in structure.values())
+    if isinstance(structure, slice):
+        return any(any_proxy(x) for x in (structure.start, structure.stop, structure.step))
+    return False

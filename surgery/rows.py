@@ -63,9 +63,11 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
         )
     own[name].requires_grad_(True)
     hooks: dict[str, _Only] = vars(model).setdefault(_ROWS, {})
+    before: Sequence[int] = ()
     if name in hooks:
         hooks[name].handle.remove()
-    hooks[name] = _Only(own[name], rows)
+        before = hooks[name].rows
+    hooks[name] = _Only(own[name], sorted({*before, *rows}))
 
 
 def forget_rows(model: nn.Module) -> None:
@@ -78,6 +80,13 @@ def forget_rows(model: nn.Module) -> None:
 def trained_rows(model: nn.Module) -> dict[str, list[int]]:
     """Parameters of which only some rows are trained, and which."""
     hooks: dict[str, _Only] = vars(model).get(_ROWS, {})
+    own = dict(model.named_parameters()) if hooks else {}
+    lost = [name for name, hook in hooks.items() if own.get(name) is not hook.parameter]
+    if lost:
+        raise SpliceError(
+            f"{lost[0]} is another parameter now (as load_state_dict(assign=True) makes it), and "
+            "all its rows would be trained. Call surgery.freeze_base and train_rows again."
+        )
     return {name: hook.rows for name, hook in hooks.items()}
 
 

@@ -165,6 +165,9 @@ class Site:
         heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
         width: the model width D.
         scale: the factor of the scores, where it could be read.
+        softcap: scores s become softcap tanh(s / softcap), None if they stay.
+        stretch: by what a rotary encoding multiplies each feature's products, none if by 1 each.
+        window: how many of the last keys a query sees, None if all or if only a mask says it.
         dtype, device: what inserted modules are cast to.
         missing: ports that it might have and has not, and why.
         norm: the path of the norm in front of it, if it reads one that nothing else is added to.
@@ -186,6 +189,9 @@ class Site:
     head_width: int = 0
     value_width: int = 0
     scale: float | None = None
+    softcap: float | None = None
+    stretch: tuple[float, ...] = ()
+    window: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: HostPlan | None = field(default=None, repr=False)

@@ -97,13 +97,15 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
 
 
 def _check_below(model: nn.Module, name: str) -> None:
-    """Raise if a part of the model has a splice of that name, of which the model does not know."""
+    """Raise if a part of the model has a splice of which the model does not know."""
     for path, host in hosts(model).items():
         state = state_of(host)
-        if state is not None and name in state.operations and name not in records(model):
+        unknown = [n for n in state.operations if n not in records(model)] if state else []
+        if unknown:
             raise SpliceError(
-                f"{path or 'the model'} is already spliced under the name {name!r}, by itself or "
-                "as part of another model. Pass another name, or surgery.remove that one first."
+                f"{path or 'the model'} is already spliced under the name {unknown[0]!r}, by "
+                "itself or as part of another model, so this one would neither train nor save it. "
+                "Splice into the same model as before, or surgery.remove that one from it first."
             )
 
 

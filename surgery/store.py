@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from surgery import huggingface
-from surgery.adapter_files import FORMAT, JSON, read, write_whole
+from surgery.adapter_files import FORMAT, JSON, file_of, read, write_whole
 from surgery.errors import MethodError, SpliceError, StoreError
 from surgery.fingerprint import fingerprint, warn_of_other_weights
 from surgery.locate import locate
@@ -84,11 +84,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     text = json.dumps(description, indent=1).encode()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    before = file_of(target)
     write_whole(target / file, data)
     write_whole(target / JSON, text)
-    for old in target.glob("surgery-*.safetensors"):
-        if old.name != file:
-            old.unlink()
+    if before not in ("", file):  # and no other: somebody else may be saving here, too
+        (target / before).unlink(missing_ok=True)
     return target
 
 
@@ -111,7 +111,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     description, tensors = read(folder)
     sites = locate(model, example_inputs)
     plans = [_match(saved, sites, folder) for saved in description["splices"]]
-    rows = description.get("rows", {})
+    rows = description["rows"]
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
     known = description["base"]["fingerprint"]
@@ -133,7 +133,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
         raise
     keep_also(model, description["kept"])
     for name, chosen in rows.items():
-        train_rows(model, name, sorted({*chosen, *trained_rows(model).get(name, ())}))
+        train_rows(model, name, chosen)
     return model
 
 
@@ -144,7 +144,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         StoreError: files are missing or damaged, or the model is spliced otherwise.
     """
     description, tensors = read(folder)
-    rows = description.get("rows", {})
+    rows = description["rows"]
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
     _fill(model, tensors, rows, folder, list(records(model)))

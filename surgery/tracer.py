@@ -6,7 +6,6 @@ are not on the way to a site stay whole; those that are keep their hooks at thei
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
-from torch.overrides import TorchFunctionMode
 
 from surgery.border import after, before
 from surgery.guards import Guard, is_pure, reads_opaque, user_line
-from surgery.patching import unpatched
-from surgery.proxy import CallableProxy, ValueProxy, fixed, is_proxy
+from surgery.proxy import CallableProxy, ValueProxy, any_proxy, fixed, is_proxy
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
 # Something that replaces the choice of attention function: takes ``wrap(function) -> function``,
@@ -40,6 +37,7 @@ class Captured:
     graph: fx.Graph
     guards: list[Guard]
     reads: list[tuple[Any, str, Any]] = field(default_factory=list)
+    parts: list[tuple[Any, str, nn.Module]] = field(default_factory=list)
     ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
 
 
@@ -63,6 +61,7 @@ class Tracer(TracerBase):
         self.guarded: set[tuple[fx.Node, Any]] = set()
         self.modes: list[fx.Node] = []  # gradient modes that the forward has left and comes back to
         self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.met: set[str] = set()  # paths of modules whose insides decided what was captured
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owner = [""]
         self.executing = 0
@@ -152,10 +151,20 @@ class Tracer(TracerBase):
     def tensor_node(self, tensor: Tensor) -> fx.Node:
         name = self.tensors.get(id(tensor))
         if name is None:
-            return self.constant_node(tensor)
+            return self.attribute_node(tensor)
         node = self.graph.create_node("get_attr", name)
         node.meta.update(value=tensor, owner=self.owner[-1])
         return node
+
+    def attribute_node(self, tensor: Tensor) -> fx.Node:
+        """A plain attribute of a module, which may be another tensor in the next call."""
+        for module in self.root.modules():
+            for name, value in vars(module).items():
+                if value is tensor:
+                    node = self.graph.call_function(getattr, (self.module_node(module), name))
+                    node.meta.update(value=tensor, owner=self.owner[-1])
+                    return node
+        return self.constant_node(tensor)
 
     def constant_node(self, value: Any) -> fx.Node:
         def constant() -> Any:
@@ -221,6 +230,7 @@ class Tracer(TracerBase):
         bound = self.create_proxy("call_function", before, (module, args, kwargs), {})
         args = tuple(bound[0][i] if any_proxy(a) else a for i, a in enumerate(args))
         kwargs = {name: bound[1][name] if any_proxy(a) else a for name, a in kwargs.items()}
+        self.met.add(path)
         self.owner.append(path)
         try:
             output = module.forward(*args, **kwargs)
@@ -235,6 +245,15 @@ class Tracer(TracerBase):
         """Note that a plain attribute of a module, or of its config, decided what was captured."""
         if not self.executing:
             self.reads.setdefault((id(owner), name), (owner, name, value))
+            self.met.add(self.paths.get(id(owner), ""))
+
+    def parts(self) -> Iterator[tuple[Any, str, nn.Module]]:
+        """Where these modules, and those above them, are held: ``(parent, name, module)``."""
+        left = self.met - {""}
+        while left:
+            parent, _, name = (path := left.pop()).rpartition(".")
+            yield self.root.get_submodule(parent), name, self.root.get_submodule(path)
+            left |= {parent} - {""}
 
 
 def enter_gradient_mode(mode: bool) -> bool:
@@ -242,52 +261,6 @@ def enter_gradient_mode(mode: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(mode)
     return before
-
-
-class Recorder(TorchFunctionMode):
-    """Turns torch calls that no proxy takes part in (factories, parameters) into nodes too."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        func = unpatched(func)
-        tracer = self.tracer
-        if tracer.executing:
-            return func(*args, **kwargs)
-        if func is torch._C._set_grad_enabled:
-            return tracer.gradient_mode(*args)
-        if not any_proxy((args, kwargs)):
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                if func.__name__ == "__get__" or func.__name__ in ("__repr__", "__format__"):
-                    return func(*args, **kwargs)
-            if func.__name__ in ("size", "dim", "numel", "is_floating_point", "get_device"):
-                return func(*args, **kwargs)
-        if func.__name__ == "__get__":  # a property: Tensor.shape, Tensor.mT, ...
-            return getattr(args[0], func.__self__.__name__)
-        if torch.overrides.is_tensor_method_or_property(func):
-            if func.__name__ == "__setitem__":
-                return tracer.create_proxy("call_function", operator.setitem, args, kwargs)
-            if func.__name__ == "__getitem__":
-                return tracer.create_proxy("call_function", operator.getitem, args, kwargs)
-            return tracer.create_proxy("call_method", func.__name__, args, kwargs)
-        return tracer.create_proxy("call_function", func, args, kwargs)
-
-
-def any_proxy(structure: Any) -> bool:
-    if is_proxy(structure):
-        return True
-    if isinstance(structure, (tuple, list)):
-        return any(any_proxy(x) for x in structure)
-    if isinstance(structure, dict):
-        return any(any_proxy(x) for x in structure.values())
-    if isinstance(structure, slice):
-        return any(any_proxy(x) for x in (structure.start, structure.stop, structure.step))
-    return False
 
 
 def _is_none(value: Any) -> bool:

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 from surgery.errors import SpliceError
 from surgery.guards import Guard, is_pure, reads_opaque
 from surgery.lse import first_of, second_of
+from surgery.proxy import IN_PLACE
 from surgery.tracer import Captured
 
 _count = 0
+_MISSING = object()
 
 
 class GuardFlipped(Exception):
@@ -31,6 +33,7 @@ class Variant:
     def __init__(self, captured: Captured) -> None:
         self.graph = captured.graph
         self.reads = [(vars(m), name, expected) for m, name, expected in captured.reads]
+        self.parts = [(m._modules, name, part) for m, name, part in captured.parts]
         self.ambient = captured.ambient
         changed = _behind_a_change(captured.graph)
         early = [g for g in captured.guards if _early(g.node, changed)]
@@ -46,7 +49,10 @@ class Variant:
     def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
         """Is this the graph of what the host's own forward would do with ``inputs`` now?"""
         for attributes, name, expected in self.reads:
-            if attributes.get(name, expected) != expected:
+            if attributes.get(name, _MISSING) != expected:
+                return False
+        for children, name, part in self.parts:
+            if children.get(name) is not part:
                 return False
         for question, expected in self.ambient:
             if question() != expected:
@@ -130,6 +136,8 @@ def _changes_something(node: fx.Node) -> bool:
         return False
     if name in ("setitem", "setattr") or (name.endswith("_") and not name.endswith("__")):
         return True
+    if name in IN_PLACE:
+        return isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
     owner = node.args[0] if node.op == "call_method" and node.args else None
     opaque = isinstance(owner, fx.Node) and not isinstance(owner.meta.get("value"), Tensor)
     return opaque and not is_pure(node)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.host import HostState, original_class, run, state_of
+from surgery.host import HostState, original_class, run, run_graph, state_of
 from surgery.quiet import silenced
 from surgery.sites import Edit
 from surgery.values import detached_copy, leaves, map_leaves
@@ -35,12 +35,16 @@ def outputs(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: A
         return forward(*given[0], **given[1])
 
 
-def present_outputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What the module gives now: its own forward's outputs, or those of earlier splices."""
+def present_outputs(module: nn.Module, args: Any, kwargs: Any, around: bool = True) -> Any:
+    """What the module gives now, by its own forward or with earlier splices.
+
+    ``around`` says whether what is wrapped around its call counts, too.
+    """
     state = state_of(module)
-    if state is None or not state.active:
+    if state is None or not (state.active if around else state.edited):
         return outputs(module, partial(original_class(module).forward, module), args, kwargs)
-    return outputs(module, lambda *a, **k: run(module, state, a, k), args, kwargs)
+    now = run if around else run_graph
+    return outputs(module, lambda *a, **k: now(module, state, a, k), args, kwargs)
 
 
 def verify_start(module: nn.Module, variant: Variant, args: Any, kwargs: Any, base: Any) -> Any:

@@ -26,6 +26,7 @@ def virtual_tokens(
     scale: float,
     scores: Callable[[Tensor], Tensor] | None = None,
     gate: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The merged heads with P virtual keys and values: ``f' = f + g (context_P - f)``.
 
@@ -37,18 +38,21 @@ def virtual_tokens(
         scale: the factor of the model's own scores.
         scores: applied to s_P (B, H, n, P), for methods that bend them.
         gate: one factor of g for each head (H,).
+        softcap: the model's own, of the site: s_P become softcap tanh(s_P / softcap).
 
     Returns:
         f' (B, n, H d_v), to take the place of ``merged``.
     """
     batch, heads = query.shape[:2]
-    if scores is None:  # real queries attend to virtual keys: by a fused kernel
+    if scores is None and softcap is None:  # real queries attend to virtual keys: by a fused kernel
         keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
         grouped = heads != keys.shape[1]
         context, own = attention(query, keys, values, scale=scale, enable_gqa=grouped)
     else:
         keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-        s = scores((query @ keys.mT * scale).to(lse.dtype))  # (B, H, n, P)
+        s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
+        s = s if scores is None else scores(s)
+        s = s if softcap is None else softcap * torch.tanh(s / softcap)
         context, own = s.softmax(-1).to(values.dtype) @ values, s.logsumexp(-1)
     g = torch.sigmoid(own - lse).unsqueeze(-1)  # (B, H, n, 1)
     if gate is not None:
