@@ -1,0 +1,138 @@
+"""What may befall a spliced model: merges in turn, parts of a model, damaged and shared folders."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from tests.models import build, inputs, logits, perturb
+
+
+def spliced(kind: str, *methods: Any, **options: Any) -> Any:
+    model = build(kind)
+    surgery.splice(model, list(methods), **options)
+    perturb(model)
+    return model
+
+
+def test_a_tie_of_two_parameters_in_one_place_is_not_merged_into() -> None:
+    model = build("gpt2")
+    model.load_state_dict(model.state_dict(), assign=True)  # tied by storage, not by object
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    head = surgery.locate(model).linear
+    surgery.splice(model, surgery.method("lora", rank=2, ports=("output",)), at=head)
+    with pytest.raises(surgery.SpliceError, match=r"is also .*, which must stay as it is"):
+        surgery.merge(model)
+
+
+def test_merges_are_undone_from_the_last() -> None:
+    model = spliced("gpt2", surgery.method("lora", rank=2), name="a")
+    surgery.splice(model, surgery.method("lora", rank=2), name="b")
+    perturb(model, seed=5)
+    original = logits(build("gpt2"), inputs("gpt2"))
+    first = surgery.merge(model, "a")
+    between = logits(copy.deepcopy(model), inputs("gpt2"))
+    second = surgery.merge(model, "b")
+    with pytest.raises(surgery.SpliceError, match="Undo later merges first"):
+        first.undo(model)
+    torch.testing.assert_close(logits(model, inputs("gpt2")), between, rtol=0, atol=1e-5)
+    second.undo(model)
+    first.undo(model)
+    assert torch.equal(logits(model, inputs("gpt2")), original)
+
+
+def test_a_gating_model_is_saved_like_any_other(tmp_path: Path) -> None:
+    model = spliced("gpt2", surgery.method("inducer", variant="gating"))
+    model.save_pretrained(tmp_path)
+    assert any(tmp_path.iterdir())
+
+
+def test_an_exact_splice_goes_inside_a_trained_one_around_its_block() -> None:
+    model = spliced("roberta", surgery.method("ffn_adapter", placement="block", rank=2), name="a")
+    before = logits(model, inputs("roberta"))
+    surgery.splice(model, surgery.method("lora", ports=("up",), rank=2), name="b")
+    assert torch.equal(logits(model, inputs("roberta")), before)
+
+
+def test_a_splice_that_only_a_part_knows_of_is_in_the_way_of_one_into_the_whole() -> None:
+    model = build("gpt2")
+    ids = {"input_ids": inputs("gpt2")["input_ids"]}
+    surgery.splice(
+        model.transformer, surgery.method("lora", rank=2), name="inner", example_inputs=ids
+    )
+    with pytest.raises(surgery.SpliceError, match="already spliced under the name 'inner'"):
+        surgery.splice(model, surgery.method("ia3"), name="outer")
+    surgery.remove(model.transformer)
+    surgery.splice(model, surgery.method("ia3"), name="outer")
+
+
+def test_rows_are_trained_beside_those_before_and_a_replaced_parameter_is_named() -> None:
+    model, name = build("gpt2"), "transformer.wte.weight"
+    surgery.splice(model, surgery.method("lora", rank=2))
+    surgery.freeze_base(model)
+    surgery.train_rows(model, name, [3])
+    surgery.train_rows(model, name, [1, 3])
+    model(**inputs("gpt2"), labels=inputs("gpt2")["input_ids"]).loss.backward()
+    touched = model.transformer.wte.weight.grad.abs().sum(1) > 0
+    assert set(touched.nonzero().flatten().tolist()) <= {1, 3}
+    model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(surgery.SpliceError, match="is another parameter now"):
+        surgery.summary(model)
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no kept": lambda d: d.pop("kept"),
+    "kept without a tensor": lambda d: d["kept"].append("transformer.wte.weight"),
+    "kept is text": lambda d: d.update(kept="transformer"),
+    "no base": lambda d: d.pop("base"),
+    "no fingerprint": lambda d: d["base"].pop("fingerprint"),
+    "no modules": lambda d: d["splices"][0].pop("modules"),
+    "no path": lambda d: d["splices"][0]["sites"][0].pop("path"),
+    "no splices": lambda d: d.update(splices=None),
+    "options in a list": lambda d: d["splices"][0]["methods"][0].update(options=[1]),
+    "a row before the first": lambda d: d["rows"].update({"transformer.wte.weight": [-1]}),
+    "rows of another": lambda d: d["rows"].update({"transformer.wpe.weight": [0]}),
+    "a file elsewhere": lambda d: d.update(tensors="../" + d["tensors"]),
+    "a file that is a number": lambda d: d.update(tensors=3),
+    "a list": lambda d: d.update(base=[]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_description_changes_nothing(tmp_path: Path, damage: str) -> None:
+    model = spliced("gpt2", surgery.method("lora", rank=2))
+    surgery.freeze_base(model, keep=["transformer.ln_f"])
+    surgery.train_rows(model, "transformer.wte.weight", [2])
+    surgery.save(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "surgery.json"
+    description = json.loads(path.read_text())
+    for file in (tmp_path / "adapter").glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    DAMAGE[damage](description)
+    path.write_text(json.dumps(description))
+    base = build("gpt2")
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(surgery.StoreError, match="damaged"):
+        surgery.load(base, tmp_path / "adapter")
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(base.state_dict()[name], x) for name, x in before.items())
+
+
+def test_a_save_removes_no_file_but_its_predecessor(tmp_path: Path) -> None:
+    model = spliced("gpt2", surgery.method("lora", rank=2))
+    surgery.save(model, tmp_path)
+    (first,) = tmp_path.glob("*.safetensors")
+    theirs = tmp_path / "surgery-000000000000.safetensors"  # of somebody who is saving, too
+    theirs.write_bytes(b"")
+    perturb(model, seed=8)
+    surgery.save(model, tmp_path)
+    assert theirs.exists()
+    assert not first.exists()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
