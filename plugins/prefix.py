@@ -54,12 +54,7 @@ class Rows(nn.Module):
 class Reparametrised(nn.Module):
     """Keys and values of one layer as functions of rows.
 
-    Args:
-        site: of the layer.  share, length, hidden, std: as in :class:`PrefixTuning`.
-
-    Shape: () -> keys (G, P, d), values (G, P, d_v)
-    Cost: see ``PrefixTuning``.
-    """
+    () -> keys (G, P, d), values (G, P, d_v); for arguments and cost see ``PrefixTuning``."""
 
     def __init__(
         self, site: surgery.Site, share: Share, length: int, hidden: int, std: float
@@ -111,9 +106,6 @@ def _linear(width: int, out: int, std: float) -> nn.Linear:
 class Prefix(nn.Module):
     """The merged heads with the prefix: ``f + g (prefix's context - f)``, to take their place.
 
-    Args:
-        site: where it is.  method: its options.
-
     Shape:
         merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n) -> (B, n, H d)
     Parameters:
@@ -163,13 +155,21 @@ class Prefix(nn.Module):
         return {**scalars, "keys": keys.detach(), "values": values.detach()}
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
+        tokens = self.tokens()
+        for name in ("keys", "values") if self.training else ():
+            tokens[name] = self.dropout(tokens[name])
+        return surgery.virtual_tokens(merged, query, lse, **tokens)
+
+    def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
+        """The logsumexp that a later method reads."""
+        return surgery.virtual_lse(query, lse, **self.tokens())
+
+    def tokens(self) -> dict[str, Any]:
+        """What surgery.virtual_tokens is to know of this prefix."""
         keys, values = self.tables()
-        if self.training:
-            keys, values = self.dropout(keys), self.dropout(values)
         gate = None if self.gate is None else torch.tanh(self.gate)
         bend = None if self.tau is None else self.bend
-        given = (merged, query, lse, keys, values)
-        return surgery.virtual_tokens(*given, scores=bend, gate=gate, **self.scored)
+        return {"keys": keys, "values": values, "scores": bend, "gate": gate, **self.scored}
 
     def bend(self, scores: Tensor) -> Tensor:
         """NoRGa's ``s + tau_2 tanh(tau_1 s)``."""

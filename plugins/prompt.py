@@ -83,8 +83,7 @@ class Part(nn.Module):
 
     @property
     def shared(self) -> Prompt:
-        prompt: Prompt = self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module
-        return prompt
+        return self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module  # type: ignore[no-any-return]
 
     def plain_state(self) -> dict[str, Tensor]:
         """What is left after training: the rows."""
@@ -95,9 +94,7 @@ class Part(nn.Module):
 class Attend(Part):
     """Lets the tokens of one causal attention attend to the keys and values of the prompt.
 
-    Shape:
-        merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n), key and value heads
-        (B, G, m, d) -> (B, n, H d), to take the place of merged
+    Shape: merged (B, n, H d), query (B, H, n, d), lse (B, H, n), k, v (B, G, m, d) -> (B, n, H d)
     """
 
     def __init__(self, prompt: Any, site: surgery.Site) -> None:
@@ -116,6 +113,11 @@ class Attend(Part):
                 f"more than the {self.window} that a token sees here. Shorten one of them."
             )
         return surgery.virtual_tokens(merged, query, lse, *self.seen, **self.scored)
+
+    def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor, *_: Tensor) -> Tensor:
+        """The logsumexp that a later method reads."""
+        alone = self.shared.running or self.seen is None
+        return lse if alone else surgery.virtual_lse(query, lse, *(self.seen or ()), **self.scored)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": None}  # it may carry history, which cannot be copied
@@ -136,8 +138,7 @@ class Later(Part):
     """Positions of the real tokens behind the prompt; those of a prompt that runs stay."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        prompt = self.shared
-        return positions if prompt.running else positions + prompt.length
+        return positions if self.shared.running else positions + self.shared.length
 
 
 class Call(Part):

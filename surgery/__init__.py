@@ -36,7 +36,7 @@ from surgery.splice import disabled, remove, splice, variants
 from surgery.store import load, save
 from surgery.task import Task
 from surgery.train import freeze_base, spliced_parameters, summary
-from surgery.virtual import virtual_tokens
+from surgery.virtual import virtual_lse, virtual_tokens
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "tasks",
     "train_rows",
     "variants",
+    "virtual_lse",
     "virtual_tokens",
     "without_checkpointing",
 ]

@@ -64,6 +64,8 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     nodes = [node for node in reads if node is not None]
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
+    if edit.port == "merged" and hasattr(root.get_submodule(child), "total_lse"):
+        pattern.totals.append((child, tuple(nodes)))
     old = port.node
     for other in pattern.ports.values():
         if other.node is old:
@@ -148,6 +150,8 @@ def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
         return _bias(pattern.ports[name.removesuffix(".bias")], root)
     if name == "lse" and "lse" not in pattern.ports:
         pattern.ports["lse"] = PortNode(expose_lse(pattern))
+    if name == "lse":
+        _count_virtual(pattern)
     if name in ("query_unrotated", "query_heads"):
         return split_heads(pattern.ports[name].node, pattern)
     if name == "merged":
@@ -160,6 +164,24 @@ def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)
     return port.node
+
+
+def _count_virtual(pattern: Pattern) -> None:
+    """Let the lse that is read from now on count what earlier edits have put among the keys."""
+    while pattern.totals:
+        child, reads = pattern.totals.pop(0)
+        order = {node: i for i, node in enumerate(reads[0].graph.nodes)}
+        with reads[0].graph.inserting_after(max(reads, key=lambda n: order[n])):
+            module = reads[0].graph.call_function(getattr, (next(iter(order)), child))
+        with reads[0].graph.inserting_after(module):
+            total = reads[0].graph.call_function(total_lse, (module, *reads))
+        pattern.ports["lse"] = PortNode(total)
+
+
+def total_lse(module: Any, *reads: torch.Tensor) -> torch.Tensor:
+    """What a module that replaced the merged heads makes of their logsumexp."""
+    total: torch.Tensor = module.total_lse(*reads)
+    return total
 
 
 def _flat(node: fx.Node, axes: int) -> fx.Node:

@@ -25,7 +25,7 @@ from surgery import fastpath
 from surgery.errors import SpliceError
 from surgery.frozen import frozen_inside, referred
 from surgery.host import is_host
-from surgery.merged import Merged
+from surgery.merged import Merged, sums_of
 from surgery.operate import take_out
 from surgery.report import RECORD, Inserted, Report, records
 from surgery.rows import forget_rows
@@ -59,7 +59,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
     with torch.no_grad():
         for n, tensor in plan.weights.items():
             own[n].copy_(tensor)
-            merged.written[n] = own[n]._version
+            merged.written[n] = sums_of(own[n])
         for inserted in plan.parts:
             model.get_submodule(inserted.path).rest()  # type: ignore[operator]
     for report in [records(model)[n] for n in names]:

@@ -23,21 +23,21 @@ class Merged:
     folded: list[Inserted] = field(default_factory=list)
     left: list[Inserted] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    written: dict[str, int] = field(default_factory=dict, repr=False)  # their versions since
+    written: dict[str, list[float]] = field(default_factory=dict, repr=False)  # sums of the new
 
     def undo(self, model: nn.Module) -> None:
         """Give the base its own weights back, bit for bit. (What was folded is not spliced again:
         load the adapter for that.)
 
         Raises:
-            SpliceError: another merge, or somebody else, has written to one of them since.
+            SpliceError: one of them is not what this merge made of it, as another merge changed it.
         """
         own = dict(model.named_parameters())
-        since = [n for n, version in self.written.items() if own[n]._version != version]
+        since = [n for n, sums in self.written.items() if sums_of(own[n]) != sums]
         if since:
             raise SpliceError(
-                f"{since[0]} was written to after this merge. Undo later merges first, the last "
-                "one before the others."
+                f"{since[0]} has changed since this merge. Undo later merges first, the last one "
+                "before the others."
             )
         with torch.no_grad():
             for name, tensor in self.originals.items():
@@ -47,3 +47,10 @@ class Merged:
         text = f"folded {len(self.folded)} modules into {len(self.originals)} weights and biases"
         names = sorted({i.method.name for i in self.left})
         return text + (f"; still spliced: {', '.join(names)}" if names else "")
+
+
+def sums_of(x: Tensor) -> list[float]:
+    """Three sums by which a tensor is told from another."""
+    wide = x.detach().double().flatten()
+    ramp = torch.linspace(0, 1, wide.numel(), dtype=wide.dtype, device=wide.device)
+    return [float(wide.sum()), float(wide.square().sum()), float((wide * ramp).sum())]

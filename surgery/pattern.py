@@ -50,6 +50,7 @@ class Pattern:
     kv_heads: int = 0
     parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence
     order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
+    totals: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)  # see apply.py
     missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why
 
     def holds(self, kind: str, key: str) -> bool:

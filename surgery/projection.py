@@ -123,13 +123,14 @@ def weight_of(made: Projection, root: nn.Module) -> tuple[str, bool]:
         return "", False
     bias = bias_of(made, root)
     shift = _attribute(root, bias) if isinstance(bias, str) else value(bias) if bias else None
+    bound = 0.05 if y.dtype.itemsize == 2 else 5e-3  # bfloat16, TF32
     x, y = x.detach().flatten(0, -2)[0].double(), y.detach().flatten(0, -2)[0].double()
     some = slice(0, 16)  # features are enough to tell
     added = 0.0 if shift is None else shift.detach()[some].double()
     for transposed in fits:
         matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
         gap = (x @ matrix + added - y[some]).abs().max()
-        if gap <= 0.05 * y[some].abs().max().clamp(min=1e-6):
+        if gap <= bound * y[some].abs().max().clamp(min=1e-6):
             return names[0], transposed
     return "", False
 

@@ -16,7 +16,9 @@ Ports of an attention site:
     context                        heads mixed, as the attention call gives them
     merged                         (B, n, H d)   the same, side by side: what makes the output
     lse                            (B, H, n)     logsumexp of the masked, scaled scores, read only;
-                                                 -inf or the lowest number for a query without keys
+                                                 -inf or the lowest number for a query without keys;
+                                                 ``total_lse(*reads)`` of a module in the place of
+                                                 ``merged``, if it has such a method
     output                         (B, n, D)     after the output projection
 
 Ports of an FFN site: ``input`` (B, n, D), ``up`` and, if gated, ``gate`` (B, n, F), ``activation``

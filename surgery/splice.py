@@ -35,7 +35,8 @@ def splice(
 
     Args:
         model: any ``nn.Module``; it may be spliced already, under other names.
-        methods: one method or a list; a later one sees each port as the earlier ones left it.
+        methods: one method or a list; a later one sees each port as the earlier ones left it,
+            the lse of virtual tokens included.
         at: where; by default every site that a method is for.
         example_inputs: as for :func:`surgery.locate`; not needed if ``at`` is given.
         name: of this splice, for ``remove``, ``disabled`` and ``save``.

@@ -43,24 +43,54 @@ def virtual_tokens(
     Returns:
         f' (B, n, H d_v), to take the place of ``merged``.
     """
+    context, own = _attend(query, keys, values, lse, scale, scores, softcap)
+    g = torch.sigmoid(own - lse).unsqueeze(-1)  # (B, H, n, 1)
+    if gate is not None:
+        g = g * gate.view(-1, 1, 1)
+    f = _split(merged, query.shape[1])
+    if not context.dtype == g.dtype == f.dtype:
+        context, g = context.to(f.dtype), g.to(f.dtype)
+    return _merge(torch.lerp(f, context, g))
+
+
+def virtual_lse(
+    query: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    scores: Callable[[Tensor], Tensor] | None = None,
+    gate: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The logsumexp (B, H, n) of all scores, those of virtual tokens among them.
+
+    With a gate: what it would have to be for the same f', ``lse - log(1 - g)``.
+    """
+    own = _attend(query, keys, values, lse, scale, scores, softcap)[1]
+    if gate is None:
+        return torch.logaddexp(lse, own)
+    return lse - torch.log1p(-torch.sigmoid(own - lse) * gate.view(-1, 1).to(lse.dtype))
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, lse: Tensor, scale: float,
+    scores: Callable[[Tensor], Tensor] | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What real queries make of virtual keys alone: context and logsumexp."""
     batch, heads = query.shape[:2]
     if scores is None and softcap is None:  # real queries attend to virtual keys: by a fused kernel
         keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
         grouped = heads != keys.shape[1]
-        context, own = attention(query, keys, values, scale=scale, enable_gqa=grouped)
-    else:
-        keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-        s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
-        s = s if scores is None else scores(s)
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        context, own = s.softmax(-1).to(values.dtype) @ values, s.logsumexp(-1)
-    g = torch.sigmoid(own - lse).unsqueeze(-1)  # (B, H, n, 1)
-    if gate is not None:
-        g = g * gate.view(-1, 1, 1)
-    f = _split(merged, heads)
-    if not context.dtype == g.dtype == f.dtype:
-        context, g = context.to(f.dtype), g.to(f.dtype)
-    return _merge(torch.lerp(f, context, g))
+        made: tuple[Tensor, Tensor] = attention(
+            query, keys, values, scale=scale, enable_gqa=grouped
+        )
+        return made
+    keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+    s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
+    s = s if scores is None else scores(s)
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    return s.softmax(-1).to(values.dtype) @ values, s.logsumexp(-1)
 
 
 def _split(merged: Tensor, heads: int) -> Tensor:

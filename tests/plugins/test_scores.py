@@ -119,3 +119,45 @@ def test_a_prompt_that_would_slip_out_of_a_window_is_an_error() -> None:
     torch.testing.assert_close(tuned(IDS[:, :8]).logits, expected, rtol=1e-5, atol=1e-4)
     with pytest.raises(surgery.SpliceError, match="9 tokens and 3 of the prompt are more than"):
         tuned(IDS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+@torch.no_grad()
+def test_two_prefixes_are_one_of_both(kind: str) -> None:
+    double, single = model(kind).double(), model(kind).double()
+    for name, length in (("a", 3), ("b", 4)):
+        surgery.splice(double, surgery.method("prefix", length=length, std=1.0), name=name)
+    surgery.splice(single, surgery.method("prefix", length=7), name="c")
+    attention = double.model.layers[0].self_attn
+    whole = single.model.layers[0].self_attn.c_prefix_merged
+    for name in ("keys", "values"):
+        parts = [getattr(attention.get_submodule(f"{n}_prefix_merged"), name) for n in "ab"]
+        getattr(whole, name).copy_(torch.cat(parts, 1))
+    gap = (double(IDS).logits - single(IDS).logits).abs().max()
+    moved = (model(kind).double()(IDS).logits - single(IDS).logits).abs().max()
+    assert gap < 1e-5 < moved  # rotated in float32, inside the model
+
+
+@pytest.mark.parametrize("first", ["prefix", "prompt", "norga", "gated"])
+@torch.no_grad()
+def test_an_inducer_counts_what_stands_before_it_among_the_keys(first: str) -> None:
+    options = {"gated": {"gate": True, "length": 3, "std": 1.0}, "prompt": {"length": 3}}
+    before = surgery.method(
+        "prefix" if first == "gated" else first, **options.get(first, {"length": 3})
+    )
+    tuned = model("plain")
+    surgery.splice(tuned, [before, surgery.method("inducer", key_rank=0, value_rank=1)])
+    for name, parameter in surgery.spliced_parameters(tuned):
+        if name.endswith("gate"):
+            parameter.normal_()
+    attention, seen = tuned.model.layers[0].self_attn, {}
+    name = "prefix" if first == "gated" else first
+    attention.get_submodule(f"{name}_merged").register_forward_hook(
+        lambda m, given, out: seen.update(base=given[2], given=given, module=m)
+    )
+    attention.inducer_output.register_forward_hook(lambda m, given, out: seen.update(lse=given[1]))
+    tuned(IDS)
+    assert torch.equal(seen["lse"], seen["module"].total_lse(*seen["given"]))
+    assert not torch.allclose(seen["lse"], seen["base"])
+    with surgery.disabled(tuned):
+        tuned(IDS)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import surgery
 from tests.models import build, inputs, logits, perturb
@@ -136,3 +138,19 @@ def test_a_save_removes_no_file_but_its_predecessor(tmp_path: Path) -> None:
     assert theirs.exists()
     assert not first.exists()
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+class Gain(nn.Linear):
+    """Nearly the linear map that its weight says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 1.03 * self.weight, self.bias)
+
+
+def test_a_projection_that_is_nearly_plain_is_not_merged_into() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.__class__ = Gain
+    surgery.splice(model, surgery.method("lora", rank=2, ports=("query",)))
+    with pytest.raises(surgery.SpliceError, match="not made by one plain floating-point matrix"):
+        surgery.merge(model)
