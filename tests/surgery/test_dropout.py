@@ -77,7 +77,7 @@ def test_masks_differ_between_modules() -> None:
 def test_the_mean_keeps(p: float) -> None:
     torch.manual_seed(0)
     kept = surgery.Dropout(p)(torch.ones(500, 500))
-    assert kept.mean().item() == pytest.approx(1, abs=0.02)
+    assert kept.mean().item() == pytest.approx(1, abs=0.03)  # 5 standard deviations at p = 0.9
     assert (kept == 0).float().mean().item() == pytest.approx(p, abs=0.01)
     assert kept.max().item() == pytest.approx(1 / (1 - p))
 

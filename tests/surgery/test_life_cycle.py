@@ -63,18 +63,6 @@ def test_an_exact_splice_goes_inside_a_trained_one_around_its_block() -> None:
     assert torch.equal(logits(model, inputs("roberta")), before)
 
 
-def test_a_splice_that_only_a_part_knows_of_is_in_the_way_of_one_into_the_whole() -> None:
-    model = build("gpt2")
-    ids = {"input_ids": inputs("gpt2")["input_ids"]}
-    surgery.splice(
-        model.transformer, surgery.method("lora", rank=2), name="inner", example_inputs=ids
-    )
-    with pytest.raises(surgery.SpliceError, match="already spliced under the name 'inner'"):
-        surgery.splice(model, surgery.method("ia3"), name="outer")
-    surgery.remove(model.transformer)
-    surgery.splice(model, surgery.method("ia3"), name="outer")
-
-
 def test_rows_are_trained_beside_those_before_and_a_replaced_parameter_is_named() -> None:
     model, name = build("gpt2"), "transformer.wte.weight"
     surgery.splice(model, surgery.method("lora", rank=2))
