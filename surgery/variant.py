@@ -65,9 +65,16 @@ class Variant:
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that look something up in an object that the graph may have changed by then."""
-    nodes = list(graph.nodes)
-    first = next((i for i, node in enumerate(nodes) if _changes_something(node)), len(nodes))
-    return {node for node in nodes[first:] if reads_opaque(node)}
+    changed: set[int] = set()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        base = node.args[0] if node.args else None
+        if _changes_something(node) and isinstance(base, fx.Node):
+            changed.add(id(base.meta.get("value")))
+        if reads_opaque(node) and isinstance(base, fx.Node):
+            if base in found or id(base.meta.get("value")) in changed:
+                found.add(node)
+    return found
 
 
 def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
