@@ -170,11 +170,11 @@ def _count_virtual(pattern: Pattern) -> None:
     """Let the lse that is read from now on count what earlier edits have put among the keys."""
     while pattern.totals:
         child, reads = pattern.totals.pop(0)
-        order = {node: i for i, node in enumerate(reads[0].graph.nodes)}
-        with reads[0].graph.inserting_after(max(reads, key=lambda n: order[n])):
-            module = reads[0].graph.call_function(getattr, (next(iter(order)), child))
-        with reads[0].graph.inserting_after(module):
-            total = reads[0].graph.call_function(total_lse, (module, *reads))
+        graph = reads[0].graph
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        host = next(iter(order))  # the first placeholder
+        with graph.inserting_after(max(reads, key=lambda n: order[n])):
+            total = chain(graph, (getattr, (host, child)), (total_lse, (..., *reads)))
         pattern.ports["lse"] = PortNode(total)
 
 

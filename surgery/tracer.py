@@ -253,7 +253,7 @@ class Tracer(TracerBase):
         while left:
             parent, _, name = (path := left.pop()).rpartition(".")
             yield self.root.get_submodule(parent), name, self.root.get_submodule(path)
-            left |= {parent} - {""}
+            left |= {parent} - {""}  # what holds it may be replaced, too
 
 
 def enter_gradient_mode(mode: bool) -> bool:
