@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from surgery.causal import hides_later_keys
+from surgery.causal import beside_the_flag
 from surgery.fused import fused, usable
 from surgery.kernels import CPU, CUDA, ON_CPU, Kernel
 from surgery.rebind import rebound
@@ -62,13 +62,13 @@ def attention(
     if own:
         kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if kernel is not None:
+        if kernel is CPU and attn_mask is not None and not isinstance(attn_mask, FakeTensor):
+            attn_mask, is_causal = beside_the_flag(attn_mask)  # SDPA takes no mask with the flag
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             # SDPA hands its kernels an additive mask too, so the bits stay the same.
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
-        if kernel is CPU and attn_mask is not None and not isinstance(attn_mask, FakeTensor):
-            is_causal = hides_later_keys(attn_mask)  # SDPA takes no mask with the flag
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
     if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):

@@ -23,7 +23,7 @@ class Fused(torch.autograd.Function):
         context, lse, more = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
         ctx.save_for_backward(query, key, value, mask, context, lse)
         ctx.kernel, ctx.more, ctx.options = kernel, more, (dropout, is_causal, scale)
-        return context, _of_nothing(lse, mask)
+        return context, _of_nothing(lse, mask, is_causal)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,14 +57,15 @@ def fused(
         made: tuple[Tensor, Tensor] = Fused.apply(kernel, query, key, value, mask, *options)  # type: ignore[no-untyped-call]
         return made
     context, lse, _ = kernel.forward(query, key, value, mask, *options)
-    return context, _of_nothing(lse, mask)
+    return context, _of_nothing(lse, mask, options[1])
 
 
-def _of_nothing(lse: Tensor, mask: Tensor | None) -> Tensor:
+def _of_nothing(lse: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """Some kernels call the logsumexp of no score at all 0."""
     if mask is None:
         return lse
-    return lse.masked_fill(hides_all_keys(mask), float("-inf"))
+    rows = lse.shape[-1] if is_causal else 1
+    return lse.masked_fill(hides_all_keys(mask, rows), float("-inf"))
 
 
 def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:

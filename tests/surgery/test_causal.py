@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery import kernels
-from surgery.causal import hides_all_keys, hides_later_keys
+from surgery.causal import beside_the_flag, hides_all_keys
 from surgery.core import attention, dense_lse
 
 INF = float("inf")
@@ -42,39 +42,67 @@ def test_one_later_key_that_is_not_hidden_is_found(
     n: int, m: int, query: int, key: int, bias: float
 ) -> None:
     mask = additive(padded(n, m, left=5, right=9))
-    assert hides_later_keys(mask)
+    assert beside_the_flag(mask)[1]
     query, key = query % n, key % m
     mask[..., query, key] = bias
-    assert hides_later_keys(mask) == (key <= query)
+    assert beside_the_flag(mask)[1] == (key <= query)
+
+
+@settings(max_examples=40)
+@given(
+    boolean=st.booleans(),
+    n=st.integers(1024, 1400),
+    m=st.integers(1024, 1400),
+    query=st.integers(0, 1399),
+    key=st.integers(0, 1399),
+)
+def test_one_row_stands_for_a_mask_only_if_it_says_the_same(
+    boolean: bool, n: int, m: int, query: int, key: int
+) -> None:
+    mask = padded(n, m, left=5, right=9)
+    mask = mask if boolean else additive(mask)
+    row, causal = beside_the_flag(mask)
+    assert causal
+    assert row.shape == (1, 1, 1, m)
+    query, key = query % n, key % m
+    before = mask[..., query, key]
+    mask[..., query, key] = ~before if boolean else before.clamp(min=-9.0) + 1.0
+    row, causal = beside_the_flag(mask)
+    later = torch.ones(n, m, dtype=torch.bool).triu(1)
+    hidden = False if boolean else -INF
+    said = row.expand_as(mask).masked_fill(later, hidden) if causal else mask
+    assert torch.equal(said, mask)
 
 
 def test_a_short_mask_is_not_worth_looking_at() -> None:
-    assert not hides_later_keys(additive(padded(512, 512)))
-    assert not hides_later_keys(additive(padded(1, 4096)))
+    assert not beside_the_flag(additive(padded(512, 512)))[1]
+    assert not beside_the_flag(additive(padded(1, 4096)))[1]
 
 
 @pytest.fixture
-def flags(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The causal flags that the kernel on the CPU is called with."""
-    seen: list[bool] = []
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """The causal flag, and how many rows of a mask, that the kernel on the CPU is called with."""
+    seen: list[tuple[bool, int]] = []
     kernel = kernels._flash_on_cpu
 
     def spy(*args: Any, **options: Any) -> Any:
-        seen.append(args[4])
+        mask = options["attn_mask"]
+        if mask is not None:  # a trial of grouped heads has none
+            seen.append((args[4], mask.shape[-2]))
         return kernel(*args, **options)
 
     monkeypatch.setattr(kernels, "_flash_on_cpu", spy)
     return seen
 
 
-@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "biased"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "left", "right"), [(1100, 0, 70), (1100, 300, 0), (1500, 7, 400)])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_is_skipped_changes_no_bit(
-    flags: list[bool],
+    told: list[tuple[bool, int]],
     dtype: torch.dtype,
-    boolean: bool,
+    kind: str,
     m: int,
     left: int,
     right: int,
@@ -82,7 +110,9 @@ def test_what_is_skipped_changes_no_bit(
 ) -> None:
     torch.manual_seed(0)
     seen = padded(1100, m, left, right)
-    mask = seen if boolean else additive(seen, dtype) + torch.randn(1100, m).to(dtype)
+    mask = seen if kind == "boolean" else additive(seen, dtype)
+    if kind == "biased":
+        mask = mask + torch.randn(1100, m).to(dtype)
     heads = [2 * groups, 2, 2]
     inputs = [
         torch.randn(1, h, n, 8).to(dtype).requires_grad_()
@@ -91,7 +121,7 @@ def test_what_is_skipped_changes_no_bit(
     grouped = {"enable_gqa": groups > 1}
     expected = F.scaled_dot_product_attention(*inputs, mask, **grouped)
     context, lse = attention(*inputs, mask, **grouped)
-    assert flags == [True]
+    assert told == [(True, 1100 if kind == "biased" else 1)]
     assert torch.equal(context, expected)
     dense = dense_lse(inputs[0], inputs[1], mask)
     torch.testing.assert_close(lse, dense, rtol=1e-4, atol=1e-4)
@@ -101,7 +131,7 @@ def test_what_is_skipped_changes_no_bit(
 
 
 @pytest.mark.parametrize("mask", ["later", "window"])
-def test_a_mask_that_shows_later_keys_keeps_them(flags: list[bool], mask: str) -> None:
+def test_a_mask_that_shows_later_keys_keeps_them(told: list[tuple[bool, int]], mask: str) -> None:
     seen = padded(1100, 1100)
     if mask == "later":
         seen[..., 500, 501] = True
@@ -109,10 +139,13 @@ def test_a_mask_that_shows_later_keys_keeps_them(flags: list[bool], mask: str) -
         seen = torch.ones(1, 1, 1100, 1100, dtype=torch.bool).tril(9)
     q, k, v = (torch.randn(1, 2, 1100, 8) for _ in range(3))
     assert torch.equal(attention(q, k, v, seen)[0], F.scaled_dot_product_attention(q, k, v, seen))
-    assert flags == [False]
+    assert told == [(False, 1100)]
 
 
 def test_queries_that_see_no_key_are_told_from_those_that_see_one() -> None:
     mask = additive(padded(6, 6, left=2))
     assert hides_all_keys(mask).flatten().tolist() == [True, True, False, False, False, False]
     assert hides_all_keys(mask[..., :0]).all()
+    row = mask[..., -1:, :]
+    assert torch.equal(hides_all_keys(row, 6), hides_all_keys(mask))
+    assert hides_all_keys(row[..., :3], 6).flatten().tolist() == [True, True] + 4 * [False]
