@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery import huggingface
 from surgery.apply import apply_edit
@@ -28,14 +27,15 @@ from surgery.patching import one_at_a_time
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
 from surgery.registry import registry
+from surgery.signature import Recogniser, recogniser, signature
 from surgery.sites import Edit, HostPlan
 from surgery.tracer import Captured
-from surgery.values import CONSTANT, by_name
+from surgery.values import by_name
 from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
-_PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
+_KEPT = 4  # recognisers of one host
 
 
 @dataclass
@@ -56,6 +56,7 @@ class HostState:
     operations: dict[str, Operation] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    recent: tuple[tuple[Recogniser, list[Variant]], ...] = ()
     active: tuple[str, ...] = ()
     wraps: tuple[str, ...] = ()  # children around the call, the first innermost
     edited: bool = False  # does the forward itself run a rewritten graph?
@@ -67,9 +68,33 @@ class HostState:
         pairs = [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
         self.wraps = tuple(child for edit, child in pairs if edit.verb == "wrap")
         self.edited = len(self.wraps) < len(pairs)
+        self.recent = ()
+
+    def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
+        """Forget all other graphs."""
+        self.variants, self.recent = variants, ()
+
+    def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
+        """The graphs of calls with this structure, and the inputs that they take."""
+        compiling = torch.compiler.is_dynamo_compiling()
+        for inputs_of, variants in () if compiling else self.recent:
+            inputs = inputs_of(args, kwargs)
+            if inputs is not None:
+                return variants, inputs
+        key, inputs = signature(args, kwargs, self.active)
+        variants = self.variants.get(key, [])
+        if variants and not compiling:
+            known = recogniser(args, kwargs)
+            if known is not None:
+                self.recent = ((known, variants), *self.recent[: _KEPT - 1])
+        return variants, inputs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": {}}  # they refer to this very module: capture anew
+        return {
+            **self.__dict__,
+            "variants": {},
+            "recent": (),
+        }  # they refer to this very module: capture anew
 
 
 def state_of(module: nn.Module) -> HostState | None:
@@ -174,16 +199,16 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
 
 def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
-    key, inputs = signature(args, kwargs, state.active)
     if torch.compiler.is_dynamo_compiling():
         prepare(module, args, kwargs, foresee)
-    for variant in state.variants.get(key, ()):
+    variants, inputs = state.find(args, kwargs)
+    for variant in variants:
         if variant.matches(module, inputs):
             try:
                 return variant.run(module, module, *inputs)
             except GuardFlipped:
                 continue
-    variant = new_variant(module, state, key, args, kwargs)
+    variant = new_variant(module, state, args, kwargs)
     if not variant.matches(module, inputs):
         raise CaptureError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
@@ -203,56 +228,12 @@ def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Have a variant for a call like this one."""
     state = state_of(module)
     assert state is not None
-    key, inputs = signature(args, kwargs, state.active)
-    if not any(variant.matches(module, inputs) for variant in state.variants.get(key, ())):
-        new_variant(module, state, key, args, kwargs)
+    variants, inputs = state.find(args, kwargs)
+    if not any(variant.matches(module, inputs) for variant in variants):
+        new_variant(module, state, args, kwargs)
 
 
-def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
-    """The structure of a call, and the inputs of its graph (see ``values.leaves``).
-
-    Two calls of one structure differ only in values of tensors, numbers and opaque objects.
-    """
-    inputs: list[Any] = []
-    given = _describe(args, inputs)
-    named = _describe(kwargs.values(), inputs)
-    return (active, _autocast(), given, tuple(kwargs), named), inputs
-
-
-def _autocast() -> tuple[Any, ...]:
-    """The lower dtypes that operations take now: a graph has those of its results as constants."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
-
-
-def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
-    """What decides about the graph in each value; the others are appended to ``inputs``."""
-    known: list[Any] = []
-    for x in values:
-        kind = type(x)
-        if kind in _PLAIN:
-            known.append(x)
-        elif kind is tuple or kind is list:
-            known.append((kind, _describe(x, inputs)))
-        elif kind is dict:
-            known.append((kind, tuple(x), _describe(x.values(), inputs)))
-        elif isinstance(x, CONSTANT):
-            known.append((kind, x))
-        elif isinstance(x, (int, float)):
-            inputs.append(x)
-            known.append(kind)
-        else:
-            for position, other in enumerate(inputs):  # a few; Dynamo would guard an id()
-                if other is x:
-                    known.append((position,))
-                    break
-            else:
-                inputs.append(x)
-                known.append((x.dim(), x.dtype, x.device) if isinstance(x, Tensor) else kind)
-    return tuple(known)
-
-
-def new_variant(module: nn.Module, state: HostState, key: Any, args: Any, kwargs: Any) -> Variant:
+def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
     """Capture the host's own forward for this call and apply what has been spliced."""
     with one_at_a_time:
         captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
@@ -261,8 +242,8 @@ def new_variant(module: nn.Module, state: HostState, key: Any, args: Any, kwargs
             for edit, child in zip(operation.edits, operation.children, strict=True):
                 apply_edit(patterns, edit, child, module)
         variant = finish(captured)
-        known = state.variants.setdefault(key, [])
-        known.insert(0, variant)
+        key, _ = signature(args, kwargs, state.active)
+        state.variants.setdefault(key, []).insert(0, variant)
         total = sum(map(len, state.variants.values()))
         if total == _MANY:
             warnings.warn(

@@ -22,12 +22,12 @@ from surgery.host import (
     finish,
     install,
     run,
-    signature,
     state_of,
     uninstall,
 )
 from surgery.method import Method
 from surgery.report import Inserted, Report, records
+from surgery.signature import signature
 from surgery.sites import CALLS, Edit, HostPlan, Site
 from surgery.verify import (
     Result,
@@ -120,7 +120,7 @@ def _rewrite(
         require_applied(apply_edit(patterns, i.edit, _child(i), module), i.edit, path)
     variant = finish(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
-    state.variants = {key: [variant]}
+    state.keep_only({key: [variant]})
     with _named(_failing(path, report)):
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
@@ -250,6 +250,6 @@ def take_out(module: nn.Module, name: str, children: list[str]) -> None:
         state.operations.pop(name, None)
         state.off -= {name}
     state.refresh()
-    state.variants = {}
+    state.keep_only({})
     if not state.operations:
         uninstall(module)
