@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class LowRank(nn.Module):
         bias: whether c is there.
 
     Shape:
-        x (B, n, d_in) -> (B, n, d_out)
+        x (B, n, d_in) -> (B, n, d_out), added to ``onto`` if that is given
     Parameters:
         a.weight (rank, d_in)   Kaiming-uniform with a = sqrt(5), as in the authors' loralib
         b.weight (d_out, rank)  zeros, so the spliced model starts equal to the base
@@ -70,12 +71,15 @@ class LowRank(nn.Module):
             bias = bias + self.scale * self.b.bias.to(bias)
         return weight + self.scale * (b @ a).T, bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.training:
             x = self.dropout(x)
-        hidden = F.linear(x, self.a.weight) * self.scale  # (B, n, r)
-        out = F.linear(hidden, self.b.weight)  # (B, n, d_out)
-        return out if self.b.bias is None else out + self.scale * self.b.bias
+        hidden = F.linear(x, self.a.weight)  # (B, n, r)
+        out = F.linear(hidden, self.b.weight, self.b.bias)  # (B, n, d_out)
+        if onto is None or onto.dtype != out.dtype:
+            out = out * self.scale
+            return out if onto is None else onto + out.to(onto.dtype)
+        return torch.add(onto, out, alpha=self.scale)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,8 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     def make(graph: fx.Graph) -> fx.Node:
         y: Any = port.node
         turned = port.sequence_first and edit.batched
+        if edit.verb == "add" and own is None and not turned and _adds(child, reads, y, root):
+            return graph.call_module(child, (*reads, y))
         if edit.verb == "add":
             plain = add_sequence_first if turned else add
             return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))
@@ -72,6 +75,14 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
             other.node = new
         if other.projection is not None and other.projection.source is old:
             other.projection = dataclasses.replace(other.projection, source=new)
+
+
+def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
+    """Does a module add its output to the port itself (``onto``), token by token?"""
+    if "onto" not in inspect.signature(type(root.get_submodule(child)).forward).parameters:
+        return False
+    x, out = (None if node is None else node.meta.get("value") for node in (reads[0], y))
+    return x is not None and out is not None and x.shape[:-1] == out.shape[:-1]
 
 
 def port_values(patterns: Iterable[Pattern], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:

@@ -15,7 +15,6 @@ context comes from SDPA itself, so its bits and its random draws stay those of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 
+from surgery import kernels
 from surgery.causal import beside_the_flag
 from surgery.fused import fused, usable
 from surgery.kernels import CPU, CUDA, ON_CPU, Kernel
-from surgery.rebind import rebound
 from surgery.unfused import same_as_sdpa, unfused
-
-_SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -55,6 +51,12 @@ def attention(
         -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
     Cost: a fused kernel call; densely, one more product of queries and keys.
     """
+    if _at_once(query, key, value, attn_mask, dropout_p):
+        choice = torch._fused_sdp_choice(
+            query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        if choice == SDPBackend.FLASH_ATTENTION.value:
+            return kernels.flash_on_cpu(query, key, value, 0.0, is_causal, scale=scale)
     if _autocast(query):
         query, key, value, attn_mask = _cast(query, key, value, attn_mask)
     own = query.dtype == key.dtype == value.dtype and (query.is_cpu or query.is_cuda)
@@ -77,6 +79,14 @@ def attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return context, dense_lse(query, key, attn_mask, is_causal, scale)
+
+
+def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> bool:
+    """Is this the call of a decoded token, for which nothing else need be asked?"""
+    if mask is not None or p or torch.is_grad_enabled() or type(query) is not Tensor:
+        return False
+    alike = query.dtype == key.dtype == value.dtype
+    return alike and query.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def dense_lse(
@@ -199,79 +209,3 @@ def _compiles_to_flash(
     needs = attn_mask is not None and attn_mask.requires_grad
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # any device
     return enabled and plain and same and some and not needs and dropout_p == 0.0
-
-
-class _ReadLse(TorchFunctionMode):
-    """While active, an SDPA call, or the first softmax, inside leaves its logsumexp in ``lse``.
-
-    Scores that had their row maximum subtracted first, for stability, count as they were before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lse: Tensor | None = None
-        self._grad = torch.is_grad_enabled()
-        self._tops: list[Any] = []
-        self._shifted: list[tuple[Tensor, Tensor]] = []  # (scores - row maximum, scores)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_grad_enabled() != self._grad:  # inside an autograd function: no gradient here
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            context, self.lse = attention(*args, **kwargs)
-            return context
-        if func in _SOFTMAX and self.lse is None:
-            before = [scores for shifted, scores in self._shifted if shifted is args[0]]
-            self.lse = logsumexp(before[0] if before else args[0])
-        result = func(*args, **kwargs)
-        name = func.__name__
-        if name in ("max", "amax"):
-            self._tops.append(getattr(result, "values", result))
-        elif name in ("sub", "__sub__") and any(args[1] is top for top in self._tops):
-            self._shifted.append((result, args[0]))
-        return result
-
-
-def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
-    """An attention function that also returns the logsumexp of the scores it normalised.
-
-    ``function(module, query, key, value, mask, ...)`` may use SDPA or a softmax of its own; a
-    learned sink that it appends to its scores counts, as it takes part in the softmax.
-
-    Returns:
-        a function that returns what ``function`` does, and lse (B, H, n).
-    """
-
-    direct = rebound(function, attention)
-
-    def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal direct
-        lse = None
-        if direct is not None and not torch.compiler.is_compiling():
-            result, lse = direct(module, query, *args, **kwargs)
-            if lse is None:  # a branch of it calls no SDPA: from now on it is watched
-                direct = None
-        if lse is None:
-            watch = _ReadLse()
-            with watch:
-                result = function(module, query, *args, **kwargs)
-            lse = watch.lse
-        if lse is None:
-            raise RuntimeError(
-                f"{name} shows neither a softmax nor an SDPA call, so its logsumexp cannot be had. "
-                "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
-                "do not read 'lse' (lora, FFN adapters)."
-            )
-        rows = query.shape[:-1]  # some wrappers fold a group of heads into the query axis
-        return result, lse if lse.shape == rows else lse.reshape(rows)
-
-    name = getattr(function, "__name__", "attention")
-    both.__name__ = f"{name}_with_lse"
-    return both

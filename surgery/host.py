@@ -269,7 +269,13 @@ def capture_host(
         path,
         registry().is_leaf,
     )
-    captured.ambient += [(question, question()) for question in huggingface.questions(module)]
+    known = {(id(owner), name) for owner, name, _ in captured.reads}
+    for owner, name in huggingface.choices(module):
+        answer = getattr(owner, name)
+        if name not in vars(owner):
+            captured.ambient.append((functools.partial(getattr, owner, name), answer))
+        elif (id(owner), name) not in known:
+            captured.reads.append((owner, name, answer))
     return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)
 
 

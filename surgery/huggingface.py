@@ -48,21 +48,18 @@ def is_own_hook(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-def questions(module: nn.Module) -> list[Callable[[], Any]]:
-    """What else decides which graph a module needs: its choice of attention function."""
+def choices(module: nn.Module) -> list[tuple[Any, str]]:
+    """What else decides which graph a module needs: who holds its choice of attention function.
+
+    An object and the name of an attribute, for each configuration that the module has.
+    """
     configs: dict[int, Any] = {}
     for part in module.modules():
         config = vars(part).get("config")
         if config is not None and hasattr(config, "_attn_implementation"):
             configs[id(config)] = config
-    return [_implementation(config) for config in configs.values()]
-
-
-def _implementation(config: Any) -> Callable[[], Any]:
-    if "_attn_implementation_internal" in vars(config):
-        data = vars(config)
-        return lambda: data.get("_attn_implementation_internal")
-    return lambda: config._attn_implementation
+    own = "_attn_implementation_internal"
+    return [(c, own if own in vars(c) else "_attn_implementation") for c in configs.values()]
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:

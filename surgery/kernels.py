@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend
 
 _aten = torch.ops.aten
 # Not the operator of ``torch.ops``: to call that one takes a third longer for a single query.
-_flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
+flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -51,7 +51,7 @@ class Kernel:
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
-    made = _flash_on_cpu(q, k, v, p, causal, attn_mask=mask, scale=scale)
+    made = flash_on_cpu(q, k, v, p, causal, attn_mask=mask, scale=scale)
     return *made, None
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.core import attention, logsumexp, with_lse
+from surgery.core import attention, logsumexp
 from surgery.dataflow import inputs, is_row_maximum, op_name
 from surgery.edit import reorder, rows_like, split_rows, tokens_like
+from surgery.kept_whole import with_lse
 from surgery.pattern import Pattern
 
 

@@ -109,7 +109,11 @@ class Port:
         self.site._edit(self, "insert", module, name, ())
 
     def add(self, module: nn.Module, name: str, reads: tuple[str, ...] | None = None) -> None:
-        """``y := y + module(*reads)``; ``reads`` is what the port's own projection reads."""
+        """``y := y + module(*reads)``; ``reads`` is what the port's own projection reads.
+
+        A module whose forward ends in ``onto=None`` is given y there where it can be, to return
+        the sum itself, in the dtype of y: one operation less, and a scale may be free.
+        """
         if reads is None:
             reads = (f"{self.name}.source",) if self.in_width else (self.name,)
         self.site._edit(self, "add", module, name, reads)

@@ -123,8 +123,10 @@ def _check_inside(graph: fx.Graph, guard: Guard) -> None:
     order = list(graph.nodes)
     touched = any(_changes_something(n) for n in order[: order.index(node)])
 
+    convert, expected = guard.convert, guard.expected
+
     def check(value: Any) -> None:
-        if guard.convert(value) != guard.expected:
+        if convert(value) != expected:
             if touched:
                 raise SpliceError(
                     f"the branch at {guard.where} depends on values that are known only after the "

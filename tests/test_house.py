@@ -15,7 +15,7 @@ FLOORS = {
     1: "adapter_files compiled extend insertable quiet rows signature task trial",
     2: "border edit fused recipe sites",
     3: "core dataflow method selection tracer",
-    4: "assign hookspecs projection recorder report virtual",
+    4: "assign hookspecs kept_whole projection recorder report virtual",
     5: "capture layout merged observe pattern registry train",
     6: "attention_ports call_sites ffn_pattern lse module_sites",
     7: "attention_pattern variant",

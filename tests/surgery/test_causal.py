@@ -83,7 +83,7 @@ def test_a_short_mask_is_not_worth_looking_at() -> None:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     """The causal flag, and how many rows of a mask, that the kernel on the CPU is called with."""
     seen: list[tuple[bool, int]] = []
-    kernel = kernels._flash_on_cpu
+    kernel = kernels.flash_on_cpu
 
     def spy(*args: Any, **options: Any) -> Any:
         mask = options["attn_mask"]
@@ -91,7 +91,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
             seen.append((args[4], mask.shape[-2]))
         return kernel(*args, **options)
 
-    monkeypatch.setattr(kernels, "_flash_on_cpu", spy)
+    monkeypatch.setattr(kernels, "flash_on_cpu", spy)
     return seen
 
 
