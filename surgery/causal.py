@@ -1,9 +1,9 @@
 """Causal: a mask that hides every later key, as the causal flag and what is left to say beside it.
 
-A mask of causality and padding is causal still. SDPA takes a mask or the flag, not both; its kernel
-on the CPU takes both, and then leaves out what the mask would hide. Where the mask hides nothing
-else but whole keys, one row says it for all queries, and no kernel reads n m numbers again. With
-both, 2048 tokens take 0.6 of the time, with the same bits.
+A mask of causality and padding is causal still. SDPA asks for a mask or the flag, not both; its
+kernel on the CPU takes both, and then leaves out what the mask would hide. Where the mask hides
+nothing else but whole keys, one row says it for all queries, and no kernel reads n m numbers again.
+With both, 2048 tokens take 0.6 of the time, with the same bits.
 """
 
 from __future__ import annotations

@@ -23,9 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
-from surgery import kernels
-from surgery.causal import beside_the_flag
-from surgery.fused import fused, usable
+from surgery.fused import flash_on_cpu, fused, usable
 from surgery.kernels import CPU, CUDA, ON_CPU, Kernel
 from surgery.unfused import same_as_sdpa, unfused
 
@@ -53,10 +51,10 @@ def attention(
     """
     if _at_once(query, key, value, attn_mask, dropout_p):
         choice = torch._fused_sdp_choice(
-            query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         if choice == SDPBackend.FLASH_ATTENTION.value:
-            return kernels.flash_on_cpu(query, key, value, 0.0, is_causal, scale=scale)
+            return flash_on_cpu(query, key, value, attn_mask, is_causal, scale)
     if _autocast(query):
         query, key, value, attn_mask = _cast(query, key, value, attn_mask)
     own = query.dtype == key.dtype == value.dtype and (query.is_cpu or query.is_cuda)
@@ -64,13 +62,6 @@ def attention(
     if own:
         kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if kernel is not None:
-        if kernel is CPU and attn_mask is not None and not isinstance(attn_mask, FakeTensor):
-            attn_mask, is_causal = beside_the_flag(attn_mask)  # SDPA takes no mask with the flag
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            # SDPA hands its kernels an additive mask too, so the bits stay the same.
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-                attn_mask.logical_not(), float("-inf")
-            )
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
     if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
@@ -83,7 +74,9 @@ def attention(
 
 def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> bool:
     """Is this the call of a decoded token, for which nothing else need be asked?"""
-    if mask is not None or p or torch.is_grad_enabled() or type(query) is not Tensor:
+    if p or torch.is_grad_enabled() or type(query) is not Tensor:
+        return False
+    if mask is not None and (type(mask) is not Tensor or mask.requires_grad):
         return False
     alike = query.dtype == key.dtype == value.dtype
     return alike and query.is_cpu and not torch.is_autocast_enabled("cpu")

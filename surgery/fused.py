@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.causal import hides_all_keys
+from surgery import kernels
 from surgery.kernels import Grads, Kernel, with_lse_gradient
+from surgery.masks import told
 from surgery.trial import Trial, grouped_backward, trusted
 
 
@@ -18,12 +19,12 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        dropout: float, is_causal: bool, scale: float,
+        blind: Tensor | None, dropout: float, is_causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         context, lse, more = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
         ctx.save_for_backward(query, key, value, mask, context, lse)
         ctx.kernel, ctx.more, ctx.options = kernel, more, (dropout, is_causal, scale)
-        return context, _of_nothing(lse, mask, is_causal)
+        return context, _of_nothing(lse, blind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,26 +47,39 @@ class Fused(torch.autograd.Function):
         q, k, v = with_lse_gradient(run, grad, grad_lse, query, key, value, context)
         if repeat:
             k, v = (torch.unflatten(g, -3, (-1, groups)).sum(-3) for g in (k, v))
-        return None, q, k, v, None, None, None, None
+        return None, q, k, v, None, None, None, None, None
 
 
 def fused(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """Context and logsumexp; ``options`` are dropout, is_causal and scale."""
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    dropout: float, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Context and logsumexp."""
+    mask, is_causal, blind = told(mask, is_causal, query)
+    options = (dropout, is_causal, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        made: tuple[Tensor, Tensor] = Fused.apply(kernel, query, key, value, mask, *options)  # type: ignore[no-untyped-call]
+        made: tuple[Tensor, Tensor] = Fused.apply(  # type: ignore[no-untyped-call]
+            kernel, query, key, value, mask, blind, *options
+        )
         return made
     context, lse, _ = kernel.forward(query, key, value, mask, *options)
-    return context, _of_nothing(lse, mask, options[1])
+    return context, _of_nothing(lse, blind)
 
 
-def _of_nothing(lse: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+def flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: Any
+) -> tuple[Tensor, Tensor]:
+    """The same by the CPU's kernel, without gradients, in as few steps as can be."""
+    mask, is_causal, blind = told(mask, is_causal, query)
+    context, lse = kernels.flash_on_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return context, _of_nothing(lse, blind)
+
+
+def _of_nothing(lse: Tensor, blind: Tensor | None) -> Tensor:
     """Some kernels call the logsumexp of no score at all 0."""
-    if mask is None:
-        return lse
-    rows = lse.shape[-1] if is_causal else 1
-    return lse.masked_fill(hides_all_keys(mask, rows), float("-inf"))
+    return lse if blind is None else lse.masked_fill(blind, float("-inf"))
 
 
 def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:

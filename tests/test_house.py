@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: "causal dropout errors fastpath fingerprint frozen guards huggingface kernels patching "
     "proxy rebind unfused values",
-    1: "adapter_files compiled extend insertable quiet rows signature task trial",
+    1: "adapter_files compiled extend insertable masks quiet rows signature task trial",
     2: "border edit fused recipe sites",
     3: "core dataflow method selection tracer",
     4: "assign hookspecs kept_whole projection recorder report virtual",

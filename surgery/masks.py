@@ -1,0 +1,78 @@
+"""Masks: what a kernel is told of a mask, worked out once for all layers.
+
+A model hands one mask to each of its layers. Its additive form, what is left of it beside a causal
+flag, and which queries see nothing are kept for as long as it lives and nobody writes to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from surgery.causal import beside_the_flag, hides_all_keys
+
+
+class Told(NamedTuple):
+    """What a kernel is told of a mask.
+
+    Attributes:
+        additive: zero or a bias where a key is seen, -inf where it is not; (..., n, m), or
+            (..., 1, m) beside the flag; None if that is the mask itself.
+        is_causal: whether the kernel is to have the causal flag, too.
+        blind: (..., n), which queries see no key at all; None if each sees one.
+    """
+
+    additive: Tensor | None
+    is_causal: bool
+    blind: Tensor | None
+
+
+_known: Any = WeakIdKeyDictionary()
+
+
+def told(
+    mask: Tensor | None, is_causal: bool, query: Tensor
+) -> tuple[Tensor | None, bool, Tensor | None]:
+    """What a kernel is told of these arguments of SDPA, see :class:`Told`."""
+    if mask is None:
+        return None, is_causal, None
+    dtype = query.dtype
+    if is_causal:  # beside a mask; few ask for that
+        later = torch.ones(query.shape[-2], mask.shape[-1], dtype=torch.bool, device=mask.device)
+        additive = _additive(mask, dtype)
+        hidden = additive.masked_fill(later.triu(1), float("-inf"))
+        return additive, True, hides_all_keys(hidden)
+    if type(mask) is not Tensor or not mask.is_cpu:  # a GPU is not to wait; a tracer cannot know
+        made = _tell(mask, dtype, look=False)
+    elif mask.is_inference() or torch.is_inference_mode_enabled():  # nobody counts what is written
+        made = _tell(mask, dtype, look=True)
+    else:
+        stamp = (mask._version, dtype)
+        before, made = _known.get(mask, (None, None))
+        if before != stamp:
+            made = _tell(mask, dtype, look=True)
+            _known[mask] = stamp, made
+    return (mask if made.additive is None else made.additive), made.is_causal, made.blind
+
+
+def _tell(mask: Tensor, dtype: torch.dtype, look: bool) -> Told:
+    """``look`` at values, which takes a moment, or do without."""
+    n = mask.shape[-2]
+    left, is_causal = beside_the_flag(mask) if look else (mask, False)
+    additive = _additive(left, dtype)
+    blind: Tensor | None = hides_all_keys(additive, n)
+    if look and blind is not None and not blind.any():
+        blind = None
+    if additive is mask:
+        return Told(None, is_causal, blind)
+    return Told(additive.clone() if additive is left else additive, is_causal, blind)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """SDPA hands its kernels an additive mask too, so the bits stay the same."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
