@@ -21,7 +21,7 @@ from surgery.edit import (
     rewrite,
 )
 from surgery.errors import PortError
-from surgery.lse import expose_lse, merged_tokens, split_heads
+from surgery.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.patterns import Pattern, PortNode
 from surgery.projection import bias_of, caller_of, reads_now
 from surgery.sites import Edit
@@ -165,6 +165,8 @@ def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
         _count_virtual(pattern)
     if name in ("query_unrotated", "query_heads"):
         return split_heads(pattern.ports[name].node, pattern)
+    if name in ("key_heads", "value_heads"):
+        return key_heads(name, pattern)
     if name == "merged":
         return merged_tokens(pattern)
     port = pattern.ports[name.removesuffix(".source")]

@@ -119,6 +119,8 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if found is None:
         return None
     found.softmax_input = scores
+    if op_name(product) != "einsum" and key is operands[1]:
+        found.turned = ("key_heads",)  # as the product needs them, and never otherwise
     bends = [n for n in flow(product, scores) if op_name(n) == "tanh"]
     found.softcap = scalars_between(flow(bends[-1], scores)) if bends else None
     found.nodes += [*flow(product, node), *flow(node, mixed)]
@@ -196,7 +198,9 @@ def _untransposed(key: fx.Node, query: fx.Node) -> fx.Node:
     """The key heads before the transposition that the product needs."""
     if op_name(key) in ("transpose", "permute", "mT", "swapaxes"):
         before = key.all_input_nodes[0]
-        if value(before).shape[-1] == value(query).shape[-1]:
+        again = value(key).mT  # a permutation may do more than that: (B, m, G, d) to (B, G, d, m)
+        same = again.shape == value(before).shape and again.stride() == value(before).stride()
+        if same and again.shape[-1] == value(query).shape[-1]:
             return before
     return key
 

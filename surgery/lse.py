@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.core import attention, logsumexp
-from surgery.dataflow import inputs, is_row_maximum, op_name
+from surgery.dataflow import inputs, is_row_maximum, op_name, value
 from surgery.edit import reorder, rows_like, split_rows, tokens_like
 from surgery.kept_whole import with_lse
 from surgery.pattern import Pattern
@@ -34,6 +34,18 @@ def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
         return heads
     with heads.graph.inserting_after(heads):
         return heads.graph.call_function(split_rows, (heads, pattern.heads))
+
+
+def key_heads(name: str, pattern: Pattern) -> fx.Node:
+    """Heads of keys or values as (B, G, m, d)."""
+    node = pattern.ports[name].node
+    if name in pattern.turned:
+        with node.graph.inserting_after(node):
+            node = node.graph.call_method("transpose", (node, -1, -2))
+    if value(pattern.ports[name].node).dim() != 3 or not pattern.kv_heads:
+        return node
+    with node.graph.inserting_after(node):
+        return node.graph.call_function(split_rows, (node, pattern.kv_heads))
 
 
 def merged_tokens(pattern: Pattern) -> fx.Node:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tr
 from surgery_plugins.prompt import Prompt
 from torch import Tensor
 
@@ -59,6 +60,31 @@ def test_it_is_rows_in_front_of_the_embeddings(name: str, encoder: str) -> None:
     else:
         expected = base(inputs_embeds=whole).logits[:, 3:]
     torch.testing.assert_close(logits(model, {"input_ids": ids}), expected, rtol=0, atol=2e-6)
+
+
+def keys_by_feature() -> Any:
+    """Its keys are made (B, G, d, m), in one permutation."""
+    config = tr.OpenAIGPTConfig(n_layer=2, n_embd=32, n_head=4, vocab_size=99)
+    return tr.OpenAIGPTLMHeadModel(config)
+
+
+def heads_in_the_batch() -> Any:
+    """Its heads are (B H, n, d)."""
+    sizes = {"num_layers": 2, "d_model": 32, "attention_heads": 4, "ffn_dim": 64}
+    return tr.XGLMForCausalLM(tr.XGLMConfig(vocab_size=99, **sizes))
+
+
+@pytest.mark.parametrize("make", [keys_by_feature, heads_in_the_batch])
+@pytest.mark.parametrize("length", [3, 8])  # 8: as wide as a head
+def test_keys_may_lie_in_another_way(make: Any, length: int) -> None:
+    torch.manual_seed(0)
+    base, ids = make().eval(), torch.arange(14).reshape(2, 7) + 3
+    model = copy.deepcopy(base)
+    surgery.splice(model, surgery.method("prompt", length=length, init="normal", std=0.5))
+    front = rows(model).expand(2, -1, -1)
+    embedded = base.get_input_embeddings()(ids)
+    expected = base(inputs_embeds=torch.cat([front, embedded], 1)).logits[:, length:]
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
