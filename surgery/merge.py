@@ -125,7 +125,7 @@ class _Plan:
             for other, module in staying:
                 if i.path in gone and not own.isdisjoint(referred(module)):
                     found[i.path] = f"{other.method.name!r} at {other.site.path} uses a part of it"
-                for name in filter(None, (port.weight, port.bias)):
+                for name in (n for n in (port.weight, port.bias) if n in self.own):
                     if any(frozen.reads(self.own[name]) for frozen in frozen_inside(module)):
                         found[i.path] = f"{other.method.name!r} reads {name} as the base has it"
         return {path: why for path, why in found.items() if path not in self.stay}
@@ -185,6 +185,9 @@ class _Plan:
             return "only a part of it is linear"
         if not port.weight and not (inserted.site.kind == "norm" and port.bias):
             return f"port {port.name!r} is not made by one plain floating-point matrix"
+        for name in (port.weight, port.bias):
+            if name and name not in self.own:
+                return f"{name} is a parameter no more (a parametrization makes it, say)"
         if getattr(module, "needs_bias", False) and not port.bias:
             return f"the projection of port {port.name!r} has no bias to take up its own"
         return self.shared(inserted.site, port) or self.in_the_way(inserted, entries)

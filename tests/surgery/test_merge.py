@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import surgery
+from surgery.errors import SpliceError
 from surgery.host import hosts
 from tests.models import NAMES, build, inputs, logits, perturb
 
@@ -138,6 +140,18 @@ def test_a_tied_weight_is_refused_with_the_name_of_its_twin() -> None:
     )
     with pytest.raises(surgery.SpliceError, match=r"lm_head.weight is also .*wte.weight"):
         surgery.merge(model)
+
+
+def test_a_weight_that_a_parametrization_has_replaced_is_refused_by_name() -> None:
+    model = build("llama")
+    surgery.splice(model, surgery.method("lora"))
+    weight_norm(model.model.layers[0].self_attn.q_proj)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(SpliceError, match=r"layers.0.self_attn.q_proj.weight is a parameter no"):
+        surgery.merge(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    surgery.merge(model, partial=True)
+    assert surgery.spliced_parameters(model)
 
 
 def test_attention_of_torch_itself_merges() -> None:
