@@ -20,8 +20,17 @@ from typing import Any
 import peft
 import torch
 import torch.nn.functional as F
-from timing import line, machine, paired_ratio, plot_bars, show, side_by_side, verdict
-from torch import Tensor, nn
+from timing import (
+    line,
+    machine,
+    paired_ratio,
+    plot_bars,
+    sharing,
+    show,
+    side_by_side,
+    verdict,
+)
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
@@ -49,15 +58,6 @@ THEIRS: dict[str, Any] = {
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=20, **LANGUAGE),
     "ia3": peft.IA3Config(fan_in_fan_out=True, **LANGUAGE),
 }
-
-
-def sharing(base: Any) -> Any:
-    """A copy that holds the very weights of the base.
-
-    Where weights lie in memory is worth some per cent of a decoded token, so all have the same.
-    """
-    memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.parameters()}
-    return copy.deepcopy(base, memo)
 
 
 def theirs(base: Any, name: str) -> Any:

@@ -8,7 +8,6 @@ billion parameters on the meta device <= 10 s.
 from __future__ import annotations
 
 import argparse
-import copy
 import cProfile
 import os
 import pstats
@@ -17,7 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from timing import Timing, console, line, machine, paired_ratio, show, side_by_side, verdict
+from timing import (
+    Timing,
+    console,
+    line,
+    machine,
+    paired_ratio,
+    sharing,
+    show,
+    side_by_side,
+    verdict,
+)
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -98,13 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval()
-    spliced = copy.deepcopy(model)
+    spliced = sharing(model)
     start = time.perf_counter()
     surgery.splice(spliced, Nothing())
     seconds = time.perf_counter() - start
 
     ids = torch.randint(0, 50257, (4, 128))
-    again = copy.deepcopy(model)
+    again = sharing(model)
     forwards = {
         "original": forward(model, ids),
         "spliced": forward(spliced, ids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import platform
 import statistics
@@ -9,11 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 console = Console(width=110)
 REPORT: list[str] = []  # Markdown, in the order in which it was measured
 BARS: dict[str, dict[str, dict[str, float]]] = {}  # ratios by candidate, by method, by title
@@ -61,6 +65,15 @@ def side_by_side(
     finally:
         gc.enable()
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
+
+
+def sharing(base: M) -> M:
+    """A copy that holds the very weights of the base.
+
+    Where weights lie in memory is worth some per cent of a decoded token, so all have the same.
+    """
+    memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.parameters()}
+    return copy.deepcopy(base, memo)
 
 
 def paired_ratio(a: Timing, b: Timing) -> float:
