@@ -75,11 +75,12 @@ class LowRank(nn.Module):
         if self.training:
             x = self.dropout(x)
         hidden = F.linear(x, self.a.weight)  # (B, n, r)
-        out = F.linear(hidden, self.b.weight, self.b.bias)  # (B, n, d_out)
-        if onto is None or onto.dtype != out.dtype:
-            out = out * self.scale
-            return out if onto is None else onto + out.to(onto.dtype)
-        return torch.add(onto, out, alpha=self.scale)
+        if onto is not None and onto.dtype == hidden.dtype:
+            out = F.linear(hidden, self.b.weight, self.b.bias)  # (B, n, d_out)
+            return torch.add(onto, out, alpha=self.scale)
+        out = F.linear(hidden * self.scale, self.b.weight)
+        out = out if self.b.bias is None else out + self.scale * self.b.bias
+        return out if onto is None else onto + out.to(onto.dtype)
 
 
 @dataclass(frozen=True)

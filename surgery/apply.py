@@ -14,6 +14,7 @@ from surgery.dataflow import value
 from surgery.edit import (
     add,
     add_sequence_first,
+    added,
     chain,
     columns,
     put,
@@ -52,7 +53,8 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
         y: Any = port.node
         turned = port.sequence_first and edit.batched
         if edit.verb == "add" and own is None and not turned and _adds(child, reads, y, root):
-            return graph.call_module(child, (*reads, y))
+            host = next(iter(graph.nodes))  # the first placeholder
+            return chain(graph, (getattr, (host, child)), (added, (..., y, *reads)))
         if edit.verb == "add":
             plain = add_sequence_first if turned else add
             return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))
@@ -79,7 +81,8 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
 
 def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
     """Does a module add its output to the port itself (``onto``), token by token?"""
-    if "onto" not in inspect.signature(type(root.get_submodule(child)).forward).parameters:
+    forward = getattr(type(root.get_submodule(child)), "forward", None)
+    if not reads or not callable(forward) or "onto" not in inspect.signature(forward).parameters:
         return False
     x, out = (None if node is None else node.meta.get("value") for node in (reads[0], y))
     return x is not None and out is not None and x.shape[:-1] == out.shape[:-1]

@@ -119,8 +119,7 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if found is None:
         return None
     found.softmax_input = scores
-    if op_name(product) != "einsum" and key is operands[1]:
-        found.turned = ("key_heads",)  # as the product needs them, and never otherwise
+    _set_orders(found, product, mixed, key is operands[1])
     bends = [n for n in flow(product, scores) if op_name(n) == "tanh"]
     found.softcap = scalars_between(flow(bends[-1], scores)) if bends else None
     found.nodes += [*flow(product, node), *flow(node, mixed)]
@@ -128,6 +127,24 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():
         found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
+
+
+def _set_orders(found: Pattern, product: fx.Node, mixed: fx.Node, turned: bool) -> None:
+    """How keys and values lie, where not (..., m, d); ``turned``: as the right of a product."""
+    key, val = (found.ports[name].node for name in ("key_heads", "value_heads"))
+    axes = tuple(range(value(key).dim()))
+    orders: dict[str, tuple[int, ...] | None] = {}
+    if op_name(product) == "einsum":
+        orders["key_heads"] = _einsum_order(product, key)
+    elif turned:  # made like that, and never otherwise
+        orders["key_heads"] = (*axes[:-2], axes[-1], axes[-2])
+        if len(axes) == 3:  # one key head for each of the query
+            found.kv_heads = found.heads
+    if op_name(mixed) == "einsum":
+        last = _einsum_order(mixed, val)  # which has the summed axis behind the features
+        last = last or tuple(range(value(val).dim()))
+        orders["value_heads"] = (*last[:-2], last[-1], last[-2])
+    found.orders = {name: order for name, order in orders.items() if order is not None}
 
 
 def _mixes_what_is_normalised(softmax: fx.Node, weights: fx.Node, mixed: fx.Node) -> bool:

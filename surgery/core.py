@@ -73,7 +73,7 @@ def attention(
 
 
 def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> bool:
-    """Is this the call of a decoded token, for which nothing else need be asked?"""
+    """Is this a plain call without gradients on a CPU, for which nothing else need be asked?"""
     if p or torch.is_grad_enabled() or type(query) is not Tensor:
         return False
     if mask is not None and (type(mask) is not Tensor or mask.requires_grad):

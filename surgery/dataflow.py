@@ -71,11 +71,18 @@ def is_parameter(node: Any) -> bool:
 
 
 def from_parameters(node: fx.Node) -> bool:
-    """Is this computed from parameters and numbers alone (``1 + weight``)?"""
+    """Is this computed from parameters and numbers alone (``1 + weight``)?
+
+    So is what a module gives that is called with nothing at all: a parametrization.
+    """
     if node.op == "placeholder":
         return False
     ends = [n for n in ancestors(node) if not inputs(n)]
-    return all(n.op == "get_attr" for n in ends)
+    return all(n.op == "get_attr" or _parametrization(n) for n in ends)
+
+
+def _parametrization(node: fx.Node) -> bool:
+    return node.op == "call_module" and not node.args and not node.kwargs
 
 
 def is_row_maximum(node: Any) -> bool:

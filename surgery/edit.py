@@ -76,6 +76,14 @@ def add(y: Tensor, delta: Tensor) -> Tensor:
     return y + put(y, delta)
 
 
+def added(module: Any, y: Tensor, *reads: Tensor) -> Tensor:
+    """``y + module(*reads)``, added by the module itself, unless hooks look at what it gives."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return add(y, module(*reads))
+    total: Tensor = module(*reads, onto=y)
+    return total
+
+
 def add_sequence_first(y: Tensor, delta: Tensor) -> Tensor:
     """``y + delta`` for y (n, B, D), or (n B, D), and delta (B, n, D)."""
     return y + put_sequence_first(y, delta)

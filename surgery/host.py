@@ -35,7 +35,7 @@ from surgery.variant import GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
-_KEPT = 4  # recognisers of one host
+_KEPT = 4  # recognisers that are asked before a call is described
 
 
 @dataclass
@@ -56,7 +56,8 @@ class HostState:
     operations: dict[str, Operation] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
-    recent: tuple[tuple[Recogniser, list[Variant]], ...] = ()
+    recognisers: dict[Any, Recogniser | None] = field(default_factory=dict)
+    recent: tuple[tuple[Recogniser, list[Variant]], ...] = ()  # what is asked first
     active: tuple[str, ...] = ()
     wraps: tuple[str, ...] = ()  # children around the call, the first innermost
     edited: bool = False  # does the forward itself run a rewritten graph?
@@ -72,7 +73,7 @@ class HostState:
 
     def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
         """Forget all other graphs."""
-        self.variants, self.recent = variants, ()
+        self.variants, self.recognisers, self.recent = variants, {}, ()
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
         """The graphs of calls with this structure, and the inputs that they take."""
@@ -84,7 +85,9 @@ class HostState:
         key, inputs = signature(args, kwargs, self.active)
         variants = self.variants.get(key, [])
         if variants and not compiling:
-            known = recogniser(args, kwargs)
+            if key not in self.recognisers:
+                self.recognisers[key] = recogniser(args, kwargs)
+            known = self.recognisers[key]
             if known is not None:
                 self.recent = ((known, variants), *self.recent[: _KEPT - 1])
         return variants, inputs
@@ -93,6 +96,7 @@ class HostState:
         return {
             **self.__dict__,
             "variants": {},
+            "recognisers": {},
             "recent": (),
         }  # they refer to this very module: capture anew
 

@@ -71,28 +71,15 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
         a function that returns what ``function`` does, and lse (B, H, n).
     """
 
-    return _with_lse(function, names_of(function))
-
-
-@functools.cache  # one for all layers: what was just used is near
-def _with_lse(
-    function: Callable[..., Any], names: tuple[int, ...]
-) -> Callable[..., tuple[Any, Tensor]]:
-    seen = threading.local()
-
-    def sdpa(*args: Any, **kwargs: Any) -> Tensor:
-        made: tuple[Tensor, Tensor] = attention(*args, **kwargs)
-        seen.lse = made[1]
-        return made[0]
-
-    direct = rebound(function, sdpa)
+    direct, seen = _direct(function, names_of(function))
 
     def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal direct
         lse = None
-        if direct is not None and not torch.compiler.is_compiling():
+        now = direct
+        if now is not None and not torch.compiler.is_compiling():
             seen.lse = None
-            result = direct(module, query, *args, **kwargs)
+            result = now(module, query, *args, **kwargs)
             lse, seen.lse = seen.lse, None  # it may carry history
             if lse is None:  # a branch of it calls no SDPA: from now on it is watched
                 direct = None
@@ -113,3 +100,18 @@ def _with_lse(
     name = getattr(function, "__name__", "attention")
     both.__name__ = f"{name}_with_lse"
     return both
+
+
+@functools.lru_cache(maxsize=64)  # one for all layers: what was just used is near
+def _direct(
+    function: Callable[..., Any], names: tuple[int, ...]
+) -> tuple[Callable[..., Any] | None, threading.local]:
+    """``function`` with our core for SDPA, and where that leaves its logsumexp."""
+    seen = threading.local()
+
+    def sdpa(*args: Any, **kwargs: Any) -> Tensor:
+        made: tuple[Tensor, Tensor] = attention(*args, **kwargs)
+        seen.lse = made[1]
+        return made[0]
+
+    return rebound(function, sdpa), seen

@@ -229,6 +229,10 @@ def scalars_between(nodes: Iterable[fx.Node]) -> float:
     """The product of the numbers that the given nodes multiply or divide by."""
     scale = 1.0
     for node in nodes:
+        if op_name(node) == "baddbmm":
+            alpha = node.kwargs.get("alpha", 1.0)
+            scale *= float(value(alpha) if isinstance(alpha, fx.Node) else alpha)  # type: ignore[arg-type]
+            continue
         numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
         others = [a for a in node.all_input_nodes if isinstance(value(a), (int, float))]
         number = numbers[0] if numbers else value(others[0]) if others else None

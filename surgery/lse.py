@@ -39,9 +39,9 @@ def split_heads(heads: fx.Node, pattern: Pattern) -> fx.Node:
 def key_heads(name: str, pattern: Pattern) -> fx.Node:
     """Heads of keys or values as (B, G, m, d)."""
     node = pattern.ports[name].node
-    if name in pattern.turned:
+    if name in pattern.orders:
         with node.graph.inserting_after(node):
-            node = node.graph.call_method("transpose", (node, -1, -2))
+            node = node.graph.call_function(reorder, (node, pattern.orders[name]))
     if value(pattern.ports[name].node).dim() != 3 or not pattern.kv_heads:
         return node
     with node.graph.inserting_after(node):

@@ -1,7 +1,8 @@
 """Masks: what a kernel is told of a mask, worked out once for all layers.
 
 A model hands one mask to each of its layers. Its additive form, what is left of it beside a causal
-flag, and which queries see nothing are kept for as long as it lives and nobody writes to it.
+flag, and which queries see nothing are kept for as long as it lives and is not written to (by way
+of ``.data`` or NumPy nobody could tell). Inference mode does not count writes: nothing is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from surgery.causal import beside_the_flag, hides_all_keys
@@ -53,7 +55,8 @@ def told(
         stamp = (mask._version, dtype)
         before, made = _known.get(mask, (None, None))
         if before != stamp:
-            made = _tell(mask, dtype, look=True)
+            with _disable_current_modes():  # a checkpoint that runs again will not come by here
+                made = _tell(mask, dtype, look=True)
             _known[mask] = stamp, made
     return (mask if made.additive is None else made.additive), made.is_causal, made.blind
 

@@ -50,7 +50,7 @@ class Pattern:
     kv_heads: int = 0
     parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence
     order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
-    turned: tuple[str, ...] = ()  # heads of keys or values that have (d, m) instead of (m, d)
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # so of keys and values
     totals: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)  # see apply.py
     missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why
 
@@ -63,5 +63,6 @@ class Pattern:
         """Is there but one key to attend to, in the example?"""
         if "key_heads" not in self.ports:
             return False
-        axis = -1 if "key_heads" in self.turned else -2
-        return bool(value(self.ports["key_heads"].node).shape[axis] == 1)
+        shape = value(self.ports["key_heads"].node).shape
+        order = self.orders.get("key_heads") or range(len(shape))
+        return bool(shape[order[-2]] == 1)

@@ -29,10 +29,11 @@ class _Namespace:
 
 
 def names_of(function: Callable[..., Any]) -> tuple[int, ...]:
-    """What the global names in a function's code lead to now, by identity."""
+    """A function's code, and what the global names in it lead to now, by identity."""
     if not isinstance(function, types.FunctionType):
         return ()
-    return tuple(id(function.__globals__.get(name)) for name in function.__code__.co_names)
+    code, known = function.__code__, function.__globals__
+    return id(code), *(id(known.get(name)) for name in code.co_names)
 
 
 def rebound(function: Callable[..., Any], sdpa: Callable[..., Tensor]) -> Callable[..., Any] | None:

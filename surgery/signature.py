@@ -17,6 +17,7 @@ from surgery.values import CONSTANT
 
 _PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
 _SINGLE = frozenset({type(None), bool, torch.dtype})  # equal ones are one object
+_cast = torch.is_autocast_enabled  # not what a capture may have put there for a while
 Recogniser = Callable[[Any, Any], list[Any] | None]
 
 
@@ -90,7 +91,7 @@ class _Writer:
     """Writes the lines that tell a value like a given one, and binds what they name."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Any] = {"cast": torch.is_autocast_enabled}
+        self.names: dict[str, Any] = {"cast": _cast}
         self.inputs: list[str] = []
         self._values: list[Any] = []  # of the inputs
 

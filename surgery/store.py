@@ -32,7 +32,14 @@ from surgery.rows import fits, train_rows, trained_rows
 from surgery.selection import Sites
 from surgery.sites import Site
 from surgery.splice import remove, splice
-from surgery.train import keep_also, kept_parameters, plain_state, spliced_parameters
+from surgery.train import (
+    full_state,
+    keep_also,
+    kept_parameters,
+    plain_state,
+    spliced_parameters,
+    warn_of_replaced,
+)
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
@@ -60,7 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         )
     own = dict(model.named_parameters())
     _warn_of_methods_not_offered(model)
-    inserted = plain_state(model) if plain else _full_state(model)
+    inserted = plain_state(model) if plain else full_state(model)
     tensors = {f"inserted.{name}": t for name, t in inserted.items()}
     tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
     tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
@@ -117,6 +124,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     known = description["base"]["fingerprint"]
     if isinstance(known, dict):  # it was a digest of shapes once
         warn_of_other_weights(model, known, folder)
+    kept = {n: tensors[f"kept.{n}"] for n in description["kept"]}
+    warn_of_replaced(model, kept, folder)
     done: list[str] = []
     try:
         for saved, at in plans:
@@ -251,7 +260,7 @@ def _fill(
 ) -> None:  # fmt: skip
     """Copy saved tensors into the splices of these names, and into the base."""
     own: dict[str, Tensor] = dict(model.named_parameters())
-    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in _full_state(model, names).items()}
+    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
@@ -267,23 +276,6 @@ def _fill(
             target.copy_(tensors[key])
         for name, chosen in rows.items():
             own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
-
-
-def _full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of inserted modules, of all splices or of some."""
-    found: dict[str, Tensor] = {}
-    for name in records(model) if names is None else names:
-        found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
-    return found
-
-
-def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
-    found = []
-    for inserted in records(model)[name].inserted:
-        module = model.get_submodule(inserted.path)
-        named = dict(module.named_buffers())
-        found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
-    return found
 
 
 def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery import huggingface
@@ -47,6 +49,23 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
             fresh = {n: t for n, t in state.items() if id(t) not in seen}
             seen.update(id(t) for t in fresh.values())
             found |= {f"{inserted.path}.{n}": t for n, t in fresh.items()}
+    return found
+
+
+def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of inserted modules, of all splices or of some."""
+    found: dict[str, Tensor] = {}
+    for name in records(model) if names is None else names:
+        found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
+    return found
+
+
+def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+    found = []
+    for inserted in records(model)[name].inserted:
+        module = model.get_submodule(inserted.path)
+        named = dict(module.named_buffers())
+        found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
     return found
 
 
@@ -126,6 +145,20 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
 def keep_also(model: nn.Module, names: Sequence[str]) -> None:
     """Count these parameters of the base among those that are trained and saved along."""
     vars(model)[_KEPT] = list(dict.fromkeys([*vars(model).get(_KEPT, []), *names]))
+
+
+def warn_of_replaced(model: nn.Module, kept: dict[str, Tensor], folder: Any) -> None:
+    """Warn if these take the place of what was kept for other splices: a model has one head."""
+    own, others = dict(model.named_parameters()), list(records(model))
+    known = kept.keys() & set(kept_parameters(model)) if others else ()
+    lost = sorted(n for n in known if not torch.equal(own[n], kept[n].to(own[n])))
+    if lost:
+        warnings.warn(
+            f"the adapter in {folder} brings its own {', '.join(lost[:5])}, in place of those that "
+            f"were trained with {', '.join(others)}. Load each into a copy of the base to have "
+            "both.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)

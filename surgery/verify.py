@@ -91,8 +91,8 @@ def checked(module: nn.Module, path: str, results: list[Result]) -> Iterator[Non
     """Check what inserted modules give while the host runs."""
 
     def checking(result: Result, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run_and_check(*given: Any) -> Any:
-            made = forward(*given)
+        def run_and_check(*given: Any, **named: Any) -> Any:
+            made = forward(*given, **named)
             result.check(path, given, made)
             return made
 

@@ -27,7 +27,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import surgery
-from tests.models import gpt2_small, losses_of_training, qwen_half_billion, roberta_base
+from tests.models import (
+    build,
+    gpt2_small,
+    inputs,
+    logits,
+    losses_of_training,
+    perturb,
+    qwen_half_billion,
+    roberta_base,
+)
 
 D, H = 16, 4
 SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.3}
@@ -276,3 +285,18 @@ def test_lora_learns() -> None:
     surgery.freeze_base(model)
     losses = losses_of_training(model, IDS, 0.02)
     assert losses[-1] < losses[0] / 10
+
+
+def test_hooks_see_the_update_alone() -> None:
+    model = build("gpt2")
+    case = inputs("gpt2")
+    before = logits(model, case)
+    surgery.splice(model, surgery.method("lora", rank=2))
+    perturb(model)
+    assert not torch.equal(logits(model, case), before)
+    own = [m for m in model.modules() if type(m).__name__ == "LowRank"]
+    handles = [m.register_forward_hook(lambda _m, _given, out: torch.zeros_like(out)) for m in own]
+    assert torch.equal(logits(model, case), before)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(logits(model, case), before)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import surgery
 from tests.models import build, inputs, logits, perturb
@@ -142,3 +143,30 @@ def test_a_projection_that_is_nearly_plain_is_not_merged_into() -> None:
     surgery.splice(model, surgery.method("lora", rank=2, ports=("query",)))
     with pytest.raises(surgery.SpliceError, match="not made by one plain floating-point matrix"):
         surgery.merge(model)
+
+
+def test_an_adapter_that_replaces_the_head_of_another_says_so(tmp_path: Path) -> None:
+    base = build("roberta")
+    for seed, name in enumerate("ab"):
+        model = copy.deepcopy(base)
+        surgery.splice(model, surgery.method("lora", rank=2), name=name)
+        surgery.freeze_base(model, keep=["classifier"])
+        with torch.no_grad():
+            model.classifier.out_proj.weight.add_(seed + 1.0)
+        surgery.save(model, tmp_path / name)
+    model = copy.deepcopy(base)
+    surgery.load(model, tmp_path / "a")
+    surgery.remove(model, "a")
+    surgery.load(model, tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"its own classifier.out_proj.weight, in place of .* a\."):
+        surgery.load(model, tmp_path / "b")
+
+
+def test_a_parametrized_projection_is_spliced_into() -> None:
+    model = build("llama")
+    weight_norm(model.model.layers[0].self_attn.q_proj)
+    before = logits(model, inputs("llama"))
+    surgery.splice(model, surgery.method("lora", rank=2))
+    assert torch.equal(logits(model, inputs("llama")), before)
+    perturb(model)
+    assert not torch.equal(logits(model, inputs("llama")), before)

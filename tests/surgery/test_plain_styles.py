@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -87,13 +88,67 @@ class Recurrent(nn.Module):
         return x
 
 
+class ByFeature(nn.Module):
+    """Keys are made as the product needs them, heads on an axis of their own or on the batch's."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, n, _ = x.shape
+        q, k, v = (f(x).view(B, n, H, -1) for f in (self.q, self.k, self.v))
+        q, k, v = q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2)
+        if self.flat:
+            q, k, v = (y.reshape(B * H, *y.shape[2:]) for y in (q, k, v))
+        weights = torch.softmax(q @ k * (D // H) ** -0.5, -1)
+        mixed = (weights @ v).view(B, H, n, -1)
+        return self.o(mixed.transpose(1, 2).reshape(B, n, D))  # type: ignore[no-any-return]
+
+
 STYLES = {
     "timm, fused": lambda: Timm(True),
     "timm": lambda: Timm(False),
     "einsum": Einsum,
     "baddbmm": Batched,
     "recurrent": Recurrent,
+    "keys by feature": lambda: ByFeature(False),
+    "keys by feature, flat": lambda: ByFeature(True),
 }
+
+
+class Look(nn.Module):
+    """Keeps what it reads."""
+
+    def forward(self, *read: Tensor) -> Tensor:
+        self.read = read
+        return read[0]
+
+
+@dataclass(frozen=True)
+class Looking(surgery.Method):
+    name = "looking"
+
+    def splice(self, site: surgery.Site) -> None:
+        reads = ("merged", "query_heads", "key_heads", "value_heads")
+        site.port("merged").replace(Look(), name=self.name, reads=reads)
+
+
+@pytest.mark.parametrize("n", [5, D // H])  # where tokens and features could be mistaken, too
+@pytest.mark.parametrize("style", STYLES)
+def test_heads_are_read_with_tokens_before_features(style: str, n: int) -> None:
+    torch.manual_seed(0)
+    model, x = STYLES[style]().eval(), torch.randn(3, n, D)
+    site = surgery.locate(model, x).expect(1)[0]
+    assert site.kv_heads == H
+    surgery.splice(model, Looking(), at=site)
+    model(x)
+    merged, q, k, v = next(m for m in model.modules() if isinstance(m, Look)).read
+    assert k.shape == v.shape == (3, H, n, D // H)
+    bias = torch.linspace(-1, 0, n) if style == "baddbmm" else 0.0
+    context = torch.softmax(q @ k.mT * site.scale + bias, -1) @ v
+    torch.testing.assert_close(context.transpose(1, 2).flatten(2), merged, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("style", STYLES)
