@@ -19,13 +19,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Logsumexp(torch.autograd.Function):
-    """Logsumexp of scores whose softmax is known: its gradient is that softmax."""
+    """Logsumexp of scores whose softmax is known: its gradient is that softmax.
+
+    The largest weight of a row is ``exp(largest score - lse)``, so no exponential is taken again.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(weights)
-        empty = (scores == float("-inf")).all(-1)
-        return scores.logsumexp(-1).masked_fill(empty, float("-inf"))
+        if scores.shape[-1] == 0:
+            return scores.new_full(scores.shape[:-1], float("-inf"))
+        top = scores.amax(-1)
+        return (top - weights.amax(-1).log()).masked_fill(top == float("-inf"), float("-inf"))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -298,3 +298,23 @@ def test_with_lse_says_that_a_function_shows_no_softmax() -> None:
 
     with pytest.raises(RuntimeError, match=r"linear shows neither a softmax nor an SDPA call"):
         with_lse(linear)(None, *heads(3, 3))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_without_any_key_the_logsumexp_is_that_of_nothing(dropout: float, grad: bool) -> None:
+    q, none = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    with torch.set_grad_enabled(grad):
+        context, lse = attention(q, none, none, dropout_p=dropout)
+    assert torch.equal(context, torch.zeros_like(q))
+    assert (lse == float("-inf")).all()
+
+
+@given(spread=st.sampled_from([0.1, 10.0, 1000.0]), seed=st.integers(0, 99))
+def test_the_logsumexp_of_dropped_weights_is_that_of_their_scores(spread: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(1, 2, 5, 8) * spread, torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    mask = torch.rand(5, 7) > 0.3
+    lse = attention(q, k, v, mask, dropout_p=0.3)[1]
+    rounding = 1e-6 * (1 + (q @ k.mT).abs().max().item())  # of the scores themselves
+    torch.testing.assert_close(lse, dense_lse(q, k, mask), rtol=0, atol=rounding)
