@@ -38,6 +38,12 @@ class _Logsumexp(torch.autograd.Function):
         return weights * grads[0].unsqueeze(-1), None
 
 
+def lse_of(scores: Tensor, weights: Tensor) -> Tensor:
+    """Logsumexp of scores (..., m) whose softmax is ``weights``: (...); -inf where all are."""
+    lse: Tensor = _Logsumexp.apply(scores, weights)  # type: ignore[no-untyped-call]
+    return lse
+
+
 def unfused(
     query: Tensor,
     key: Tensor,
@@ -57,7 +63,7 @@ def unfused(
     if mask is not None:
         scores = scores + mask
     weights = torch._safe_softmax(scores, -1)
-    lse: Tensor = _Logsumexp.apply(scores, weights)  # type: ignore[no-untyped-call]
+    lse = lse_of(scores, weights)
     dropped = F.dropout(weights, dropout) if dropout > 0 else weights
     return dropped @ value, lse
 

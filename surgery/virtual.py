@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import attention
+from surgery.unfused import lse_of
 
 
 def virtual_tokens(
@@ -79,7 +80,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What real queries make of virtual keys alone: context and logsumexp."""
     batch, heads = query.shape[:2]
-    if scores is None and softcap is None:  # real queries attend to virtual keys: by a fused kernel
+    bent = scores is not None or softcap is not None
+    if not bent and not _few(query, keys, lse):  # attention of virtual keys alone: a fused kernel
         keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
         grouped = heads != keys.shape[1]
         made: tuple[Tensor, Tensor] = attention(
@@ -87,10 +89,20 @@ def _attend(
         )
         return made
     keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
-    s = (query @ keys.mT * scale).to(lse.dtype)  # (B, H, n, P)
+    s = (query @ (keys.mT * scale)).to(lse.dtype)  # (B, H, n, P)
     s = s if scores is None else scores(s)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    return s.softmax(-1).to(values.dtype) @ values, s.logsumexp(-1)
+    weights = s.softmax(-1)
+    return weights.to(values.dtype) @ values, lse_of(s, weights)
+
+
+def _few(query: Tensor, keys: Tensor, lse: Tensor) -> bool:
+    """Are there so few keys that a CPU is faster, with gradients, without a fused kernel?
+
+    The kernel's backward does without the weights and makes them again; 20 of a query are no load.
+    """
+    exact = query.dtype == lse.dtype and not torch.is_autocast_enabled("cpu")
+    return torch.is_grad_enabled() and query.is_cpu and exact and keys.shape[-2] <= 128
 
 
 def _split(merged: Tensor, heads: int) -> Tensor:
