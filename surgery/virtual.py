@@ -88,7 +88,8 @@ def _attend(
             query, keys, values, scale=scale, enable_gqa=grouped
         )
         return made
-    keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
+    if heads != len(keys):
+        keys, values = (x.repeat_interleave(heads // len(x), 0) for x in (keys, values))
     s = (query @ (keys.mT * scale)).to(lse.dtype)  # (B, H, n, P)
     s = s if scores is None else scores(s)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
