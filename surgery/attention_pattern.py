@@ -140,9 +140,8 @@ def _set_orders(found: Pattern, product: fx.Node, mixed: fx.Node, turned: bool) 
         orders["key_heads"] = (*axes[:-2], axes[-1], axes[-2])
         if len(axes) == 3:  # one key head for each of the query
             found.kv_heads = found.heads
-    if op_name(mixed) == "einsum":
-        last = _einsum_order(mixed, val)  # which has the summed axis behind the features
-        last = last or tuple(range(value(val).dim()))
+    if op_name(mixed) == "einsum" and einsum_letters(mixed)[0]:
+        last = _einsum_order(mixed, val) or tuple(range(value(val).dim()))  # summed axis at the end
         orders["value_heads"] = (*last[:-2], last[-1], last[-2])
     found.orders = {name: order for name, order in orders.items() if order is not None}
 

@@ -70,7 +70,6 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
     Returns:
         a function that returns what ``function`` does, and lse (B, H, n).
     """
-
     direct, seen = _direct(function, names_of(function))
 
     def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:

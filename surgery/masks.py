@@ -66,11 +66,11 @@ def _tell(mask: Tensor, dtype: torch.dtype, look: bool) -> Told:
     n = mask.shape[-2]
     left, is_causal = beside_the_flag(mask) if look else (mask, False)
     additive = _additive(left, dtype)
-    blind: Tensor | None = hides_all_keys(additive, n)
-    if look and blind is not None and not blind.any():
-        blind = None
+    hidden = hides_all_keys(additive, n)
+    blind = None if look and not hidden.any() else hidden
     if additive is mask:
         return Told(None, is_causal, blind)
+    # A view would keep the mask alive, and with it what is kept of it.
     return Told(additive.clone() if additive is left else additive, is_causal, blind)
 
 
