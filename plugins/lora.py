@@ -40,9 +40,9 @@ class LowRank(nn.Module):
     Shape:
         x (B, n, d_in) -> (B, n, d_out), added to ``onto`` if that is given
     Parameters:
-        a.weight (rank, d_in)   Kaiming-uniform with a = sqrt(5), as in the authors' loralib
-        b.weight (d_out, rank)  zeros, so the spliced model starts equal to the base
-        b.bias   (d_out,)       zeros, if ``bias``
+        a (rank, d_in)   A transposed: Kaiming-uniform with a = sqrt(5), as in the authors' loralib
+        b (rank, d_out)  B: zeros, so the spliced model starts equal to the base
+        c (d_out,)       zeros, if ``bias``
     Cost: rank * (d_in + d_out) [+ d_out] parameters.
     """
 
@@ -52,34 +52,32 @@ class LowRank(nn.Module):
         super().__init__()
         self.scale = scale
         self.dropout = surgery.Dropout(dropout)
-        self.a = nn.Linear(d_in, rank, bias=False)
-        self.b = nn.Linear(rank, d_out, bias=bias)
-        nn.init.kaiming_uniform_(self.a.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.b.weight)
-        if bias:
-            nn.init.zeros_(self.b.bias)
+        self.a = nn.Parameter(torch.empty(rank, d_in))
+        self.b = nn.Parameter(torch.zeros(rank, d_out))
+        self.c = nn.Parameter(torch.zeros(d_out)) if bias else None
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     @property
     def needs_bias(self) -> bool:
         """Merging puts c into the projection's bias."""
-        return self.b.bias is not None
+        return self.c is not None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``(W + s A B, b + s c)``, W (d_in, d_out)."""
-        a, b = self.a.weight.to(weight), self.b.weight.to(weight)
-        if bias is not None and self.b.bias is not None:
-            bias = bias + self.scale * self.b.bias.to(bias)
-        return weight + self.scale * (b @ a).T, bias
+        if bias is not None and self.c is not None:
+            bias = bias + self.scale * self.c.to(bias)
+        return weight + self.scale * (self.a.to(weight).T @ self.b.to(weight)), bias
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.training:
             x = self.dropout(x)
-        hidden = F.linear(x, self.a.weight)  # (B, n, r)
+        hidden = F.linear(x, self.a)  # (B, n, r)
         if onto is not None and onto.dtype == hidden.dtype:
-            out = F.linear(hidden, self.b.weight, self.b.bias)  # (B, n, d_out)
+            out = hidden @ self.b
+            out = out if self.c is None else out + self.c
             return torch.add(onto, out, alpha=self.scale)
-        out = F.linear(hidden * self.scale, self.b.weight)
-        out = out if self.b.bias is None else out + self.scale * self.b.bias
+        out = (hidden * self.scale) @ self.b
+        out = out if self.c is None else out + self.scale * self.c
         return out if onto is None else onto + out.to(onto.dtype)
 
 

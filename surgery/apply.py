@@ -53,8 +53,9 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
         y: Any = port.node
         turned = port.sequence_first and edit.batched
         if edit.verb == "add" and own is None and not turned and _adds(child, reads, y, root):
-            host = next(iter(graph.nodes))  # the first placeholder
-            return chain(graph, (getattr, (host, child)), (added, (..., y, *reads)))
+            module = graph.get_attr(child)
+            with graph.inserting_after(module):
+                return graph.call_function(added, (module, y, *reads))
         if edit.verb == "add":
             plain = add_sequence_first if turned else add
             return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))

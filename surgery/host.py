@@ -27,15 +27,16 @@ from surgery.patching import one_at_a_time
 from surgery.patterns import Pattern, find_patterns
 from surgery.quiet import capturing
 from surgery.registry import registry
-from surgery.signature import Recogniser, recogniser, signature
+from surgery.signature import Recogniser, signature
 from surgery.sites import Edit, HostPlan
 from surgery.tracer import Captured
 from surgery.values import by_name
-from surgery.variant import GuardFlipped, Variant
+from surgery.variant import Children, GuardFlipped, Variant
 
 _STATE = "_surgery"
 _MANY = 24  # variants of one host, after which its user is told
-_KEPT = 4  # recognisers that are asked before a call is described
+_KEPT = 4  # variants that are asked for before a call is described
+_compiling = torch.compiler.is_dynamo_compiling
 
 
 @dataclass
@@ -56,8 +57,8 @@ class HostState:
     operations: dict[str, Operation] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
-    recognisers: dict[Any, Recogniser | None] = field(default_factory=dict)
-    recent: tuple[tuple[Recogniser, list[Variant]], ...] = ()  # what is asked first
+    recent: tuple[tuple[Recogniser, Variant], ...] = ()  # what is asked for first
+    children: Children | None = None  # of the module that was called last
     active: tuple[str, ...] = ()
     wraps: tuple[str, ...] = ()  # children around the call, the first innermost
     edited: bool = False  # does the forward itself run a rewritten graph?
@@ -73,32 +74,23 @@ class HostState:
 
     def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
         """Forget all other graphs."""
-        self.variants, self.recognisers, self.recent = variants, {}, ()
+        self.variants, self.recent = variants, ()
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
         """The graphs of calls with this structure, and the inputs that they take."""
-        compiling = torch.compiler.is_dynamo_compiling()
-        for inputs_of, variants in () if compiling else self.recent:
-            inputs = inputs_of(args, kwargs)
-            if inputs is not None:
-                return variants, inputs
         key, inputs = signature(args, kwargs, self.active)
-        variants = self.variants.get(key, [])
-        if variants and not compiling:
-            if key not in self.recognisers:
-                self.recognisers[key] = recogniser(args, kwargs)
-            known = self.recognisers[key]
-            if known is not None:
-                self.recent = ((known, variants), *self.recent[: _KEPT - 1])
-        return variants, inputs
+        return self.variants.get(key, []), inputs
+
+    def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
+        """Ask first, from now on, whether a call is of this variant again."""
+        known = variant.recogniser(args, kwargs)
+        if known is not None:
+            others = [pair for pair in self.recent if pair[1] is not variant]
+            self.recent = ((known, variant), *others[: _KEPT - 1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "variants": {},
-            "recognisers": {},
-            "recent": (),
-        }  # they refer to this very module: capture anew
+        # They refer to this very module, so another captures anew.
+        return {**self.__dict__, "variants": {}, "recent": (), "children": None}
 
 
 def state_of(module: nn.Module) -> HostState | None:
@@ -128,7 +120,7 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
         state: HostState = self.__dict__[_STATE]
         if not state.active or capturing():
             return original.forward(self, *args, **kwargs)
-        return run(self, state, args, kwargs)
+        return (run if state.wraps else run_graph)(self, state, args, kwargs)
 
     def unspliced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original.forward(self, *args, **kwargs)
@@ -203,11 +195,29 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
 
 def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
-    if torch.compiler.is_dynamo_compiling():
+    if _compiling():
         prepare(module, args, kwargs, foresee)
+        return _run(module, state, args, kwargs)
+    for known, variant in state.recent:
+        inputs = known(module, args, kwargs)
+        if inputs is not None:
+            children = state.children
+            if children is None or children.__dict__ is not module._modules:
+                state.children = children = Children(module)
+            try:
+                return variant.run(children, module, *inputs)
+            except GuardFlipped:
+                continue
+    return _run(module, state, args, kwargs)
+
+
+def _run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """The same for a call that has to be described first."""
     variants, inputs = state.find(args, kwargs)
     for variant in variants:
         if variant.matches(module, inputs):
+            if not _compiling():
+                state.remember(variant, args, kwargs)
             try:
                 return variant.run(module, module, *inputs)
             except GuardFlipped:
@@ -222,10 +232,7 @@ def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> An
     try:
         return variant.run(module, module, *inputs)
     except GuardFlipped as flip:
-        raise CaptureError(
-            f"{state.path}: {flip}: what is spliced in changes the answer. Keep the module that "
-            "branches whole with the is_leaf hook."
-        ) from None
+        raise CaptureError(f"{state.path}: {flip}") from None
 
 
 def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -245,7 +252,7 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
             operation = state.operations[name]
             for edit, child in zip(operation.edits, operation.children, strict=True):
                 apply_edit(patterns, edit, child, module)
-        variant = finish(captured)
+        variant = Variant(captured)
         key, _ = signature(args, kwargs, state.active)
         state.variants.setdefault(key, []).insert(0, variant)
         total = sum(map(len, state.variants.values()))
@@ -281,11 +288,3 @@ def capture_host(
         elif (id(owner), name) not in known:
             captured.reads.append((owner, name, answer))
     return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)
-
-
-def finish(captured: Captured) -> Variant:
-    """Compile a graph, and let go of its example values."""
-    variant = Variant(captured)
-    for node in variant.graph.nodes:
-        node.meta.pop("value", None)
-    return variant

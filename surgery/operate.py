@@ -19,7 +19,6 @@ from surgery.host import (
     HostState,
     Operation,
     capture_host,
-    finish,
     install,
     run,
     state_of,
@@ -29,6 +28,7 @@ from surgery.method import Method
 from surgery.report import Inserted, Report, records
 from surgery.signature import signature
 from surgery.sites import CALLS, Edit, HostPlan, Site
+from surgery.variant import Variant
 from surgery.verify import (
     Result,
     checked,
@@ -118,7 +118,7 @@ def _rewrite(
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(patterns, i.edit)))
         require_applied(apply_edit(patterns, i.edit, _child(i), module), i.edit, path)
-    variant = finish(captured)
+    variant = Variant(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.keep_only({key: [variant]})
     with _named(_failing(path, report)):

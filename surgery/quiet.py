@@ -18,7 +18,12 @@ from torch.utils._python_dispatch import (
 from surgery import fastpath
 from surgery.patching import patched
 
-_current = threading.local()
+
+class _Thread(threading.local):
+    capturing = False
+
+
+_current = _Thread()
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def capture_running() -> Iterator[None]:
 
 def capturing() -> bool:
     """Is this thread capturing? Then hosts inside what is kept whole run their own forward."""
-    return getattr(_current, "capturing", False)
+    return _current.capturing
 
 
 @contextmanager

@@ -7,8 +7,8 @@ written as straight-line code that compares and builds nothing, and is asked fir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from surgery.values import CONSTANT
 
 _PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})
 _SINGLE = frozenset({type(None), bool, torch.dtype})  # equal ones are one object
-_cast = torch.is_autocast_enabled  # not what a capture may have put there for a while
-Recogniser = Callable[[Any, Any], list[Any] | None]
+_cast = torch._C._is_any_autocast_enabled  # not what a capture may have put elsewhere for a while
+_MISSING = object()
+Recogniser = Callable[[Any, Any, Any], list[Any] | None]
 
 
 def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
@@ -32,22 +33,47 @@ def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, lis
     return (active, _autocast(), given, tuple(kwargs), named), inputs
 
 
-def recogniser(args: Any, kwargs: Any) -> Recogniser | None:
-    """``f(args, kwargs)``: the inputs of a call's graph, or None if it has another signature.
+class Conditions(NamedTuple):
+    """What a graph relies on beside the structure of its call."""
 
-    It never takes one signature for another, but may miss one that is the same. None under
-    autocast, where it would miss them all.
+    reads: Sequence[tuple[dict[str, Any], str, Any]] = ()  # attributes, the name of one, its value
+    parts: Sequence[tuple[dict[str, Any], str, Any]] = ()  # children, the name of one, which it is
+    ambient: Sequence[tuple[Callable[[], Any], Any]] = ()  # a question, its answer
+    early: Callable[..., bool] | None = None  # of the module and the inputs
+
+    def hold(self, module: Any, inputs: list[Any]) -> bool:
+        """Do they, for a call with these inputs?"""
+        for attributes, name, expected in self.reads:
+            if attributes.get(name, _MISSING) != expected:
+                return False
+        for children, name, part in self.parts:
+            if children.get(name) is not part:
+                return False
+        for question, expected in self.ambient:
+            if question() != expected:
+                return False
+        return self.early is None or self.early(module, inputs)
+
+
+def recogniser(args: Any, kwargs: Any, conditions: Conditions) -> Recogniser | None:
+    """``f(module, args, kwargs)``: the inputs of a call's graph, or None.
+
+    None if the call has another signature, or if the conditions do not hold. It never takes one
+    signature for another, but may miss one that is the same. There is none under autocast, where
+    it would miss them all.
     """
     if _autocast():
         return None
     writer = _Writer()
     code = [
-        "def inputs_of(args, kwargs):",
-        '    if cast("cpu") or cast("cuda"):',
+        "def inputs_of(module, args, kwargs):",
+        "    if cast():",
         "        return None",
         *writer.sequence("args", args),
         *writer.mapping("kwargs", kwargs),
-        f"    return [{', '.join(writer.inputs)}]",
+        f"    inputs = [{', '.join(writer.inputs)}]",
+        *writer.conditions(conditions),
+        "    return inputs",
     ]
     exec("\n".join(code), writer.names)
     made: Recogniser = writer.names["inputs_of"]
@@ -91,7 +117,7 @@ class _Writer:
     """Writes the lines that tell a value like a given one, and binds what they name."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Any] = {"cast": _cast}
+        self.names: dict[str, Any] = {"cast": _cast, "missing": _MISSING}
         self.inputs: list[str] = []
         self._values: list[Any] = []  # of the inputs
 
@@ -138,6 +164,22 @@ class _Writer:
         self.inputs.append(name)
         self._values.append(x)
         return [_unless(same)]
+
+    def conditions(self, these: Conditions) -> list[str]:
+        """The lines of ``these.hold``."""
+        named = {id(known): known for known, _, _ in (*these.reads, *these.parts)}
+        names = {key: self._bind(known) for key, known in named.items()}
+        lines = []
+        for known, name, value in these.reads:
+            place = f"{names[id(known)]}.get({name!r}, missing)"
+            lines.append(_unless(f"{place} == {self._bind(value)}"))
+        for known, name, part in these.parts:
+            lines.append(_unless(f"{names[id(known)]}.get({name!r}) is {self._bind(part)}"))
+        for question, answer in these.ambient:
+            lines.append(_unless(f"{self._bind(question)}() == {self._bind(answer)}"))
+        if these.early is not None:
+            lines.append(_unless(f"{self._bind(these.early)}(module, inputs)"))
+        return lines
 
     def _bind(self, x: Any) -> str:
         name = f"c{len(self.names)}"

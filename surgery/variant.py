@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import linecache
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import SpliceError
 from surgery.guards import Guard, is_pure, reads_opaque
 from surgery.lse import first_of, second_of
 from surgery.proxy import IN_PLACE
+from surgery.signature import Conditions, Recogniser, recogniser
 from surgery.tracer import Captured
 
 _count = 0
-_MISSING = object()
 
 
-class GuardFlipped(Exception):
+class GuardFlipped(SpliceError):
     """A branch inside a graph would be taken differently; nothing has happened yet."""
+
+
+class FlippedTooLate(SpliceError):
+    """The same, but the KV cache has changed by now."""
 
 
 class Variant:
@@ -32,35 +38,52 @@ class Variant:
 
     def __init__(self, captured: Captured) -> None:
         self.graph = captured.graph
-        self.reads = [(vars(m), name, expected) for m, name, expected in captured.reads]
-        self.parts = [(m._modules, name, part) for m, name, part in captured.parts]
-        self.ambient = captured.ambient
         changed = _behind_a_change(captured.graph)
         early = [g for g in captured.guards if _early(g.node, changed)]
-        self._early = _guard_function(captured.graph, early)
+        self._conditions = Conditions(
+            [(vars(m), name, expected) for m, name, expected in captured.reads],
+            [(m._modules, name, part) for m, name, part in captured.parts],
+            captured.ambient,
+            _guard_function(captured.graph, early),
+        )
+        self._recogniser: Recogniser | None = None
         self.guards = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.guards]
         late = [g for g in captured.guards if g not in early]
         for guard in late:
             _check_inside(captured.graph, guard)
+        _shorten(captured.graph)
         _drop_unused(captured.graph)
         captured.graph.lint()
         self.run, self.code = compile_graph(captured.graph)
+        for node in captured.graph.nodes:
+            node.meta.pop("value", None)  # the example is let go
 
     def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
         """Is this the graph of what the host's own forward would do with ``inputs`` now?"""
-        for attributes, name, expected in self.reads:
-            if attributes.get(name, _MISSING) != expected:
-                return False
-        for children, name, part in self.parts:
-            if children.get(name) is not part:
-                return False
-        for question, expected in self.ambient:
-            if question() != expected:
-                return False
-        try:
-            return self._early is None or bool(self._early(host, host, *inputs))
-        except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
-            return False
+        return self._conditions.hold(host, inputs)
+
+    def recogniser(self, args: Any, kwargs: Any) -> Recogniser | None:
+        """Code that knows a call of this variant again; ``args`` and ``kwargs`` are one."""
+        if self._recogniser is None:
+            self._recogniser = recogniser(args, kwargs, self._conditions)
+        return self._recogniser
+
+
+class Children:
+    """A host's children by name, for a graph that is in a hurry.
+
+    ``Module.__getattr__`` looks in four places, in Python: as long as a small operation, for each
+    child that a decoded token passes.
+    """
+
+    __slots__ = ("__dict__", "_surgery_host")
+
+    def __init__(self, host: nn.Module) -> None:
+        self._surgery_host = host
+        self.__dict__ = host._modules
+
+    def __getattr__(self, name: str) -> Any:  # parameters, buffers
+        return getattr(self._surgery_host, name)
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
@@ -91,7 +114,7 @@ def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
     return True
 
 
-def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., Any] | None:
+def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., bool] | None:
     if not guards:
         return None
     small = fx.Graph()
@@ -110,7 +133,15 @@ def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., Any] 
         return all(convert(v) == expected for (convert, expected), v in pairs)
 
     small.output(small.call_function(hold, tuple(copies[g.node] for g in guards)))
-    return compile_graph(small)[0]
+    asks = compile_graph(small)[0]
+
+    def early(host: nn.Module, inputs: list[Any]) -> bool:
+        try:
+            return bool(asks(host, host, *inputs))
+        except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
+            return False
+
+    return early
 
 
 def _check_inside(graph: fx.Graph, guard: Guard) -> None:
@@ -128,12 +159,15 @@ def _check_inside(graph: fx.Graph, guard: Guard) -> None:
     def check(value: Any) -> None:
         if convert(value) != expected:
             if touched:
-                raise SpliceError(
+                raise FlippedTooLate(
                     f"the branch at {guard.where} depends on values that are known only after the "
                     "KV cache has changed, and it would now be taken differently. Keep the module "
                     "that branches whole with the is_leaf hook."
                 )
-            raise GuardFlipped(f"the branch at {guard.where} is taken otherwise now")
+            raise GuardFlipped(
+                f"the branch at {guard.where} is taken otherwise now: what is spliced in changes "
+                "the answer. Keep the module that branches whole with the is_leaf hook."
+            )
 
     with graph.inserting_after(node):
         graph.call_function(check, (node,)).meta["keep"] = True
@@ -150,6 +184,18 @@ def _changes_something(node: fx.Node) -> bool:
     owner = node.args[0] if node.op == "call_method" and node.args else None
     opaque = isinstance(owner, fx.Node) and not isinstance(owner.meta.get("value"), Tensor)
     return opaque and not is_pure(node)
+
+
+def _shorten(graph: fx.Graph) -> None:
+    """``x.shape[:-1][0]`` is ``x.shape[0]``; models unpack their shapes so in every layer."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        part, at = node.args
+        if isinstance(part, fx.Node) and part.target is operator.getitem and type(at) is int:
+            whole, cut = part.args
+            size = isinstance(whole, fx.Node) and isinstance(whole.meta.get("value"), torch.Size)
+            from_first = isinstance(cut, slice) and cut.start in (None, 0) and cut.step is None
+            if size and from_first and at >= 0:
+                node.args = (whole, at)
 
 
 def _drop_unused(graph: fx.Graph) -> None:

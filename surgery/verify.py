@@ -11,7 +11,7 @@ does nothing, is undone and reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from surgery.host import HostState, original_class, run, run_graph, state_of
 from surgery.quiet import silenced
 from surgery.sites import Edit
 from surgery.values import detached_copy, leaves, map_leaves
-from surgery.variant import Variant
+from surgery.variant import FlippedTooLate, GuardFlipped, Variant
 
 
 def outputs(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -155,16 +155,22 @@ def verify_wraps(
     if not named or parameters[0].is_meta:
         return
 
-    def tried(arguments: Any) -> list[Tensor | None]:
-        with silenced(module):
-            found = gradients(forward, parameters, arguments)
+    def tried(arguments: Any, far: float = 0.1) -> list[Tensor | None]:
+        try:
+            with silenced(module):
+                found = gradients(forward, parameters, arguments, far)
+        except (GuardFlipped, FlippedTooLate):  # a branch that depends on what is inserted
+            if far < 1e-3:
+                raise
+            return tried(arguments, far / 10)
         return _dead(state, children) if found is None else found
 
     reached = tried((args, kwargs))
     if any(g is not None and not bool((g != 0).any()) for g in reached):
         # The example may be degenerate (a decoder that starts from zeros): try noise instead.
-        pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
-        reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
+        with suppress(GuardFlipped, FlippedTooLate):  # of noise, another branch may be right
+            pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
+            reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
     for (child, name, _), gradient in zip(named, reached, strict=False):
         if gradient is None:
             raise SpliceError(
@@ -178,9 +184,15 @@ def verify_wraps(
 
 
 def gradients(
-    forward: Callable[..., Any], parameters: list[nn.Parameter], arguments: Any
+    forward: Callable[..., Any],
+    parameters: list[nn.Parameter],
+    arguments: Any,
+    far: float = 0.1,
 ) -> list[Tensor | None] | None:
-    """Gradients at a random point of parameters, which are put back; None if there are none."""
+    """Gradients at a random point of parameters, about as ``far`` off, which are put back.
+
+    None if there are none.
+    """
     before = [(p.detach().clone(), p.requires_grad) for p in parameters]
     try:
         with torch.enable_grad():
@@ -188,7 +200,7 @@ def gradients(
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 with torch.no_grad():
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                    parameter.add_(torch.randn_like(parameter) * far)
             args, kwargs = detached_copy(arguments)
             output = forward(*args, **kwargs)
             loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))

@@ -51,7 +51,8 @@ def virtual_tokens(
     f = _split(merged, query.shape[1])
     if not context.dtype == g.dtype == f.dtype:
         context, g = context.to(f.dtype), g.to(f.dtype)
-    return _merge(torch.lerp(f, context, g))
+    place = None if torch.is_grad_enabled() else context  # nobody else has it
+    return _merge(torch.lerp(f, context, g, out=place))
 
 
 def virtual_lse(

@@ -144,10 +144,10 @@ def test_lora_equals_dense_weights_on_every_port(
             update, site = model.get_submodule(inserted.path), inserted.site
             found = parts(dense, site.layer)[inserted.edit.port]
             weight, shift = found[-1 if site.kind == "ffn" else 0]
-            change = 12.0 / 3 * (update.a.weight.T @ update.b.weight.T)
+            change = 12.0 / 3 * (update.a.T @ update.b)
             weight += change.reshape(weight.shape)
             if bias:
-                shift += 12.0 / 3 * update.b.bias.reshape(shift.shape)
+                shift += 12.0 / 3 * update.c.reshape(shift.shape)
     with torch.no_grad():
         ours, theirs = model(input_ids=IDS)[0], dense(input_ids=IDS)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -212,8 +212,8 @@ def test_lora_equals_peft_with_the_same_tensors(
                 for x in "AB"
             )
             update = model.get_submodule(inserted.path)
-            update.a.weight.copy_(a)
-            update.b.weight.copy_(b)
+            update.a.copy_(a)
+            update.b.copy_(b.T)
         ours, expected = model(input_ids=IDS)[0], theirs(input_ids=IDS)[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=5e-6)
 

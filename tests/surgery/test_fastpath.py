@@ -102,7 +102,7 @@ def test_the_lora_of_a_fused_encoder_trains_and_stays_in_evaluation() -> None:
     x, y = torch.randn(16, 7, 32), torch.arange(16) % 2
     surgery.splice(model, LORA, example_inputs=x)
     surgery.freeze_base(model)
-    optimizer = torch.optim.Adam([*(p for p in model.parameters() if p.requires_grad)], lr=0.03)
+    optimizer = torch.optim.Adam([*(p for p in model.parameters() if p.requires_grad)], lr=0.01)
 
     def loss() -> Any:
         return nn.functional.cross_entropy(head(model(x).mean(1)), y)

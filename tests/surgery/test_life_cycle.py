@@ -170,3 +170,26 @@ def test_a_parametrized_projection_is_spliced_into() -> None:
     assert torch.equal(logits(model, inputs("llama")), before)
     perturb(model)
     assert not torch.equal(logits(model, inputs("llama")), before)
+
+
+def test_children_that_change_later_are_those_that_are_called() -> None:
+    """A graph finds them in the host's own dictionary, and a replica of the host has another."""
+    model, x = spliced("gpt2", surgery.method("lora", rank=2)), torch.randn(2, 5, 32)
+    attn = model.transformer.h[0].attn
+    attn(x)
+    replica = attn._replicate_for_data_parallel()  # a flat copy, as DataParallel runs it
+    replica.register_module("c_proj", nn.Linear(32, 32))
+    replica._modules["c_attn"], replica._modules["lora_query"] = attn.c_attn, attn.lora_query
+    expected = torch.randn(0)
+    for _ in range(3):  # in turn, with graphs that are known by now
+        seen: list[Tensor] = []
+        hook = attn.c_proj.register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0])
+        )
+        expected = attn(x)[0]
+        hook.remove()
+        torch.testing.assert_close(replica(x)[0], replica.c_proj(seen[0]), rtol=0, atol=1e-6)
+        assert torch.equal(attn(x)[0], expected)
+    attn.c_proj = replica.c_proj
+    assert torch.equal(attn(x)[0], replica(x)[0])
+    assert not torch.equal(attn(x)[0], expected)

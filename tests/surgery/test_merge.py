@@ -69,7 +69,7 @@ def test_weights_are_rounded_once(dtype: torch.dtype) -> None:
     model = spliced("llama", [("lora", {"rank": 2, "ports": ("query",), "alpha": 3.0})], dtype)
     attn = model.model.layers[0].self_attn
     update, weight = attn.lora_query, attn.q_proj.weight.detach().clone()
-    product = update.b.weight.double() @ update.a.weight.double()
+    product = update.b.double().T @ update.a.double()
     surgery.merge(model)
     assert torch.equal(attn.q_proj.weight, (weight.double() + 1.5 * product).to(dtype))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.signature import recogniser, signature
+from surgery.signature import Conditions, signature
+from surgery.signature import recogniser as recogniser_of
 
 
 class Kind(Enum):
@@ -19,6 +21,12 @@ class Kind(Enum):
 
 class Cache:
     """Something opaque."""
+
+
+def recogniser(args: Any, kwargs: Any) -> Any:
+    """One without conditions."""
+    known = recogniser_of(args, kwargs, Conditions())
+    return known if known is None else functools.partial(known, None)
 
 
 # A few objects, so that two calls have many in common and one call some of them twice.
@@ -130,3 +138,39 @@ def test_one_tensor_given_twice_is_another_call_than_two() -> None:
     assert two((a, a), {}) is None
     assert same(one((b, b), {}), [b])
     assert one((a, b), {}) is None
+
+
+ANSWERS = st.sampled_from([None, True, False, 0, 1, 1.0, "a", torch.float32, Kind.A])
+ATTRIBUTES = st.dictionaries(st.sampled_from("pqr"), ANSWERS, max_size=3)
+CHILDREN = st.dictionaries(st.sampled_from("pqr"), st.sampled_from(CACHES), max_size=3)
+
+
+@settings(max_examples=200)
+@given(st.lists(ATTRIBUTES, min_size=1, max_size=2), CHILDREN, ANSWERS, st.booleans(), st.data())
+def test_a_call_is_known_if_and_only_if_its_conditions_hold(
+    owners: list[dict[str, Any]], children: Any, answer: Any, early: bool, data: st.DataObject
+) -> None:
+    x, module, seen = TENSORS[0], torch.nn.Identity(), []
+
+    def asked_early(host: Any, inputs: list[Any]) -> bool:
+        seen.append((host, inputs))
+        return early
+
+    now = {"answer": data.draw(ANSWERS)}
+    reads = [(owner, name, value) for owner in owners for name, value in owner.items()]
+    parts = [(children, name, part) for name, part in children.items()]
+    questions = [(lambda: now["answer"], answer)]
+    last = data.draw(st.sampled_from([asked_early, None]))
+    conditions = Conditions(reads, parts, questions, last)
+    known = recogniser_of((x,), {}, conditions)
+    assert known is not None
+    for changed in (*owners, children):  # a value is another one now, or gone
+        for name in [n for n in changed if data.draw(st.integers(0, 4)) == 0]:
+            other = data.draw(ANSWERS if changed is not children else st.sampled_from(CACHES))
+            changed[name] = other
+            if data.draw(st.booleans()):
+                del changed[name]
+    found = known(module, (x,), {})
+    assert (found is not None) == conditions.hold(module, [x])
+    assert found is None or same(found, [x])
+    assert all(host is module and same(inputs, [x]) for host, inputs in seen)

@@ -254,3 +254,11 @@ def test_a_region_without_gradient_gives_the_mode_back_that_it_found(first: bool
     own = [p for n, p in model.named_parameters() if "lora" not in n]
     gradients = torch.autograd.grad(model(x).sum(), own)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_splice_does_not_hang_on_the_point_at_which_it_is_tried(seed: int) -> None:
+    """The branch depends on what is inserted: somewhere near the start it is still the same."""
+    torch.manual_seed(seed)
+    for model, given in ((ByData(), (x(),)), (ByCachedData(), (x(4), Store()))):
+        spliced(model.eval(), *given)
