@@ -18,30 +18,42 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-class _Logsumexp(torch.autograd.Function):
-    """Logsumexp of scores whose softmax is known: its gradient is that softmax.
+class _Normalised(torch.autograd.Function):
+    """Softmax and logsumexp of scores, with one gradient for both.
 
-    The largest weight of a row is ``exp(largest score - lse)``, so no exponential is taken again.
+    The largest weight of a row is ``exp(largest score - lse)``, so no exponential is taken again;
+    the gradient of the logsumexp is the softmax.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, finite: bool) -> tuple[Tensor, Tensor]:
+        weights = scores.softmax(-1) if finite else torch._safe_softmax(scores, -1)
         ctx.save_for_backward(weights)
+        ctx.set_materialize_grads(False)
         if scores.shape[-1] == 0:
-            return scores.new_full(scores.shape[:-1], float("-inf"))
+            return weights, scores.new_full(scores.shape[:-1], float("-inf"))
         top = scores.amax(-1)
-        return (top - weights.amax(-1).log()).masked_fill(top == float("-inf"), float("-inf"))
+        lse = top - weights.amax(-1).log()
+        return weights, lse.masked_fill_(top == float("-inf"), float("-inf"))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         (weights,) = ctx.saved_tensors
-        return weights * grads[0].unsqueeze(-1), None
+        of_weights, of_lse = grads
+        if of_weights is None:
+            return None if of_lse is None else weights * of_lse.unsqueeze(-1), None
+        made: Tensor = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        return made if of_lse is None else made.addcmul_(weights, of_lse.unsqueeze(-1)), None
 
 
-def lse_of(scores: Tensor, weights: Tensor) -> Tensor:
-    """Logsumexp of scores (..., m) whose softmax is ``weights``: (...); -inf where all are."""
-    lse: Tensor = _Logsumexp.apply(scores, weights)  # type: ignore[no-untyped-call]
-    return lse
+def normalised(scores: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """Softmax (..., m) of scores (..., m), and their logsumexp (...).
+
+    Where all scores are -inf, the softmax is 0 and the logsumexp -inf; ``finite`` scores need no
+    look for such rows.
+    """
+    made: tuple[Tensor, Tensor] = _Normalised.apply(scores, finite)  # type: ignore[no-untyped-call]
+    return made
 
 
 def unfused(
@@ -54,18 +66,22 @@ def unfused(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Context and logsumexp; the arguments are SDPA's, with as many heads of keys as of queries."""
-    root = math.sqrt(scale)
-    scores = (query * root) @ (key.transpose(-2, -1) * root)  # (B, H, n, m)
+    # The scores have no name here: their memory is free, and near, when the dropout wants some.
+    weights, lse = normalised(_scores(query, key, mask, is_causal, math.sqrt(scale)))
+    dropped = F.dropout(weights, dropout) if dropout > 0 else weights
+    return dropped @ value, lse
+
+
+def _scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, root: float
+) -> Tensor:
+    """(B, H, n, m), masked."""
+    scores = (query * root) @ (key.transpose(-2, -1) * root)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    if mask is not None:
-        scores = scores + mask
-    weights = torch._safe_softmax(scores, -1)
-    lse = lse_of(scores, weights)
-    dropped = F.dropout(weights, dropout) if dropout > 0 else weights
-    return dropped @ value, lse
+    return scores if mask is None else scores.add_(mask)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.core import attention
-from surgery.unfused import lse_of
+from surgery.unfused import normalised
 
 
 def virtual_tokens(
@@ -94,8 +94,8 @@ def _attend(
     s = (query @ (keys.mT * scale)).to(lse.dtype)  # (B, H, n, P)
     s = s if scores is None else scores(s)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
-    weights = s.softmax(-1)
-    return weights.to(values.dtype) @ values, lse_of(s, weights)
+    weights, own = normalised(s, finite=True)
+    return weights.to(values.dtype) @ values, own
 
 
 def _few(query: Tensor, keys: Tensor, lse: Tensor) -> bool:
