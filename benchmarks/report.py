@@ -51,8 +51,8 @@ def picture(path: Path) -> None:
         place.set_yticks(range(len(values)), list(values))
         place.axvline(1.0, color="black", linewidth=0.8)
         place.invert_yaxis()
-        place.set_title(title, fontsize=9)
-        place.legend()
+        place.set_title(title.replace(": ", ":\n"), fontsize=9)
+        place.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the bars
     for place in places:
         place.set_visible(False)
     figure.tight_layout()
