@@ -1,8 +1,9 @@
 """Signature: what about a call decides which graph it needs, and code that knows it again.
 
 To describe a call takes as long as some of its operations: where weights stream through the
-caches, whatever a decoded token touches for the first time is far away. So each description is also
-written as straight-line code that compares and builds nothing, and is asked first.
+caches, whatever a decoded token touches for the first time is far away. So the description of a
+graph's calls, and the conditions that it relies on, are also written as straight-line code that
+compares and builds nothing, and is asked first.
 """
 
 from __future__ import annotations
