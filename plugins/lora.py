@@ -42,7 +42,7 @@ class LowRank(nn.Module):
     Parameters:
         a (rank, d_in)   A transposed: Kaiming-uniform with a = sqrt(5), as in the authors' loralib
         b (rank, d_out)  B: zeros, so the spliced model starts equal to the base
-        c (d_out,)       zeros, if ``bias``
+        bias (d_out,)    c: zeros, if ``bias``
     Cost: rank * (d_in + d_out) [+ d_out] parameters.
     """
 
@@ -54,18 +54,18 @@ class LowRank(nn.Module):
         self.dropout = surgery.Dropout(dropout)
         self.a = nn.Parameter(torch.empty(rank, d_in))
         self.b = nn.Parameter(torch.zeros(rank, d_out))
-        self.c = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     @property
     def needs_bias(self) -> bool:
         """Merging puts c into the projection's bias."""
-        return self.c is not None
+        return self.bias is not None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``(W + s A B, b + s c)``, W (d_in, d_out)."""
-        if bias is not None and self.c is not None:
-            bias = bias + self.scale * self.c.to(bias)
+        if bias is not None and self.bias is not None:
+            bias = bias + self.scale * self.bias.to(bias)
         return weight + self.scale * (self.a.to(weight).T @ self.b.to(weight)), bias
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -74,10 +74,10 @@ class LowRank(nn.Module):
         hidden = F.linear(x, self.a)  # (B, n, r)
         if onto is not None and onto.dtype == hidden.dtype:
             out = hidden @ self.b
-            out = out if self.c is None else out + self.c
+            out = out if self.bias is None else out + self.bias.to(out.dtype)
             return torch.add(onto, out, alpha=self.scale)
         out = (hidden * self.scale) @ self.b
-        out = out if self.c is None else out + self.scale * self.c
+        out = out if self.bias is None else out + self.scale * self.bias.to(out.dtype)
         return out if onto is None else onto + out.to(onto.dtype)
 
 

@@ -58,7 +58,7 @@ class HostState:
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     recent: tuple[tuple[Recogniser, Variant], ...] = ()  # what is asked for first
-    children: Children | None = None  # of the module that was called last
+    children: Children | None = None  # the host's; a replica of it has others
     active: tuple[str, ...] = ()
     wraps: tuple[str, ...] = ()  # children around the call, the first innermost
     edited: bool = False  # does the forward itself run a rewritten graph?
@@ -87,6 +87,13 @@ class HostState:
         if known is not None:
             others = [pair for pair in self.recent if pair[1] is not variant]
             self.recent = ((known, variant), *others[: _KEPT - 1])
+
+    def children_of(self, module: nn.Module) -> Children:
+        """The children of the host, or of a replica that shares this state for a while."""
+        made = Children(module)
+        if self.children is None or self.children.belongs_to(module):
+            self.children = made
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         # They refer to this very module, so another captures anew.
@@ -203,7 +210,7 @@ def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> An
         if inputs is not None:
             children = state.children
             if children is None or children.__dict__ is not module._modules:
-                state.children = children = Children(module)
+                children = state.children_of(module)
             try:
                 return variant.run(children, module, *inputs)
             except GuardFlipped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,17 +74,21 @@ class Children:
     """A host's children by name, for a graph that is in a hurry.
 
     ``Module.__getattr__`` looks in four places, in Python: as long as a small operation, for each
-    child that a decoded token passes.
+    child that a decoded token passes. It keeps no host alive.
     """
 
     __slots__ = ("__dict__", "_surgery_host")
 
     def __init__(self, host: nn.Module) -> None:
-        self._surgery_host = host
+        self._surgery_host = weakref.ref(host)
         self.__dict__ = host._modules
 
     def __getattr__(self, name: str) -> Any:  # parameters, buffers
-        return getattr(self._surgery_host, name)
+        return getattr(self._surgery_host(), name)
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Are these the children of ``module``, or of a host that is gone?"""
+        return self._surgery_host() in (module, None)
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:

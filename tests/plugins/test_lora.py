@@ -147,7 +147,7 @@ def test_lora_equals_dense_weights_on_every_port(
             change = 12.0 / 3 * (update.a.T @ update.b)
             weight += change.reshape(weight.shape)
             if bias:
-                shift += 12.0 / 3 * update.c.reshape(shift.shape)
+                shift += 12.0 / 3 * update.bias.reshape(shift.shape)
     with torch.no_grad():
         ours, theirs = model(input_ids=IDS)[0], dense(input_ids=IDS)[0]
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -300,3 +300,18 @@ def test_hooks_see_the_update_alone() -> None:
     for handle in handles:
         handle.remove()
     assert not torch.equal(logits(model, case), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("onto", [torch.bfloat16, torch.float32, None])
+def test_autocast_keeps_the_dtype_of_the_port(bias: bool, onto: torch.dtype | None) -> None:
+    model = gpt2().eval()
+    report = surgery.splice(model, lora(rank=2, ports=("value",), bias=bias))
+    update = model.get_submodule(report.inserted[0].path)
+    x = torch.randn(1, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = None if onto is None else torch.randn(1, 3, 16, dtype=onto)
+        assert update(x, onto=y).dtype == (onto or torch.bfloat16)
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+    layer = cache.layers[0]
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16

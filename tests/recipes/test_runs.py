@@ -118,10 +118,15 @@ def test_biases_do_not_decay(root: Path, tmp_path: Path) -> None:
     model, _ = tiny.prepared("sst2", root)
     plan = recipe("sst2/lora", root, tmp_path)
     base = tr.AutoModelForSequenceClassification.from_pretrained(model)
-    surgery.splice(base, [surgery.method("bitfit"), surgery.method("inducer")])
+    biased = surgery.method("lora", bias=True)
+    surgery.splice(base, [surgery.method("bitfit"), surgery.method("inducer"), biased])
     names = make_trainer(base, prepare(plan), arguments(plan)).get_decay_parameter_names(base)
-    ours = {name.rpartition(".")[2] for name in names if "bitfit" in name or "inducer" in name}
-    assert ours == {"key_w1", "key_w2", "value_w1", "value_w2"}
+    ours = {
+        name.rpartition(".")[2]
+        for name in names
+        if any(method in name for method in ("bitfit", "inducer", "lora"))
+    }
+    assert ours == {"key_w1", "key_w2", "value_w1", "value_w2", "a", "b"}
 
 
 def test_the_command_line_shows_a_bar_with_the_loss(root: Path, tmp_path: Path) -> None:

@@ -160,3 +160,19 @@ def test_export(strict: bool) -> None:
     given = torch.arange(3, 17).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
     exported = torch.export.export(wrapped, given, strict=strict)
     assert torch.allclose(exported.module()(*given), wrapped(*given), atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_virtual_tokens_compile_with_and_without_gradients(grad: bool, gate: bool) -> None:
+    torch.manual_seed(0)
+    model = build("gpt2").eval()
+    surgery.splice(model, surgery.method("prefix", length=4, gate=gate))
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    with torch.set_grad_enabled(grad):
+        expected = call(model, "gpt2")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(call(compiled, "gpt2"), expected, rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,21 @@ def test_children_that_change_later_are_those_that_are_called() -> None:
     attn.c_proj = replica.c_proj
     assert torch.equal(attn(x)[0], replica(x)[0])
     assert not torch.equal(attn(x)[0], expected)
+
+
+def test_a_host_that_nobody_needs_is_gone_at_once() -> None:
+    model, x = spliced("gpt2", surgery.method("lora", rank=2)), torch.randn(2, 5, 32)
+    attn = model.transformer.h[0].attn
+    for _ in range(3):
+        attn(x)
+    state = vars(attn)["_surgery"]
+    assert state.recent
+    assert state.children is not None
+    replica = attn._replicate_for_data_parallel()
+    for name, child in attn.named_children():
+        replica._modules[name] = child
+    assert torch.equal(replica(x)[0], attn(x)[0])
+    assert state.children.belongs_to(attn)
+    gone = weakref.ref(replica)
+    del replica
+    assert gone() is None
