@@ -204,7 +204,7 @@ def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> An
     """Run the variant for this call, capturing it if it is new."""
     if _compiling():
         prepare(module, args, kwargs, foresee)
-        return _run(module, state, args, kwargs)
+        return _find_and_run(module, state, args, kwargs)
     for known, variant in state.recent:
         inputs = known(module, args, kwargs)
         if inputs is not None:
@@ -215,10 +215,10 @@ def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> An
                 return variant.run(children, module, *inputs)
             except GuardFlipped:
                 continue
-    return _run(module, state, args, kwargs)
+    return _find_and_run(module, state, args, kwargs)
 
 
-def _run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """The same for a call that has to be described first."""
     variants, inputs = state.find(args, kwargs)
     for variant in variants:
