@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timing import LINES, line, machine, paired_ratio, show, side_by_side, verdict
 from torch import Tensor
 
-from surgery.core import attention
+from surgery.attention.sdpa import attention
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 BAR_AT, FASTER, SDPA = 2048, 6.0, 1.2

@@ -35,7 +35,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import surgery
-from surgery.core import attention
+from surgery.attention.sdpa import attention
 
 NEVER_SLOWER, LORA, MERGED = 1.0, 1.03, 1.02
 OURS: dict[str, dict[str, Any]] = {

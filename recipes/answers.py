@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from surgery_recipes.collate import Collator
 from torch import Tensor, distributed, nn
 
 import surgery
-from surgery.task import Example, Features
+from surgery import Example, Features
+from surgery_recipes.collate import Collator
 
 
 def answers(

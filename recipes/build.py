@@ -6,16 +6,15 @@ import math
 from typing import Any
 
 import torch
-from surgery_recipes.answers import pad_id
-from surgery_recipes.collate import Collator
-from surgery_recipes.prepare import Prepared
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
 import surgery
-from surgery import RecipeError, huggingface
-from surgery.recipe import Recipe
-from surgery.rows import trained_rows
+from surgery import RecipeError
+from surgery_recipes.answers import pad_id
+from surgery_recipes.collate import Collator
+from surgery_recipes.prepare import Prepared
+from surgery_recipes.recipe import Recipe
 
 Plan = list[tuple[surgery.Method, dict[str, Any]]]
 
@@ -60,8 +59,27 @@ def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
             model.config.pad_token_id = pad_id(prepared.tokenizer)
     except (OSError, ValueError) as error:
         raise RecipeError(f"model {source!r} cannot be loaded for this task: {error}") from error
-    huggingface.grow_vocabulary(model, len(prepared.tokenizer))
+    grow_vocabulary(model, len(prepared.tokenizer))
     return model
+
+
+def fresh_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters that ``from_pretrained`` had no weights for (a new head, say)."""
+    loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+    return [n for n, _ in model.named_parameters() if n not in loaded] if loaded else []
+
+
+def grow_vocabulary(model: Any, size: int) -> None:
+    """Have embeddings for ``size`` tokens at least; an output embedding stays one that was loaded,
+    though it is another object then.
+    """
+    if size <= model.get_input_embeddings().weight.shape[0]:
+        return
+    fresh = fresh_parameters(model)
+    model.resize_token_embeddings(size)
+    for name, parameter in model.named_parameters():
+        if name not in fresh:
+            parameter._is_hf_initialized = True
 
 
 def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
@@ -91,7 +109,7 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
 
 def freeze_all_but_head(model: nn.Module) -> None:
     """For the baseline: train the fresh head alone."""
-    fresh = huggingface.fresh_parameters(model)
+    fresh = fresh_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in fresh)
 
@@ -105,12 +123,7 @@ def embedding_names(model: Any) -> list[str]:
 
 def trainable(model: nn.Module) -> int:
     """How many numbers training may change; of an embedding, only its trained rows."""
-    rows = trained_rows(model)
-    return sum(
-        len(rows[n]) * p[0].numel() if n in rows else p.numel()
-        for n, p in model.named_parameters()
-        if p.requires_grad
-    )
+    return surgery.summary(model).trainable
 
 
 def try_out(model: Any, prepared: Prepared) -> float:

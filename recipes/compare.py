@@ -18,10 +18,10 @@ from queue import Queue
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from surgery_recipes import tables
-from surgery_recipes.grid import Cell, Grid, cells, check, settings
 
 from surgery import RecipeError
+from surgery_recipes import tables
+from surgery_recipes.grid import Cell, Grid, cells, check, settings
 
 COMMAND = "from surgery.cli import app; app()"
 GPUS = "CUDA_VISIBLE_DEVICES"

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import TrainingArguments, set_seed
+
+import surgery
 from surgery_recipes import results
 from surgery_recipes.answers import answers
 from surgery_recipes.build import (
@@ -31,12 +34,9 @@ from surgery_recipes.folder import (
     write_trained,
 )
 from surgery_recipes.prepare import Prepared, prepare
+from surgery_recipes.recipe import Recipe, read_recipe
 from surgery_recipes.results import Row
 from surgery_recipes.trainer import arguments, make_trainer
-from transformers import TrainingArguments, set_seed
-
-import surgery
-from surgery.recipe import Recipe, read_recipe
 
 
 def train(recipe: Recipe, console: Console, run: Run | None = None) -> list[Row]:

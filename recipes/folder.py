@@ -14,7 +14,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from surgery import RecipeError
-from surgery.recipe import Recipe, read_recipe, write_recipe
+from surgery_recipes.recipe import Recipe, read_recipe, write_recipe
 
 CHECKPOINTS = "checkpoints"
 RECIPE, METRICS, TRAINED = "recipe.yaml", "metrics.json", "trained.json"

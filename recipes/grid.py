@@ -16,16 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery import RecipeError, suggest
 from surgery_recipes import shipped
 from surgery_recipes.build import plan
 from surgery_recipes.folder import begun, finished, same_settings
+from surgery_recipes.layered_yaml import read_extended
 from surgery_recipes.prepare import Prepared, prepare
+from surgery_recipes.recipe import Recipe, read_recipe
 from surgery_recipes.trainer import arguments
-
-from surgery import RecipeError
-from surgery.errors import suggest
-from surgery.extend import read_extended
-from surgery.recipe import Recipe, read_recipe
 
 
 @dataclass(frozen=True)

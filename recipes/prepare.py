@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery_recipes.source import model_path
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -19,10 +18,9 @@ from transformers import (
 )
 
 import surgery
-from surgery import RecipeError
-from surgery.errors import suggest
-from surgery.recipe import Recipe
-from surgery.task import Example, Features
+from surgery import Example, Features, RecipeError, suggest
+from surgery_recipes.recipe import Recipe
+from surgery_recipes.source import model_path
 
 FITTED = ("train", "validation")
 

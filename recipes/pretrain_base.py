@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from surgery_recipes.tasks.coqa import CoQA
-from surgery_recipes.tasks.webnlg import WebNLG
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -29,6 +27,8 @@ from transformers import (
 )
 
 from surgery import RecipeError
+from surgery_recipes.tasks.coqa import CoQA
+from surgery_recipes.tasks.webnlg import WebNLG
 
 
 def texts(data: Path) -> list[str]:

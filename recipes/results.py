@@ -18,7 +18,7 @@ import transformers
 from rich.table import Table
 
 import surgery
-from surgery.task import Example
+from surgery import Example
 
 SHOWN = 100
 FEW = 10  # examples, below which the score of a quarter says nothing

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery import RecipeError
-from surgery.errors import suggest
+from surgery import RecipeError, suggest
 
 HERE = Path(__file__).parent
 PARTS = ("bases", "rows", "tables", "data")

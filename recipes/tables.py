@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
 from surgery_recipes import pictures
 
 if TYPE_CHECKING:

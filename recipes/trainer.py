@@ -10,22 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from surgery_recipes.answers import pad_id
-from surgery_recipes.collate import Collator
-from surgery_recipes.folder import CHECKPOINTS
-from surgery_recipes.prepare import Prepared
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 import surgery
-from surgery import RecipeError
-from surgery.errors import suggest
-from surgery.recipe import Recipe
-from surgery.report import records
-from surgery.rows import trained_rows
-from surgery.store import restore
+from surgery import RecipeError, restore, suggest, trained_rows
+from surgery_recipes.answers import pad_id
+from surgery_recipes.collate import Collator
+from surgery_recipes.folder import CHECKPOINTS
+from surgery_recipes.prepare import Prepared
+from surgery_recipes.recipe import Recipe
 
 
 class LossInBar(ProgressCallback):
@@ -80,20 +76,20 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
-        if not records(self.model):
+        if not surgery.summary(self.model).reports:
             super()._save(folder, state_dict)
         elif self.args.should_save:
             surgery.save(self.model, folder, plain=False)
             torch.save(self.args, Path(folder) / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if records(self.model):
+        if surgery.summary(self.model).reports:
             restore(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if records(self.model):
+        if surgery.summary(self.model).reports:
             restore(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()

@@ -9,7 +9,23 @@ surgery.save(model, "adapter/")
 surgery.remove(model)                   # bit for bit the model that it was
 """
 
-from surgery.dropout import Dropout
+from importlib.metadata import version as _version
+
+from surgery.adapter import (
+    Frozen,
+    Merged,
+    Summary,
+    freeze_base,
+    load,
+    merge,
+    restore,
+    save,
+    spliced_parameters,
+    summary,
+    train_rows,
+    trained_rows,
+)
+from surgery.attention import virtual_lse, virtual_tokens
 from surgery.errors import (
     CaptureError,
     MethodError,
@@ -21,28 +37,40 @@ from surgery.errors import (
     SurgeryError,
     suggest,
 )
-from surgery.frozen import Reference
-from surgery.hookspecs import Register, RegisterTask, hookimpl
-from surgery.huggingface import without_checkpointing
-from surgery.locate import locate
-from surgery.merge import merge
-from surgery.merged import Merged
-from surgery.method import Method, Start
-from surgery.registry import method, methods, task, tasks
-from surgery.rows import train_rows
-from surgery.selection import Sites
-from surgery.sites import Port, Site
-from surgery.splice import disabled, remove, splice, variants
-from surgery.store import load, save
-from surgery.task import Task
-from surgery.train import freeze_base, spliced_parameters, summary
-from surgery.virtual import virtual_lse, virtual_tokens
+from surgery.host import Variant
+from surgery.interop import without_checkpointing
+from surgery.locator import locate
+from surgery.plugin import (
+    Dropout,
+    Example,
+    Features,
+    Method,
+    Port,
+    Reference,
+    Register,
+    RegisterTask,
+    Site,
+    Sites,
+    Start,
+    Task,
+    TaskKind,
+    hookimpl,
+    method,
+    methods,
+    task,
+    tasks,
+)
+from surgery.splicer import Inserted, Report, disabled, remove, splice, variants
 
-__version__ = "0.1.0"
+__version__ = _version("surgery")
 
 __all__ = [
     "CaptureError",
     "Dropout",
+    "Example",
+    "Features",
+    "Frozen",
+    "Inserted",
     "Merged",
     "Method",
     "MethodError",
@@ -52,14 +80,18 @@ __all__ = [
     "Reference",
     "Register",
     "RegisterTask",
+    "Report",
     "Site",
     "SiteError",
     "Sites",
     "SpliceError",
     "Start",
     "StoreError",
+    "Summary",
     "SurgeryError",
     "Task",
+    "TaskKind",
+    "Variant",
     "disabled",
     "freeze_base",
     "hookimpl",
@@ -69,6 +101,7 @@ __all__ = [
     "method",
     "methods",
     "remove",
+    "restore",
     "save",
     "splice",
     "spliced_parameters",
@@ -77,6 +110,7 @@ __all__ = [
     "task",
     "tasks",
     "train_rows",
+    "trained_rows",
     "variants",
     "virtual_lse",
     "virtual_tokens",

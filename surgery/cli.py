@@ -14,7 +14,7 @@ from rich.text import Text
 
 import surgery
 from surgery.errors import RecipeError, SurgeryError
-from surgery.recipe import read_recipe
+from surgery_recipes.recipe import read_recipe
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",

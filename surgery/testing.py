@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.host import hosts
-from surgery.registry import registry
 
 VOCABULARY, PAD = 50, 0
 SHAPES = ("fused", "grouped", "encoder")
@@ -170,7 +169,7 @@ def _padding_and_batch_do_not_matter(method: surgery.Method, shape: str) -> None
 
 def _saved_and_loaded_is_the_same(method: surgery.Method, shape: str) -> None:
     model = _spliced(method, shape)
-    if registry().methods().get(method.name) is not type(method):
+    if surgery.methods().get(method.name) is not type(method):
         raise AssertionError(
             f"no installed plugin offers {method.name!r}, so a saved adapter could not be loaded. "
             "List the plugin in its pyproject.toml and pip install it."

@@ -1,100 +1,191 @@
-"""The house: short files, imports that point down, one door to transformers, honest docs."""
+"""The house: rooms on floors, faces, short files, one door to transformers, honest documents."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    0: "causal dropout errors fastpath fingerprint frozen guards huggingface kernels patching "
-    "proxy rebind unfused values",
-    1: "adapter_files compiled extend insertable masks quiet rows signature task trial",
-    2: "border edit fused recipe sites",
-    3: "core dataflow method selection tracer",
-    4: "assign hookspecs kept_whole projection recorder report virtual",
-    5: "capture layout merged observe pattern registry train",
-    6: "attention_ports call_sites ffn_pattern lse module_sites",
-    7: "attention_pattern variant",
-    8: "patterns",
-    9: "apply locate",
-    10: "host",
-    11: "verify",
-    12: "operate together",
-    13: "splice",
-    14: "merge store",
-    15: "__init__",
-    16: "cli testing",
-}
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
-LIBRARY = sorted((ROOT / "surgery").glob("*.py"))
-METHODS = sorted((ROOT / "plugins").glob("*.py"))
+LIBRARY = ROOT / "surgery"
+# A package imports packages of lower floors only. The order is decided here and drawn in
+# docs/architecture.md.
+FLOORS = [
+    {"errors"},
+    {"interop", "attention"},
+    {"capture", "plugin"},
+    {"patterns"},
+    {"locator", "rewrite"},
+    {"host"},
+    {"splicer"},
+    {"adapter"},
+    {"surgery"},
+    {"cli", "testing"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+PACKAGES = sorted(p.parent for p in LIBRARY.glob("*/__init__.py"))
+FILES = sorted(LIBRARY.rglob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
-def imported(path: Path) -> list[str]:
-    """Every module that a file imports, wherever in it."""
-    found = []
+def name_of(path: Path) -> str:
+    """The dotted name of a module of the library, such as ``surgery.host.variant``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The package, or file at the top, that a module of the library belongs to."""
+    return module.split(".")[1] if "." in module else module
+
+
+MODULES = {name_of(path): path for path in FILES}
+FACES = {name_of(package / "__init__.py") for package in PACKAGES}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every import of a file, wherever in it: the module, and the name taken from it or ''."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module]
-            if node.module == "surgery":
-                found += [f"surgery.{a.name}" for a in node.names]
-    return found
+            assert node.level == 0, f"{path}: imports name their module in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner, "") if inner in MODULES else (node.module, alias.name)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
-def test_imports_point_down(path: Path) -> None:
-    floor = FLOOR[path.stem]
-    for name in imported(path):
-        if name.startswith("surgery."):
-            other = name.split(".")[1]
-            if other in FLOOR:
-                assert FLOOR[other] < floor, f"{path.stem} (floor {floor}) imports {other}"
+def of_the_library(path: Path) -> list[tuple[str, str]]:
+    return [(m, n) for m, n in imports(path) if m == "surgery" or m.startswith("surgery.")]
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *METHODS], ids=lambda p: p.stem)
-def test_files_are_short_and_say_what_they_do(path: Path) -> None:
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_an_import_leads_down_or_stays_in_its_room(path: Path) -> None:
+    here = room_of(name_of(path))
+    for module, name in of_the_library(path):
+        other = room_of(module)
+        assert other == here or FLOOR[other] < FLOOR[here], f"{here} imports {module}.{name}"
+
+
+@pytest.mark.parametrize("path", [*FILES, *PLUGINS, *RECIPES], ids=ids)
+def test_another_package_is_entered_by_its_face(path: Path) -> None:
+    inside = path.is_relative_to(LIBRARY)
+    here = room_of(name_of(path)) if inside else ""
+    for module, name in of_the_library(path):
+        if inside and room_of(module) == here:
+            continue
+        package, _, last = module.rpartition(".")
+        if inside and not name and package in MODULES:  # a module that a face offers
+            module, name = package, last
+        assert module.count(".") <= inside, f"{path.name} reaches behind a face: {module}.{name}"
+        assert name in exported(ast.parse(MODULES[module].read_text())) or module not in FACES
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=ids)
+def test_files_of_a_package_import_each_other_in_no_circle(package: Path) -> None:
+    inside = {name_of(path): path for path in package.glob("*.py") if path.stem != "__init__"}
+    arrows = {n: {m for m, _ in imports(path) if m in inside} for n, path in inside.items()}
+    face = name_of(package / "__init__.py")
+    for name, path in inside.items():
+        assert face not in {m for m, n in imports(path)}, f"{name} enters its own face"
+    while arrows:
+        ground = {n for n, to in arrows.items() if not to & arrows.keys()}
+        assert ground, f"a circle among {sorted(arrows)}"
+        arrows = {n: to for n, to in arrows.items() if n not in ground}
+
+
+def face(package: Path) -> ast.Module:
+    return ast.parse((package / "__init__.py").read_text())
+
+
+def exported(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return []
+
+
+@pytest.mark.parametrize("package", [LIBRARY, *PACKAGES], ids=ids)
+def test_no_name_of_a_face_hides_a_module(package: Path) -> None:
+    modules = {p.stem for p in package.glob("*.py")} | {p.name for p in package.iterdir()}
+    offered = {name for _, name in imports(package / "__init__.py") if name}
+    assert not offered & modules
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=ids)
+def test_a_face_is_one_sentence_imports_and_all(package: Path) -> None:
+    tree = face(package)
+    text = ast.get_docstring(tree) or ""
+    assert text.endswith(".")
+    assert not re.search(r"[.;] \w", text), "one sentence"
+    kinds = [type(node) for node in tree.body[1:]]
+    assert set(kinds[:-1]) <= {ast.ImportFrom}
+    assert kinds[-1] is ast.Assign
+    used = {
+        (m, n)
+        for path in [*FILES, *PLUGINS, *RECIPES]
+        if path.parent != package
+        for m, n in of_the_library(path)
+    }
+    here = name_of(package / "__init__.py")
+    needed = {n for m, n in used if m == here} | {
+        m.split(".")[-1] for m, n in used if not n and m.rpartition(".")[0] == here
+    }
+    assert set(exported(tree)) == needed, "a face offers what other packages use, no more"
+
+
+@pytest.mark.parametrize("path", [*FILES, *PLUGINS, *RECIPES], ids=ids)
+def test_a_file_is_short_and_says_what_it_does(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 300
-    assert ast.get_docstring(ast.parse(text)) or path.stem == "__init__"
+    assert ast.get_docstring(ast.parse(text))
+    assert path.stem not in ("utils", "helpers", "misc", "common")
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_only_one_file_knows_transformers(path: Path) -> None:
-    if path.stem not in ("huggingface", "cli", "testing"):
-        assert not [n for n in imported(path) if n.split(".")[0] == "transformers"]
+    if ids(path) not in ("surgery/interop/huggingface", "surgery/cli", "surgery/testing"):
+        assert not [m for m, _ in imports(path) if m.split(".")[0] == "transformers"]
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PLUGINS, ids=ids)
 def test_methods_import_only_the_public_surgery_and_torch(path: Path) -> None:
     allowed = {"__future__", "surgery", "torch", "math", "re"}
     allowed |= {"dataclasses", "typing", "collections", "contextlib"}
-    assert {n.split(".")[0] for n in imported(path)} <= allowed
-    assert not [n for n in imported(path) if n.startswith("surgery.")]
+    assert {m.split(".")[0] for m, _ in imports(path)} <= allowed
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_no_model_name_in_the_library(path: Path) -> None:
     names = r"\b(gpt2|gpt_neox|llama|roberta|bert|t5|bart|falcon|bloom|mistral|qwen|vit|gemma)\b"
     assert not re.search(names, path.read_text(), re.IGNORECASE)
 
 
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    for package in PACKAGES:
+        assert f'"{name_of(package / "__init__.py")}"' in text
+
+
 def test_every_hook_stands_in_contributing_with_its_signature() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    for node in ast.parse((ROOT / "surgery/hookspecs.py").read_text()).body:
+    for node in ast.parse((LIBRARY / "plugin/hookspecs.py").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             assert ast.unparse(node).splitlines()[1].rstrip(":") in text
 
 
 def test_the_readme_names_every_public_function() -> None:
-    import surgery
-
     text = (ROOT / "README.md").read_text()
-    functions = [n for n in surgery.__all__ if n[0].islower()]
+    functions = [n for n in exported(face(LIBRARY)) if n[0].islower()]
     missing = [n for n in functions if f"{n}" not in text]
     assert missing == []

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import surgery
-from surgery import RecipeError
-from surgery.task import Example, Features, Kind
+from surgery import Example, Features, RecipeError, TaskKind
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Classification(surgery.Task):
         max_length: tokens after which an example is cut, from the longer text of a pair.
     """
 
-    kind: ClassVar[Kind] = "classifier"
+    kind: ClassVar[TaskKind] = "classifier"
     metric: ClassVar[str] = "accuracy"
 
     path: str = ""

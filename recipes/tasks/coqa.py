@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import surgery
+from surgery import Example, Features, RecipeError
 from surgery_recipes.files import data_folder, find_file, read_hub, read_json
 from surgery_recipes.metrics import coqa
 from surgery_recipes.tasks.classification import hold_out
 from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
-
-import surgery
-from surgery import RecipeError
-from surgery.task import Example, Features
 
 BOS, EOS = "<bos_qa>", "<eos_qa>"
 QUESTION, ANSWER, DOCUMENT = "<question>", "<answer>", "<document>"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import surgery
-from surgery import RecipeError
-from surgery.task import Example, Features, Kind
+from surgery import Example, Features, RecipeError, TaskKind
 
 IGNORED = -100  # a label that no loss counts
 Piece = tuple[str, str | None]
@@ -30,7 +29,7 @@ class Generation(surgery.Task):
         beams: 1 is greedy.
     """
 
-    kind: ClassVar[Kind] = "decoder"
+    kind: ClassVar[TaskKind] = "decoder"
 
     path: str = ""
     max_new_tokens: int = 100

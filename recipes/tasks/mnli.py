@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import surgery
+from surgery import Example, RecipeError
 from surgery_recipes.files import data_folder, find_file, read_hub, read_rows, require_columns
 from surgery_recipes.tasks.classification import Classification, labelled
-
-import surgery
-from surgery import RecipeError
-from surgery.task import Example
 
 LABELS = ("entailment", "neutral", "contradiction")
 NAMES = {  # of columns: the corpus' own and GLUE's, beside the hub's

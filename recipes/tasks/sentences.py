@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import surgery
+from surgery import Example, RecipeError
 from surgery_recipes.files import read_rows
 from surgery_recipes.tasks.classification import Classification, labelled
-
-import surgery
-from surgery import RecipeError
-from surgery.task import Example
 
 BUNDLED = Path(__file__).parents[1] / "data"
 

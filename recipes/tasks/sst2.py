@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import surgery
+from surgery import Example, RecipeError
 from surgery_recipes.files import data_folder, find_file, read_hub, read_rows
 from surgery_recipes.tasks.classification import Classification, hold_out, labelled
-
-import surgery
-from surgery import RecipeError
-from surgery.task import Example
 
 COLUMNS = ("sentence", "label")
 

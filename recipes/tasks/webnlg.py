@@ -7,13 +7,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import surgery
+from surgery import Example, Features, RecipeError
 from surgery_recipes.files import data_folder, fetch, find_file, read_json
 from surgery_recipes.metrics import meteor, overlap
 from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
-
-import surgery
-from surgery import RecipeError
-from surgery.task import Example, Features
 
 BOS, EOS, TARGET = "<bos_webnlg>", "<eos_webnlg>", "<target_webnlg>"
 PARTS = {"subject": "<subject>", "property": "<property>", "object": "<object>"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.host import hosts
+from surgery.host.state import hosts
 from surgery.testing import check_method, make_model
 from tests.models import perturb
 

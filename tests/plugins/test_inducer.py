@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_plugins.inducer import Inducer
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -21,7 +20,8 @@ from transformers import (
 )
 
 import surgery
-from surgery.core import attention, dense_lse
+from surgery.attention.sdpa import attention, dense_lse
+from surgery_plugins.inducer import Inducer
 from tests.models import watched
 
 D, H = 16, 4

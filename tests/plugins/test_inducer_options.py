@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_plugins.inducer import Inducer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,7 +14,8 @@ from transformers import (
 )
 
 import surgery
-from surgery.core import attention
+from surgery.attention.sdpa import attention
+from surgery_plugins.inducer import Inducer
 from tests.models import gpt2_small, qwen_half_billion, roberta_base
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_plugins.inducer import Fade
 from torch import Tensor
 
 import surgery
-from surgery.core import attention
+from surgery.attention.sdpa import attention
+from surgery_plugins.inducer import Fade
 from tests.models import (
     build,
     gpt2_small,

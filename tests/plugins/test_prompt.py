@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 import transformers as tr
-from surgery_plugins.prompt import Prompt
 from torch import Tensor
 
 import surgery
+from surgery_plugins.prompt import Prompt
 from tests.models import (
     build,
     checkpointing,

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import transformers as tr
 from rich.console import Console
-from surgery_recipes import finetune
-from surgery_recipes.shipped import find
 
-from surgery.recipe import read_recipe
+from surgery_recipes import finetune
+from surgery_recipes.recipe import read_recipe
+from surgery_recipes.shipped import find
 from tests.recipes import tiny
 
 ROWS = {"webnlg": "inducer_lora", "coqa": "mam_inducer", "mnli": "inducer", "sst2": "lora"}

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+
 from surgery_recipes.answers import answers
 from surgery_recipes.build import load_base, plan, splice
 from surgery_recipes.prepare import Prepared, prepare
+from surgery_recipes.recipe import read_recipe
 from surgery_recipes.shipped import find
-
-from surgery.recipe import read_recipe
 from tests.recipes import tiny
 
 QUIET = Console(quiet=True)

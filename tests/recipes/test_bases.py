@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import transformers as tr
-from surgery_recipes import pretrain_base, unpack_gguf
 
 from surgery.errors import RecipeError
+from surgery_recipes import pretrain_base, unpack_gguf
 from tests.recipes import tiny
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from surgery_recipes import compare, shipped, tables
-from surgery_recipes.grid import Cell, Grid, cells, read_grid, recipe_of
 
 from surgery.errors import RecipeError
-from surgery.recipe import write_recipe
+from surgery_recipes import compare, shipped, tables
+from surgery_recipes.grid import Cell, Grid, cells, read_grid, recipe_of
+from surgery_recipes.recipe import write_recipe
 from tests.recipes import tiny
 
 QUIET = Console(quiet=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from surgery.errors import RecipeError
-from surgery.recipe import read_recipe
+from surgery_recipes.recipe import read_recipe
 
 
 def write(folder: Path, **files: str) -> Path:

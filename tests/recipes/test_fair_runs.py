@@ -12,16 +12,16 @@ import pytest
 import torch
 import transformers as tr
 from rich.console import Console
-from surgery_recipes import finetune
-from surgery_recipes.build import embedding_names, load_base, plan, splice, trainable
-from surgery_recipes.prepare import prepare
 from typer.testing import CliRunner
 
 import surgery
-from surgery.adapter_files import read
+from surgery.adapter.files import read
+from surgery.adapter.training import trained_rows
 from surgery.cli import app
 from surgery.errors import RecipeError
-from surgery.rows import trained_rows
+from surgery_recipes import finetune
+from surgery_recipes.build import embedding_names, load_base, plan, splice, trainable
+from surgery_recipes.prepare import prepare
 from tests.recipes import tiny
 from tests.recipes.test_runs import QUIET, recipe, stop_at, tensors
 

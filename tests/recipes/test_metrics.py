@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from surgery_recipes.metrics import coqa, meteor, overlap
 
 

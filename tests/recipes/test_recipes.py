@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import transformers as tr
 from rich.console import Console
-from surgery_recipes import finetune
 from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app
 from surgery.errors import RecipeError, SurgeryError
-from surgery.recipe import make_recipe, read_recipe
+from surgery_recipes import finetune
+from surgery_recipes.recipe import make_recipe, read_recipe
 from tests.models import build
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"

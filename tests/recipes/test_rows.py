@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+
+import surgery
+from surgery.adapter.training import trained_rows
 from surgery_recipes import finetune
 from surgery_recipes.build import embedding_names, load_base, plan, splice
 from surgery_recipes.prepare import prepare
+from surgery_recipes.recipe import read_recipe
 from surgery_recipes.shipped import find
 from surgery_recipes.trainer import arguments, make_trainer
-
-import surgery
-from surgery.recipe import read_recipe
-from surgery.rows import trained_rows
 from tests.recipes import tiny
 
 

@@ -16,18 +16,18 @@ import pytest
 import torch
 import transformers as tr
 from rich.console import Console
-from surgery_recipes import finetune, results
-from surgery_recipes.prepare import prepare
-from surgery_recipes.shipped import find
-from surgery_recipes.trainer import AdapterTrainer, arguments, make_trainer
 from torch import nn
 from typer.testing import CliRunner
 
 import surgery
-from surgery.adapter_files import read
+from surgery.adapter.files import read
 from surgery.cli import app
 from surgery.errors import RecipeError
-from surgery.recipe import Recipe, read_recipe
+from surgery_recipes import finetune, results
+from surgery_recipes.prepare import prepare
+from surgery_recipes.recipe import Recipe, read_recipe
+from surgery_recipes.shipped import find
+from surgery_recipes.trainer import AdapterTrainer, arguments, make_trainer
 from tests.recipes import tiny
 
 KINDS = ["webnlg/mam_inducer", "coqa/fine_tuning", "coqa/prefix", "mnli/lora", "sst2/bitfit"]

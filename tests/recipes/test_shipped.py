@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from surgery_recipes import finetune
-from surgery_recipes.build import plan
-from surgery_recipes.shipped import find, shipped
 from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app
 from surgery.errors import RecipeError
-from surgery.recipe import read_recipe
+from surgery_recipes import finetune
+from surgery_recipes.build import plan
+from surgery_recipes.recipe import read_recipe
+from surgery_recipes.shipped import find, shipped
 from tests.recipes import tiny
 
 ROWS = [name for name in shipped() if "/" in name]

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
-from surgery_recipes import finetune
 
 import surgery
-from surgery.recipe import make_recipe
-from surgery.registry import Registry
-from surgery.task import Example, Features, Kind
+from surgery.plugin.base_classes import Example, Features, TaskKind
+from surgery.plugin.registry import Registry
+from surgery_recipes import finetune
+from surgery_recipes.recipe import make_recipe
 from tests.recipes import tiny
 
 
@@ -25,7 +25,7 @@ class Repeat(surgery.Task):
     """Say a letter again."""
 
     name: ClassVar[str] = "repeat"
-    kind: ClassVar[Kind] = "decoder"
+    kind: ClassVar[TaskKind] = "decoder"
     metric: ClassVar[str] = "right"
 
     letters: str = "abcd"
@@ -64,7 +64,7 @@ def test_a_strangers_task_is_learnt_and_scored(
     made = Registry()
     made.load(list(entry_points(group="surgery")))
     made.add(module, "repeat")
-    monkeypatch.setattr("surgery.registry.registry", lambda: made)
+    monkeypatch.setattr("surgery.plugin.registry.registry", lambda: made)
     model, _ = tiny.prepared("webnlg", root)
     training = {"max_steps": 60, "learning_rate": 0.02, "per_device_train_batch_size": 16}
     content = {

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import transformers as tr
-from surgery_recipes.files import read_rows
-from surgery_recipes.prepare import prepare
-from surgery_recipes.shipped import find
-from surgery_recipes.source import model_path
 
 import surgery
 from surgery.errors import RecipeError
-from surgery.recipe import read_recipe
+from surgery_recipes.files import read_rows
+from surgery_recipes.prepare import prepare
+from surgery_recipes.recipe import read_recipe
+from surgery_recipes.shipped import find
+from surgery_recipes.source import model_path
 from tests.recipes import tiny
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery.registry import Registry, in_order, registry
+from surgery.plugin.registry import Registry, in_order, registry
 from surgery.testing import check_method
 from tests.models import build, inputs, logits, perturb
 from tests.surgery.test_registry import plugin, point

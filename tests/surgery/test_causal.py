@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import kernels
-from surgery.causal import beside_the_flag, hides_all_keys
-from surgery.core import attention, dense_lse
+from surgery.attention import kernels
+from surgery.attention.masks import beside_the_flag, hides_all_keys
+from surgery.attention.sdpa import attention, dense_lse
 
 INF = float("inf")
 

@@ -16,9 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as sink_attention
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from surgery.core import attention, dense_lse, logsumexp
-from surgery.kept_whole import with_lse
-from surgery.unfused import normalised
+from surgery.attention.library_functions import with_lse
+from surgery.attention.math_path import normalised
+from surgery.attention.sdpa import attention, dense_lse, logsumexp
 
 INF = float("inf")
 

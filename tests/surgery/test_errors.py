@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.report import records
+from surgery.splicer.record import records
 from tests.models import build, inputs, logits, perturb
 
 

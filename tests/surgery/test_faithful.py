@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CohereConfig, CohereForCausalLM
 
 import surgery
-from surgery.host import state_of
+from surgery.host.state import state_of
 from tests.models import build, inputs, perturb
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.fingerprint import fingerprint
+from surgery.adapter.fingerprint import fingerprint
 from tests.models import build, perturb
 
 

@@ -17,8 +17,11 @@ import transformers as tr
 from torch import Tensor, nn
 
 import surgery
-from surgery.core import attention
+from surgery.adapter.training import kept_parameters
+from surgery.attention.library_functions import with_lse
+from surgery.attention.sdpa import attention
 from surgery.errors import SpliceError, SurgeryError
+from surgery.plugin.registry import Registry
 from tests.models import build, inputs, logits, perturb
 
 Named = tuple[str, dict[str, Any]]
@@ -301,13 +304,13 @@ def test_a_second_adapter_is_loaded_beside_the_first(tmp_path: Path) -> None:
         with torch.no_grad():
             for key, parameter in surgery.spliced_parameters(alone, name):
                 expected.get_parameter(key).copy_(parameter)
-            for key in surgery.train.kept_parameters(alone):
+            for key in kept_parameters(alone):
                 expected.get_parameter(key).copy_(alone.get_parameter(key))
     assert torch.equal(logits(both, x), logits(expected, x))
     assert [report.name for report in surgery.summary(both).reports] == ["one", "two"]
     again = surgery.load(build("gpt2"), surgery.save(both, tmp_path / "both"))
     assert torch.equal(logits(again, x), logits(both, x))
-    names = {name.removesuffix(".weight") for name in surgery.train.kept_parameters(both)}
+    names = {name.removesuffix(".weight") for name in kept_parameters(both)}
     assert {"transformer.h.0.ln_1", "transformer.h.1.ln_1"} <= names
 
 
@@ -399,7 +402,7 @@ def either(module: Any, query: Tensor, key: Tensor, value: Tensor, plain: bool) 
 
 def test_a_function_may_use_sdpa_in_one_branch_and_a_softmax_in_another() -> None:
     q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    both = surgery.kept_whole.with_lse(either)
+    both = with_lse(either)
     for plain in (False, True):
         _, lse = both(None, q, k, v, plain)
         torch.testing.assert_close(lse, (q @ k.mT).logsumexp(-1))
@@ -479,7 +482,7 @@ def test_a_plugin_that_offers_something_else_is_told_so() -> None:
             register(Twice)
 
     with pytest.raises(surgery.MethodError, match="Other"):
-        surgery.registry.Registry().add(Plugin(), "odd")
+        Registry().add(Plugin(), "odd")
 
 
 def test_two_methods_of_one_name_in_one_plugin_clash() -> None:
@@ -494,4 +497,4 @@ def test_two_methods_of_one_name_in_one_plugin_clash() -> None:
             register(Again)
 
     with pytest.raises(surgery.MethodError, match="'both' offers 2 methods 'twice': Twice, Again"):
-        surgery.registry.Registry().add(Plugin(), "both")
+        Registry().add(Plugin(), "both")

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from surgery import core, kernels, trial
-from surgery.core import attention, dense_lse
-from surgery.trial import Trial
+from surgery.attention import kernel_trial as trial
+from surgery.attention import kernels
+from surgery.attention import sdpa as core
+from surgery.attention.kernel_trial import Trial
+from surgery.attention.sdpa import attention, dense_lse
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import masks
-from surgery.core import attention, dense_lse
-from surgery.masks import told
+from surgery.attention import masks
+from surgery.attention.masks import told
+from surgery.attention.sdpa import attention, dense_lse
 
 INF = float("inf")
 

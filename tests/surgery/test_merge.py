@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import surgery
 from surgery.errors import SpliceError
-from surgery.host import hosts
+from surgery.host.state import hosts
 from tests.models import NAMES, build, inputs, logits, perturb
 
 BEHIND = [

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 import surgery
-from surgery.registry import Registry, registry
+from surgery.plugin.registry import Registry, registry
 
 
 def plugin(name: str, method_name: str) -> None:
@@ -60,7 +60,7 @@ def test_two_plugins_of_one_name_and_two_methods_of_one_name_are_told() -> None:
 
 
 def test_hook_is_leaf_keeps_a_module_whole() -> None:
-    from surgery.capture import capture
+    from surgery.capture.forward import capture
 
     class Inner(nn.Module):
         def forward(self, x: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.signature import Conditions, signature
-from surgery.signature import recogniser as recogniser_of
+from surgery.host.call_signature import Conditions, signature
+from surgery.host.call_signature import recogniser as recogniser_of
 
 
 class Kind(Enum):

@@ -1,0 +1,82 @@
+"""Counts: the sites, methods and parameters of a spliced model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.adapter.parameters import plain_state, spliced_parameters
+from surgery.adapter.training import trained_rows
+from surgery.splicer import Report, records
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sites, methods and parameter counts of a spliced model. Print it.
+
+    Attributes:
+        reports: the splices.  base: parameters of the base.  inserted: parameters inserted.
+        stored: values of theirs that a saved adapter holds.
+        trainable: parameters that require gradient now.  kept: those of the base among them.
+    """
+
+    model: str
+    reports: tuple[Report, ...]
+    base: int
+    inserted: int
+    stored: int
+    trainable: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, inserted ones included."""
+        return self.base + self.inserted
+
+    @property
+    def percent(self) -> float:
+        """Inserted parameters, as the papers count: per cent of the base's."""
+        return 100 * self.inserted / self.base
+
+    def __repr__(self) -> str:
+        lines = [self.model]
+        for report in self.reports:
+            lines.append(f"  {report.name}: start {report.start}")
+            for method in report.methods:
+                own = [i for i in report.inserted if i.method is method]
+                sites = {i.site.identity for i in own}
+                kinds = sorted({i.site.description for i in own})
+                lines.append(
+                    f"    {method}\n      at {len(sites)} sites ({', '.join(kinds)}), "
+                    f"{len(own)} modules, {sum(i.parameters for i in own):,} parameters"
+                )
+        if self.stored != self.inserted:
+            share = 100 * self.stored / self.base
+            lines.append(f"  stored    {self.stored:>14,}  {share:.4f} % of the base's")
+        lines += [
+            f"  inserted  {self.inserted:>14,}  {self.percent:.4f} % of the base's {self.base:,}",
+            f"  trainable {self.trainable:>14,}  {100 * self.trainable / self.total:.4f} % of all "
+            f"{self.total:,}" + (f", {self.kept:,} of them the base's own" if self.kept else ""),
+        ]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Sites, methods, trainable and total parameters of a model."""
+    inserted = {id(p): p for _, p in spliced_parameters(model)}
+    base = [p for p in model.parameters() if id(p) not in inserted]
+    named = list(model.named_parameters())
+    rows = trained_rows(model)
+    numbers = {n: len(rows[n]) * p[0].numel() for n, p in named if n in rows}
+    return Summary(
+        model=type(model).__name__,
+        reports=tuple(records(model).values()),
+        base=sum(p.numel() for p in base),
+        inserted=sum(p.numel() for p in inserted.values()),
+        stored=sum(t.numel() for t in plain_state(model).values()),
+        trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
+        kept=sum(
+            numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted
+        ),
+    )

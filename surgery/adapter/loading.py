@@ -1,0 +1,175 @@
+"""Loading: a saved adapter is spliced into a base again, or nothing has changed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter.files import read
+from surgery.adapter.fingerprint import warn_of_other_weights
+from surgery.adapter.parameters import full_state
+from surgery.adapter.saving import site_shape
+from surgery.adapter.training import (
+    fits,
+    keep_also,
+    train_rows,
+    warn_of_replaced,
+)
+from surgery.errors import MethodError, StoreError
+from surgery.locator import locate
+from surgery.plugin import Method, Site, Sites, method
+from surgery.splicer import records, remove, splice
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
+    """Splice a saved adapter into a base model, in place. Warns if the base has other weights.
+
+    To go on training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as before.
+
+    Args:
+        model: the base; its sites must have the shapes that the adapter was made for.
+        folder: where ``save`` put it.
+        example_inputs: as for :func:`surgery.locate`.
+
+    Returns:
+        the model.
+
+    Raises:
+        StoreError: files are missing or damaged, or the base does not fit. Nothing has changed.
+    """
+    description, tensors = read(folder)
+    sites = locate(model, example_inputs)
+    plans = [_match(saved, sites, folder) for saved in description["splices"]]
+    rows = description["rows"]
+    _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
+    known = description["base"]["fingerprint"]
+    if isinstance(known, dict):  # it was a digest of shapes once
+        warn_of_other_weights(model, known, folder)
+    kept = {n: tensors[f"kept.{n}"] for n in description["kept"]}
+    warn_of_replaced(model, kept, folder)
+    done: list[str] = []
+    try:
+        for saved, at in plans:
+            methods = [_method(m, folder) for m in saved["methods"]]
+            report = splice(model, methods, at=at, name=saved["name"])
+            done.append(saved["name"])
+            made = [i.path for i in report.inserted]
+            if made != saved["modules"]:
+                raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
+        _fill(model, tensors, rows, folder, done)
+    except BaseException:
+        for name in reversed(done):
+            remove(model, name)
+        raise
+    keep_also(model, description["kept"])
+    for name, chosen in rows.items():
+        train_rows(model, name, chosen)
+    return model
+
+
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put saved tensors back into a model that is spliced as it was when they were saved.
+
+    Raises:
+        StoreError: files are missing or damaged, or the model is spliced otherwise.
+    """
+    description, tensors = read(folder)
+    rows = description["rows"]
+    _check_kept(model, tensors, folder)
+    _check_rows(model, tensors, rows, folder)
+    _fill(model, tensors, rows, folder, list(records(model)))
+    return model
+
+
+def _method(saved: dict[str, Any], folder: Any) -> Method:
+    try:
+        return method(saved["name"], **saved["options"])
+    except MethodError as error:
+        raise StoreError(
+            f"the adapter in {folder} cannot be loaded here: {error} Install the plugin that it "
+            "was made with, in that version."
+        ) from error
+
+
+def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
+    """The sites of this model that a saved splice was made at."""
+    known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.others]}
+    chosen: list[Site] = []
+    wrong: list[str] = []
+    for shape in saved["sites"]:
+        site = known.get((shape["path"], shape["key"], shape["kind"]))
+        if site is None:
+            wrong.append(f"{shape['path']}: no such {shape['kind']} site")
+            continue
+        own = site_shape(site)
+        differing = [k for k in shape if shape[k] != own[k]]
+        if differing:
+            what = ", ".join(f"{k} {shape[k]} in the adapter, {own[k]} here" for k in differing)
+            wrong.append(f"{site.path}: {what}")
+        chosen.append(site)
+    if wrong:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise StoreError(
+            f"the adapter in {folder} does not fit this model:\n  "
+            + "\n  ".join(wrong[:5])
+            + more
+            + "\nLoad it into the base that it was made for (see 'base' in surgery.json)."
+        )
+    first = [site for site in chosen if site.kind in ("attention", "ffn", "linear")]
+    return saved, Sites(first, others=[site for site in chosen if site not in first])
+
+
+def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+    own = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        name = key.removeprefix("kept.")
+        if key.startswith("kept.") and (name not in own or own[name].shape != tensor.shape):
+            here = tuple(own[name].shape) if name in own else "not there"
+            raise StoreError(_misfit(folder, name, tuple(tensor.shape), here))
+
+
+def _check_rows(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
+) -> None:
+    for name, chosen in rows.items():
+        if not fits(model, name, chosen, tensors[f"rows.{name}"]):
+            raise StoreError(
+                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model has "
+                "not. Where they are new tokens, add them first: take the tokenizer that was saved "
+                "with it and call model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any,
+    names: list[str],
+) -> None:  # fmt: skip
+    """Copy saved tensors into the splices of these names, and into the base."""
+    own: dict[str, Tensor] = dict(model.named_parameters())
+    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
+    wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
+    wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
+    missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    if missing or unexpected:
+        raise StoreError(
+            f"the adapter in {folder} lacks {missing[:5]} and has unexpected {unexpected[:5]}."
+        )
+    for key, target in wanted.items():
+        if target.shape != tensors[key].shape:
+            raise StoreError(_misfit(folder, key, tuple(tensors[key].shape), tuple(target.shape)))
+    with torch.no_grad():
+        for key, target in wanted.items():
+            target.copy_(tensors[key])
+        for name, chosen in rows.items():
+            own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
+
+
+def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
+    return (
+        f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
+        "here. Load it into the base that it was made for (see 'base' in surgery.json)."
+    )

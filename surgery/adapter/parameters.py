@@ -1,0 +1,59 @@
+"""Parameters: the tensors that splices have inserted, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.splicer import records
+
+
+def spliced_parameters(
+    model: nn.Module, name: str | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The inserted parameters of one splice, or of all, with their names in the model.
+
+    One that several inserted modules share comes once.
+    """
+    seen: set[int] = set()
+    for report in records(model).values():
+        if name is None or report.name == name:
+            for inserted in report.inserted:
+                for own, parameter in model.get_submodule(inserted.path).named_parameters():
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield f"{inserted.path}.{own}", parameter
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a saved adapter holds of the inserted modules (see ``Method.plain``), by name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for report in records(model).values():
+        for inserted in report.inserted:
+            module: Any = model.get_submodule(inserted.path)
+            state = getattr(module, "plain_state", partial(module.state_dict, keep_vars=True))()
+            fresh = {n: t for n, t in state.items() if id(t) not in seen}
+            seen.update(id(t) for t in fresh.values())
+            found |= {f"{inserted.path}.{n}": t for n, t in fresh.items()}
+    return found
+
+
+def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of inserted modules, of all splices or of some."""
+    found: dict[str, Tensor] = {}
+    for name in records(model) if names is None else names:
+        found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
+    return found
+
+
+def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+    found = []
+    for inserted in records(model)[name].inserted:
+        module = model.get_submodule(inserted.path)
+        named = dict(module.named_buffers())
+        found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
+    return found

@@ -1,0 +1,18 @@
+"""Turn one forward of one module into a ``torch.fx`` graph."""
+
+from surgery.capture.forward import capture
+from surgery.capture.guards import Guard, is_pure, reads_opaque
+from surgery.capture.module_hooks import after, before
+from surgery.capture.proxy import IN_PLACE
+from surgery.capture.tracer import Captured
+
+__all__ = [
+    "IN_PLACE",
+    "Captured",
+    "Guard",
+    "after",
+    "before",
+    "capture",
+    "is_pure",
+    "reads_opaque",
+]

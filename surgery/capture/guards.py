@@ -1,0 +1,93 @@
+"""Guards: answers that Python got while capturing, and which of them can be asked again early."""
+
+from __future__ import annotations
+
+import math
+import operator
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+MATH = "sqrt ceil floor log log2 prod gcd exp pow trunc".split()
+
+
+_PURE_METHODS = ("size", "dim", "numel", "get", "keys", "values", "items", "stride")
+
+
+_PURE = {getattr, operator.getitem, operator.contains, len, isinstance, min, max, sum, round}
+
+
+_PURE |= {
+    getattr(operator, n) for n in "eq ne lt le gt ge add sub mul floordiv truediv mod".split()
+}
+
+
+_PURE |= {getattr(operator, n) for n in "neg pos not_ and_ or_ pow".split()}
+
+
+_PURE |= {getattr(math, n) for n in MATH}
+
+
+@dataclass
+class Guard:
+    """An answer that Python got while capturing: ``convert(node) == expected``."""
+
+    node: fx.Node
+    convert: Callable[[Any], Any]
+    expected: Any
+    where: str
+
+
+def is_pure(node: fx.Node) -> bool:
+    """May this node be evaluated before the graph runs: no tensor work, no side effect?"""
+    if node.op == "placeholder":
+        return True
+    if isinstance(node.meta.get("value"), Tensor) and not reads_opaque(node):
+        return False
+    if any(not is_pure(n) for n in node.all_input_nodes if _holds_tensors(n)):
+        return False  # an item of what a module or an attention function returned
+    return _looks_up(node) or (
+        node.op == "call_function"
+        and (node.target in _PURE or getattr(node.target, "__name__", "") == "constant")
+    )
+
+
+def reads_opaque(node: fx.Node) -> bool:
+    """Does this node look something up in an object that is no tensor (what a cache holds)?"""
+    base = node.args[0] if node.args else None
+    if not isinstance(base, fx.Node) or isinstance(base.meta.get("value"), (Tensor, tuple)):
+        return False
+    return _looks_up(node) and base.meta.get("value") is not None
+
+
+def _looks_up(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        name = str(node.target)
+        return name in _PURE_METHODS or name.startswith(("get_", "is_", "has_"))
+    return node.op == "call_function" and node.target in (getattr, operator.getitem)
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("value"), (tuple, list))
+
+
+def user_line() -> str:
+    """File and line of the model code that is running now."""
+    for frame in reversed(traceback.extract_stack()):
+        if not _internal(frame.filename):
+            return f"{frame.filename}:{frame.lineno} ({frame.line})"
+    return "an unknown line"
+
+
+def line_of(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _internal(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
+
+
+def _internal(filename: str) -> bool:
+    name = filename.replace("\\", "/")
+    here = __file__.replace("\\", "/").rsplit("/", 2)[0] + "/"  # the whole package
+    return name.startswith((here, "<")) or "/torch/" in name

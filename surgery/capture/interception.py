@@ -1,0 +1,149 @@
+"""What is put in the place of torch's functions while a forward is captured."""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from surgery.capture.guards import MATH
+from surgery.capture.proxy import any_proxy, apply, call
+from surgery.capture.tracer import Tracer
+from surgery.interop import (
+    AttentionPatch,
+    encoder_fastpath,
+    patched,
+    unpatched,
+    untouched,
+)
+
+
+class Recorder(TorchFunctionMode):
+    """Turns torch calls that no proxy takes part in (factories, parameters) into nodes too."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        func = unpatched(func)
+        tracer = self.tracer
+        if tracer.executing:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return tracer.gradient_mode(*args)
+        if not any_proxy((args, kwargs)):
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                if func.__name__ == "__get__" or func.__name__ in ("__repr__", "__format__"):
+                    return func(*args, **kwargs)
+            if func.__name__ in ("size", "dim", "numel", "is_floating_point", "get_device"):
+                return func(*args, **kwargs)
+        if func.__name__ == "__get__":  # a property: Tensor.shape, Tensor.mT, ...
+            return getattr(args[0], func.__self__.__name__)
+        if torch.overrides.is_tensor_method_or_property(func):
+            if func.__name__ == "__setitem__":
+                return tracer.create_proxy("call_function", operator.setitem, args, kwargs)
+            if func.__name__ == "__getitem__":
+                return tracer.create_proxy("call_function", operator.getitem, args, kwargs)
+            return tracer.create_proxy("call_method", func.__name__, args, kwargs)
+        return tracer.create_proxy("call_function", func, args, kwargs)
+
+
+# Torch's parser looks at arguments before it asks them: a proxy must not get that far.
+_FUNCTIONS = sorted(
+    name
+    for name in dir(torch._C._VariableFunctions)
+    if not name.startswith("_") and callable(vars(torch).get(name))
+)
+
+
+# Methods that read sizes before they look whether an argument is a proxy.
+_SIZED = "expand view reshape repeat permute new_zeros new_ones new_empty new_full".split()
+
+
+@contextmanager
+def intercepted(
+    module: nn.Module, tracer: Tracer, attention_patch: AttentionPatch | None
+) -> Iterator[None]:
+    """Everything that must be in place while a forward is captured; it leaves no trace."""
+
+    def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            if tracer.executing:
+                return function(*args, **kwargs)
+            result = tracer.create_proxy("call_function", function, args, kwargs)
+            result.node.meta["attention"] = True
+            return tracer.unpack(result)
+
+        return attend
+
+    def recorded(kind: str, target: Any = None) -> Callable[..., Any]:
+        """Replace a function by one that makes a node if a proxy is among its arguments."""
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if not tracer.executing and any_proxy((args, kwargs)):
+                    return tracer.create_proxy(kind, target or original, args, kwargs)
+                return original(*args, **kwargs)
+
+            return run
+
+        return make
+
+    def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
+
+    def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(owner: Any, name: str) -> Any:
+            value = original(owner, name)
+            if _decides(value):
+                if id(owner) in known and name in vars(owner):
+                    tracer.read(owner, name, value)
+            return value
+
+        return read
+
+    configs = {id(c): c for m in module.modules() for c in vars(m).values() if _is_config(c)}
+    known = {*tracer.paths, *configs}
+    replacements: list[Any] = [(nn.Module, "__call__", module_call)]
+    replacements += [(nn.Module, "__getattribute__", attribute), *encoder_fastpath.OPEN]
+    classes = dict.fromkeys(type(config) for config in configs.values())
+    replacements += [(each, "__getattribute__", attribute) for each in classes]
+    replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
+    replacements += [(math, name, recorded("call_function")) for name in MATH]
+    replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
+    replacements += [(torch.jit.ScriptFunction, "__call__", recorded("call_function", call))]
+    replacements += [(torch.autograd.Function, "apply", recorded("call_function", apply))]
+    replacements += [
+        (torch, name, tracer.ask) for name in ("is_grad_enabled", "is_autocast_enabled")
+    ]
+    if attention_patch is not None:
+        replacements += attention_patch(leaf)
+    with untouched(module), patched(*replacements), Recorder(tracer):
+        yield
+
+
+def _decides(value: Any) -> bool:
+    """Is an attribute of this value looked at while capturing, rather than computed with?"""
+    if type(value) is tuple:
+        return all(map(_decides, value))
+    plain = (bool, int, float, str, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+    return value is None or type(value) in plain or isinstance(value, Enum)
+
+
+def _is_config(x: Any) -> bool:
+    """A plain object that holds settings: its attributes are read in a forward, not called."""
+    written_in_python = type(x).__flags__ & (1 << 9) and not type(x).__flags__ & (1 << 8)
+    other = isinstance(x, (nn.Module, torch.Tensor, type)) or callable(x)
+    return bool(written_in_python) and hasattr(x, "__dict__") and not other

@@ -1,0 +1,235 @@
+"""A ``torch.fx`` proxy that carries the example value of its node.
+
+Python asks a traced value for answers that a graph does not have: is it true, how many elements,
+is it a Tensor. The value beside the node answers; an answer that could differ in another call is
+recorded as a *guard*, so that the graph is used only where it would be the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+# What is fixed by the structure of a call (host/call_signature.py): read as a constant, no guard.
+_CONSTANT_ATTRIBUTES = frozenset(
+    (
+        "dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized "
+        "is_nested is_xpu is_mps itemsize names"
+    ).split()
+)
+
+
+_CONSTANT_METHODS = frozenset(
+    ("dim ndimension is_floating_point is_complex get_device element_size type is_signed").split()
+)
+
+
+IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow".split()
+
+
+_COUNTED = frozenset("split chunk unbind tensor_split split_with_sizes tolist".split())
+
+
+# fx.Proxy is callable whatever it stands for, and ``callable()`` looks at the class alone.
+_Operators: type = type(
+    "_Operators",
+    (),
+    {k: v for k, v in vars(fx.Proxy).items() if k not in ("__call__", "__dict__", "__weakref__")},
+)
+
+
+class ValueProxy(_Operators):  # type: ignore[misc]
+    """A node and the value that it had for the example inputs."""
+
+    tracer: Any
+    __getitem__: Any
+
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
+        object.__setattr__(self, "node", node)
+        object.__setattr__(self, "tracer", tracer)
+        object.__setattr__(self, "value", value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(object.__getattribute__(self, "value"))
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        try:
+            attribute = getattr(value, name)
+        except AttributeError:  # another object may have it the next time
+            self.tracer.guard(self.node, _lacks(name), True)
+            raise
+        if isinstance(value, torch.Tensor):
+            if name in _CONSTANT_ATTRIBUTES:
+                return attribute
+            if callable(attribute) and not isinstance(attribute, torch.Tensor):
+                return _Method(self, name)
+        elif callable(attribute) and not isinstance(attribute, type):
+            return _Method(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        self.tracer.create_proxy("call_function", setattr, (self, name, new), {})
+
+    def __setitem__(self, key: Any, new: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, new), {})
+
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, key), {}))
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.value, dict):
+            return iter(self.tracer.concrete(self, tuple))
+        return iter([self[i] for i in range(len(self))])
+
+    def _counts_data(self) -> bool:
+        """Does how many items there are depend on sizes or data, not on structure alone?"""
+        target = self.node.target
+        return getattr(target, "__name__", target) in _COUNTED
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(list(self)[::-1])
+
+    @property
+    def keys(self) -> Any:  # fx.Proxy has a method of this name, which would hide the value's
+        if isinstance(self.value, dict):
+            return lambda: dict.fromkeys(self).keys()
+        return self.__getattr__("keys")
+
+    def __len__(self) -> int:
+        if isinstance(self.value, torch.Tensor):
+            return int(self.shape[0])
+        if type(self.value) in (tuple, torch.Size) and not self._counts_data():
+            return len(self.value)
+        return int(self.tracer.concrete(self, len))
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self, bool))
+
+    def __index__(self) -> int:
+        return int(self.tracer.concrete(self, operator.index))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, int))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, float))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __hash__(self) -> int:
+        if isinstance(self.value, (int, float)):
+            return int(self.tracer.concrete(self, hash))
+        return id(self)
+
+    def __format__(self, spec: str) -> str:
+        if isinstance(self.value, (int, float)):
+            self.tracer.concrete(self, str)
+        return format(str(self.value), "") if not spec else format(self.value, spec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+@functools.cache
+def _lacks(name: str) -> Callable[[Any], bool]:
+    """A question to be asked again: has a value no attribute of this name?"""
+    return lambda value: not hasattr(value, name)
+
+
+class _Method:
+    """A bound method of a proxied value, not called yet."""
+
+    def __init__(self, owner: ValueProxy, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        if self.name in _CONSTANT_METHODS and not args and not kwargs:
+            if isinstance(owner.value, torch.Tensor):
+                return getattr(owner.value, self.name)()
+        if self.name == "type" and args:
+            args = (fixed(args[0]), *args[1:])
+        return owner.tracer.create_proxy("call_method", self.name, (owner, *args), kwargs)
+
+
+def fixed(x: Any) -> Any:
+    """``x`` with every proxy in it, however nested, replaced by its value."""
+    kind = type(x)  # not isinstance: a proxy answers that for its value
+    if issubclass(kind, ValueProxy):
+        return x.value
+    if kind is slice:
+        return slice(fixed(x.start), fixed(x.stop), fixed(x.step))
+    if issubclass(kind, tuple) and kind is not torch.Size:
+        parts = [fixed(y) for y in x]
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    if kind is list:
+        return [fixed(y) for y in x]
+    if issubclass(kind, dict) and any(is_proxy(v) for v in x.values()):
+        changed = copy.copy(x)
+        changed.update((k, fixed(v)) for k, v in x.items())
+        return changed
+    if kind is dict:
+        return {k: fixed(v) for k, v in x.items()}
+    return x
+
+
+def _in_place(name: str) -> Callable[[ValueProxy, Any], Any]:
+    """``x += y``: on a tensor of the caller's as it is said, else as ``x + y`` in x's dtype."""
+
+    def operate(self: ValueProxy, other: Any) -> Any:
+        if not isinstance(self.value, torch.Tensor):
+            return getattr(operator, name[1:])(self, other)
+        if self.node.op == "placeholder":
+            said = getattr(operator, name)
+            return self.tracer.create_proxy("call_function", said, (self, other), {})
+        made = getattr(operator, name[1:])(self, other)
+        return made if made.dtype == self.dtype else made.to(self.dtype)
+
+    return operate
+
+
+for _name in IN_PLACE:  # fx.Proxy has none, and Python makes ``x = x + y`` of it then
+    setattr(ValueProxy, f"__{_name}__", _in_place(_name))
+
+
+class CallableProxy(ValueProxy):
+    """A proxy of something that is called; ``callable()`` asks the class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
+
+
+def is_proxy(x: Any) -> bool:
+    """Is this a proxy? (``isinstance`` sees what the proxy stands for.)"""
+    return issubclass(type(x), ValueProxy)
+
+
+def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a callable that came in as an argument (as a node of a graph)."""
+    return function(*args, **kwargs)
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Apply an autograd function of the model's own (as a node of a graph)."""
+    return function.apply(*args)
+
+
+def any_proxy(structure: Any) -> bool:
+    if is_proxy(structure):
+        return True
+    if isinstance(structure, (tuple, list)):
+        return any(any_proxy(x) for x in structure)
+    if isinstance(structure, dict):
+        return any(any_proxy(x) for x in structure.values())
+    if isinstance(structure, slice):
+        return any(any_proxy(x) for x in (structure.start, structure.stop, structure.step))
+    return False

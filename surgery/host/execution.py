@@ -1,0 +1,140 @@
+"""Execution: a host's forward picks the graph for the call at hand, or captures a new one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.capture import Captured, capture
+from surgery.errors import CaptureError
+from surgery.host.call_signature import signature
+from surgery.host.dynamo import prepare
+from surgery.host.state import HostState, original_class, state_of
+from surgery.host.variant import GuardFlipped, Variant
+from surgery.interop import by_name, huggingface, one_at_a_time
+from surgery.patterns import Pattern, find_patterns, module_pattern
+from surgery.plugin import is_leaf
+from surgery.rewrite import apply_edit
+
+_MANY = 24  # variants of one host, after which its user is told
+
+
+_compiling = torch.compiler.is_dynamo_compiling
+
+
+def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """What the host does now: its graph, inside what is wrapped around the call."""
+    if not state.wraps:
+        return run_graph(module, state, args, kwargs)
+
+    own = original_class(module).forward
+
+    def forward(**named: Any) -> Any:
+        if state.edited:
+            return run_graph(module, state, (), named)
+        return own(module, **named)
+
+    for child in state.wraps:
+        forward = functools.partial(getattr(module, child), forward)
+    return forward(**by_name(own, module, args, kwargs))
+
+
+def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """Run the variant for this call, capturing it if it is new."""
+    if _compiling():
+        prepare(module, args, kwargs, foresee)
+        return _find_and_run(module, state, args, kwargs)
+    for known, variant in state.recent:
+        inputs = known(module, args, kwargs)
+        if inputs is not None:
+            children = state.children
+            if children is None or children.__dict__ is not module._modules:
+                children = state.children_of(module)
+            try:
+                return variant.run(children, module, *inputs)
+            except GuardFlipped:
+                continue
+    return _find_and_run(module, state, args, kwargs)
+
+
+def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+    """The same for a call that has to be described first."""
+    variants, inputs = state.find(args, kwargs)
+    for variant in variants:
+        if variant.matches(module, inputs):
+            if not _compiling():
+                state.remember(variant, args, kwargs)
+            try:
+                return variant.run(module, module, *inputs)
+            except GuardFlipped:
+                continue
+    variant = new_variant(module, state, args, kwargs)
+    if not variant.matches(module, inputs):
+        raise CaptureError(
+            f"{state.path}: a graph just captured does not fit its own call, so every call would "
+            f"be captured anew. It relies on: {variant.guards}. Keep the module that decides "
+            "this whole with the is_leaf hook."
+        )
+    try:
+        return variant.run(module, module, *inputs)
+    except GuardFlipped as flip:
+        raise CaptureError(f"{state.path}: {flip}") from None
+
+
+def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Have a variant for a call like this one."""
+    state = state_of(module)
+    assert state is not None
+    variants, inputs = state.find(args, kwargs)
+    if not any(variant.matches(module, inputs) for variant in variants):
+        new_variant(module, state, args, kwargs)
+
+
+def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
+    """Capture the host's own forward for this call and apply what has been spliced."""
+    with one_at_a_time:
+        captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
+        for name in state.active:
+            operation = state.operations[name]
+            for edit, child in zip(operation.edits, operation.children, strict=True):
+                apply_edit(patterns, edit, child, module)
+        variant = Variant(captured)
+        key, _ = signature(args, kwargs, state.active)
+        state.variants.setdefault(key, []).insert(0, variant)
+        total = sum(map(len, state.variants.values()))
+        if total == _MANY:
+            warnings.warn(
+                f"{state.path}: {total} variants of one host so far; each new one costs a capture. "
+                f"The latest differs in: {variant.guards or key}. See surgery.variants(model).",
+                stacklevel=2,
+            )
+        return variant
+
+
+def capture_host(
+    module: nn.Module, path: str, through: frozenset[str], args: Any, kwargs: Any
+) -> tuple[Captured, list[Pattern]]:
+    """The unedited graph of a host for one call, and the patterns in it."""
+    forward = original_class(module).forward
+    captured = capture(
+        module,
+        forward,
+        args,
+        kwargs,
+        through,
+        huggingface.attention_patch,
+        path,
+        is_leaf,
+    )
+    known = {(id(owner), name) for owner, name, _ in captured.reads}
+    for owner, name in huggingface.choices(module):
+        answer = getattr(owner, name)
+        if name not in vars(owner):
+            captured.ambient.append((functools.partial(getattr, owner, name), answer))
+        elif (id(owner), name) not in known:
+            captured.reads.append((owner, name, answer))
+    return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)

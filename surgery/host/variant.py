@@ -1,0 +1,223 @@
+"""Variant: one captured and edited graph of a host, compiled, with the guards that choose it."""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.capture import IN_PLACE, Captured, Guard, is_pure, reads_opaque
+from surgery.errors import SpliceError
+from surgery.host.call_signature import Conditions, Recogniser, recogniser
+from surgery.rewrite import first_of, second_of
+
+_count = 0
+
+
+class GuardFlipped(SpliceError):
+    """A branch inside a graph would be taken differently; nothing has happened yet."""
+
+
+class FlippedTooLate(SpliceError):
+    """The same, but the KV cache has changed by now."""
+
+
+class Variant:
+    """A compiled graph of a host.
+
+    Attributes:
+        graph: the ``torch.fx.Graph``; print it, or its ``code``.
+        code: the Python source that runs.
+    """
+
+    def __init__(self, captured: Captured) -> None:
+        self.graph = captured.graph
+        changed = _behind_a_change(captured.graph)
+        early = [g for g in captured.guards if _early(g.node, changed)]
+        self._conditions = Conditions(
+            [(vars(m), name, expected) for m, name, expected in captured.reads],
+            [(m._modules, name, part) for m, name, part in captured.parts],
+            captured.ambient,
+            _guard_function(captured.graph, early),
+        )
+        self._recogniser: Recogniser | None = None
+        self.guards = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.guards]
+        late = [g for g in captured.guards if g not in early]
+        for guard in late:
+            _check_inside(captured.graph, guard)
+        _shorten(captured.graph)
+        _drop_unused(captured.graph)
+        captured.graph.lint()
+        self.run, self.code = compile_graph(captured.graph)
+        for node in captured.graph.nodes:
+            node.meta.pop("value", None)  # the example is let go
+
+    def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
+        """Is this the graph of what the host's own forward would do with ``inputs`` now?"""
+        return self._conditions.hold(host, inputs)
+
+    def recogniser(self, args: Any, kwargs: Any) -> Recogniser | None:
+        """Code that knows a call of this variant again; ``args`` and ``kwargs`` are one."""
+        if self._recogniser is None:
+            self._recogniser = recogniser(args, kwargs, self._conditions)
+        return self._recogniser
+
+
+class Children:
+    """A host's children by name, for a graph that is in a hurry.
+
+    ``Module.__getattr__`` looks in four places, in Python: as long as a small operation, for each
+    child that a decoded token passes. It keeps no host alive.
+    """
+
+    __slots__ = ("__dict__", "_surgery_host")
+
+    def __init__(self, host: nn.Module) -> None:
+        self._surgery_host = weakref.ref(host)
+        self.__dict__ = host._modules
+
+    def __getattr__(self, name: str) -> Any:  # parameters, buffers
+        return getattr(self._surgery_host(), name)
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Are these the children of ``module``, or of a host that is gone?"""
+        return self._surgery_host() in (module, None)
+
+
+def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that look something up in an object that the graph may have changed by then."""
+    changed: set[int] = set()
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        base = node.args[0] if node.args else None
+        if _changes_something(node) and isinstance(base, fx.Node):
+            changed.add(id(base.meta.get("value")))
+        if reads_opaque(node) and isinstance(base, fx.Node):
+            if base in found or id(base.meta.get("value")) in changed:
+                found.add(node)
+    return found
+
+
+def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
+    """Can this be evaluated before the graph runs?"""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current in changed or not is_pure(current):
+            return False
+        if current.op != "placeholder":
+            fresh = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
+    return True
+
+
+def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., bool] | None:
+    if not guards:
+        return None
+    small = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = {g.node for g in guards}
+    for node in reversed(list(graph.nodes)):
+        if node in needed and node.op != "placeholder":
+            needed.update(node.all_input_nodes)
+    for node in graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = small.node_copy(node, lambda n: copies[n])
+    asked = [(g.convert, g.expected) for g in guards]
+
+    def hold(*values: Any) -> bool:
+        pairs = zip(asked, values, strict=True)
+        return all(convert(v) == expected for (convert, expected), v in pairs)
+
+    small.output(small.call_function(hold, tuple(copies[g.node] for g in guards)))
+    asks = compile_graph(small)[0]
+
+    def early(host: nn.Module, inputs: list[Any]) -> bool:
+        try:
+            return bool(asks(host, host, *inputs))
+        except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
+            return False
+
+    return early
+
+
+def _check_inside(graph: fx.Graph, guard: Guard) -> None:
+    """A branch that depends on tensors: look at it again where it was decided.
+
+    While nothing irreversible has happened the host can still turn to another graph; behind a
+    cache update it cannot, and says so.
+    """
+    node = guard.node
+    order = list(graph.nodes)
+    touched = any(_changes_something(n) for n in order[: order.index(node)])
+
+    convert, expected = guard.convert, guard.expected
+
+    def check(value: Any) -> None:
+        if convert(value) != expected:
+            if touched:
+                raise FlippedTooLate(
+                    f"the branch at {guard.where} depends on values that are known only after the "
+                    "KV cache has changed, and it would now be taken differently. Keep the module "
+                    "that branches whole with the is_leaf hook."
+                )
+            raise GuardFlipped(
+                f"the branch at {guard.where} is taken otherwise now: what is spliced in changes "
+                "the answer. Keep the module that branches whole with the is_leaf hook."
+            )
+
+    with graph.inserting_after(node):
+        graph.call_function(check, (node,)).meta["keep"] = True
+
+
+def _changes_something(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if name in ("setitem", "setattr") or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if name in IN_PLACE:
+        return isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder"
+    owner = node.args[0] if node.op == "call_method" and node.args else None
+    opaque = isinstance(owner, fx.Node) and not isinstance(owner.meta.get("value"), Tensor)
+    return opaque and not is_pure(node)
+
+
+def _shorten(graph: fx.Graph) -> None:
+    """``x.shape[:-1][0]`` is ``x.shape[0]``; models unpack their shapes so in every layer."""
+    for node in graph.find_nodes(op="call_function", target=operator.getitem):
+        part, at = node.args
+        if isinstance(part, fx.Node) and part.target is operator.getitem and type(at) is int:
+            whole, cut = part.args
+            size = isinstance(whole, fx.Node) and isinstance(whole.meta.get("value"), torch.Size)
+            from_first = isinstance(cut, slice) and cut.start in (None, 0) and cut.step is None
+            if size and from_first and at >= 0:
+                node.args = (whole, at)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Remove what was recorded only for an answer in Python (sizes, attributes)."""
+    for node in reversed(list(graph.nodes)):
+        unused = not node.users and node.op in ("call_function", "get_attr", "call_method")
+        if unused and (
+            node.op == "get_attr" or is_pure(node) or node.target in (first_of, second_of)
+        ):
+            graph.erase_node(node)
+
+
+def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """``forward(self, host, *inputs)`` for a graph, with source that tracebacks can show."""
+    global _count
+    _count += 1
+    generated = graph.python_code("self")
+    name = f"<surgery graph {_count}>"
+    linecache.cache[name] = (len(generated.src), None, generated.src.splitlines(True), name)
+    namespace = dict(generated.globals)
+    exec(compile(generated.src, name, "exec"), namespace)
+    return namespace["forward"], generated.src

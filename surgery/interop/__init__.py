@@ -1,0 +1,53 @@
+"""Run code that is not ours: isolate a model's forward, and patch torch and transformers in it."""
+
+from surgery.interop import encoder_fastpath, huggingface
+from surgery.interop.arguments import (
+    CONSTANT,
+    by_name,
+    detached,
+    detached_copy,
+    identity,
+    is_whole,
+    leaves,
+    map_leaves,
+    same,
+    snapshot,
+)
+from surgery.interop.huggingface import without_checkpointing
+from surgery.interop.isolation import (
+    capture_running,
+    capturing,
+    concrete,
+    evaluating,
+    hookless,
+    silenced,
+    untouched,
+)
+from surgery.interop.patching import AttentionPatch, one_at_a_time, patched, unpatched
+
+__all__ = [
+    "CONSTANT",
+    "AttentionPatch",
+    "by_name",
+    "capture_running",
+    "capturing",
+    "concrete",
+    "detached",
+    "detached_copy",
+    "encoder_fastpath",
+    "evaluating",
+    "hookless",
+    "huggingface",
+    "identity",
+    "is_whole",
+    "leaves",
+    "map_leaves",
+    "one_at_a_time",
+    "patched",
+    "same",
+    "silenced",
+    "snapshot",
+    "unpatched",
+    "untouched",
+    "without_checkpointing",
+]

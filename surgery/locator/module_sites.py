@@ -1,0 +1,63 @@
+"""Module sites: places that are one childless module each, found by what it is called with.
+
+    norm         its parameters are vectors as wide as what it reads        ports: input, output
+    position     it reads the positions 0, 1, 2, ... of the tokens           port: positions
+    embedding    it reads the token ids that the model was called with      ports: ids, output
+
+They are offered only to methods that name their kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surgery.interop import is_whole, leaves, same
+from surgery.locator.observation import Call, Observation
+from surgery.plugin import HostPlan, Kind, Port, Site
+
+
+def module_sites(model: nn.Module, observation: Observation, ids: list[Tensor]) -> list[Site]:
+    """Every module that is a site of its own; ``ids`` are the whole numbers given to the model."""
+    found = []
+    for path, module in model.named_modules():
+        call = observation.calls.get(path)
+        if call is not None and path and not any(True for _ in module.children()):
+            kind = _kind(module, call, ids)
+            if kind:
+                found.append(_site(kind, path, module, call))
+    return found
+
+
+def _site(kind: Kind, path: str, module: nn.Module, call: Call) -> Site:
+    own = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    plan = HostPlan(path, frozenset(), call.args, call.kwargs)
+    width = own.shape[-1] if own.dim() else 0
+    site = Site(path, "", kind, width, dtype=own.dtype, device=own.device, host=plan)
+    names = {"norm": ("input", "output"), "embedding": ("ids", "output")}
+    for name in names.get(kind, ("positions",)):
+        bias = f"{path}.bias" if name == "output" and _has_bias(module) else ""
+        site.ports[name] = Port(name, width, None, site, bias=bias)
+    return site
+
+
+def _has_bias(module: nn.Module) -> bool:
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, nn.Parameter) and bias.dim() == 1
+
+
+def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
+    given = [x for x in leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+    own = list(module.parameters())
+    widths = {p.numel() for p in own}
+    if own and all(p.dim() == 1 for p in own) and len(widths) == 1:
+        reads = next((x for x in given if x.is_floating_point() and x.dim() > 1), None)
+        return "norm" if reads is not None and reads.shape[-1] in widths else None
+    for x in filter(is_whole, given):
+        if x.shape[-1] < 2:
+            continue
+        if any(same(x, each) for each in ids):
+            return "embedding" if own else None
+        if not x.is_meta and bool((x[..., 1:] - x[..., :-1] == 1).all()):
+            return "position"
+    return None

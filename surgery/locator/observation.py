@@ -1,0 +1,252 @@
+"""Observe: one run of a whole model becomes one flat ``torch.fx.Graph``, module by module.
+
+The graph is for reading, not for running: sizes are the numbers that this run had. It shows what
+capture cannot see from inside one host: which modules a site spans, and what becomes of its
+output. Childless modules are single nodes unless a softmax or an attention call is inside them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from surgery.interop import (
+    AttentionPatch,
+    detached_copy,
+    encoder_fastpath,
+    evaluating,
+    map_leaves,
+    patched,
+    snapshot,
+    untouched,
+)
+from surgery.patterns import PRODUCTS, normalises, stacks_weights
+
+_CORE = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
+
+
+@dataclass
+class Call:
+    """The arguments that a module was first called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Observation:
+    """The flat graph of one forward, and with what each module was called.
+
+    Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in ``capture.Captured``.
+    """
+
+    graph: fx.Graph
+    calls: dict[str, Call] = field(default_factory=dict)
+
+
+class _Observer(TorchFunctionMode):
+    def __init__(self, model: nn.Module, keeps_hook: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.keeps_hook = keeps_hook
+        self.graph = fx.Graph()
+        self.observation = Observation(self.graph)
+        self.paths = {id(m): p for p, m in reversed(list(model.named_modules()))}
+        self.paths[id(model)] = ""
+        self.modules = dict(model.named_modules())
+        self.parameters = {id(t): n for n, t in model.named_parameters()}
+        self.parameters |= {id(t): n for n, t in model.named_buffers()}
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []  # an id is unique only while its tensor lives
+        self.owner = [""]
+        self.calls = [0]  # which call of its owner a node belongs to
+        self.n_calls = 0
+        self.trail: list[fx.Node] = []
+        self.hidden = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (not self.hidden and func.__name__ not in ("__get__", "size", "dim", "__len__")) or (
+            not self.hidden and isinstance(result, Tensor)
+        ):
+            self.record("call_function", func, args, kwargs or {}, result)
+        return result
+
+    def record(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node | None:
+        if target is torch.Tensor.__setitem__:
+            result = args[0]
+        if not _tensors(result):
+            return None
+        if op == "call_function" and args and result is args[0] and not _writes(target):
+            return None  # a cast that had nothing to do
+        node = self.graph.create_node(op, target, self.named(args), self.named(kwargs))
+        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        self.alive.append(result)
+        self.trail.append(node)
+        if target is not torch.Tensor.__setitem__:
+            self.define(node, result)
+        return node
+
+    def define(self, node: fx.Node, result: Any) -> None:
+        if isinstance(result, Tensor):
+            self.nodes[id(result)] = node
+        elif isinstance(result, (tuple, list)):
+            for index, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, index))
+                    part.meta.update(value=item, owner=self.owner[-1], call=self.calls[-1])
+                    self.trail.append(part)
+                    self.nodes[id(item)] = part
+
+    def named(self, structure: Any) -> Any:
+        """``structure`` with tensors replaced by the nodes that made them."""
+        if isinstance(structure, Tensor):
+            return self.node_of(structure)
+        if isinstance(structure, (tuple, list)):
+            return tuple(self.named(x) for x in structure)
+        if isinstance(structure, dict):
+            return {str(k): self.named(v) for k, v in structure.items()}
+        return None if isinstance(structure, nn.Module) else structure
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        node = self.nodes.get(id(tensor))
+        if node is None:
+            name = self.parameters.get(id(tensor))
+            node = (
+                self.graph.placeholder(f"input_{len(self.nodes)}")
+                if name is None
+                else self.graph.create_node("get_attr", name)
+            )
+            node.meta.update(value=tensor, owner="", call=0)
+            self.nodes[id(tensor)] = node
+            self.alive.append(tensor)
+            self.trail.append(node)
+        return node
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.paths.get(id(module))
+        if path is None or self.hidden:
+            return _original_forward(module)(*args, **kwargs)
+        if path not in self.observation.calls:
+            self.observation.calls[path] = Call(*map_leaves((args, kwargs), snapshot))
+        start = len(self.trail)
+        self.n_calls += 1
+        self.owner.append(path)
+        self.calls.append(self.n_calls)
+        try:
+            result = _original_forward(module)(*args, **kwargs)
+        finally:
+            self.owner.pop()
+            self.calls.pop()
+        for hook in module._forward_hooks.values():
+            if self.keeps_hook(hook):  # the model itself relies on it
+                hook(module, args, result)
+        if _tensors(result) and (not any(module.children()) or stacks_weights(module)):
+            self.collapse(start, path, args, kwargs, result)
+        return result
+
+    def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Make one node of everything that a childless module, or a block of experts, did."""
+        inside = self.trail[start:]
+        names = {_name(node) for node in inside}
+        weightless = not any(True for _ in self.modules[path].parameters())
+        if not names.isdisjoint(_CORE) or (weightless and not names.isdisjoint(PRODUCTS)):
+            return  # part of an attention
+        inputs = self.named(args), self.named(kwargs)
+        node = self.graph.create_node("call_module", path, *inputs)
+        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        self.alive.append(result)
+        self.define(node, result)
+        self.erase(inside)
+        self.trail.append(node)
+
+    def erase(self, inside: list[fx.Node]) -> None:
+        for old in reversed(inside):
+            if not old.users and old.op not in ("placeholder", "get_attr"):
+                self.graph.erase_node(old)
+        self.trail = [n for n in self.trail if not n._erased]
+
+    def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            was, self.hidden = self.hidden, True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.hidden = was
+            if not self.hidden:
+                node = self.record("call_function", function, args, kwargs, result)
+                if node is not None:
+                    node.meta.update(attention=True, module=args[0])
+            return result
+
+        return wrapped
+
+    def apply(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """An autograd function of the model's own: one node if it is a softmax."""
+
+        def apply(*args: Any) -> Any:
+            start = len(self.trail)
+            result = original(*args)
+            if not self.hidden and normalises(result):
+                self.erase(self.trail[start:])
+                self.record("call_function", apply, args, {}, result)
+            return result
+
+        return apply
+
+
+def observe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attention_patch: AttentionPatch | None = None,
+    keeps_hook: Callable[[Any], bool] = lambda hook: False,
+) -> Observation:
+    """Run ``model(*args, **kwargs)`` once, in evaluation mode and without a trace, and record it.
+
+    No hook fires but those that ``keeps_hook`` calls a part of the model; no random number is
+    drawn, no gradient or training flag changes.
+    """
+    observer = _Observer(model, keeps_hook)
+
+    def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
+
+    replacements: list[Any] = [(nn.Module, "__call__", module_call), *encoder_fastpath.OPEN]
+    replacements += [(torch.autograd.Function, "apply", observer.apply)]
+    if attention_patch is not None:
+        replacements += attention_patch(observer.attend)
+    with evaluating(model), untouched(model), torch.no_grad():
+        with patched(*replacements), observer:
+            args, kwargs = detached_copy((args, kwargs))
+            model(*args, **kwargs)
+    return observer.observation
+
+
+def _original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the base model, also where a host has taken its place."""
+    unspliced = getattr(module, "_unspliced_forward", None)
+    return module.forward if unspliced is None else unspliced
+
+
+def _writes(function: Any) -> bool:
+    """Does it change its first argument, as ``add_`` and ``+=`` do?"""
+    name = getattr(function, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or name.endswith("_")
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _tensors(structure: Any) -> bool:
+    if isinstance(structure, (tuple, list)):
+        return any(_tensors(x) for x in structure)
+    return isinstance(structure, Tensor)

@@ -1,0 +1,41 @@
+"""Recognise attention and FFN by dataflow in a captured graph."""
+
+from surgery.patterns.dataflow import (
+    PRODUCTS,
+    inputs,
+    is_row_maximum,
+    normalises,
+    op_name,
+    origin,
+    value,
+)
+from surgery.patterns.ffn import joins_residual
+from surgery.patterns.find import find_patterns, linear_patterns, module_pattern
+from surgery.patterns.layout import split_rows
+from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.projection import bias_of, caller_of, reads_now, stacks_weights, weight_of
+from surgery.patterns.scores import causal, stretch
+
+__all__ = [
+    "PRODUCTS",
+    "Pattern",
+    "PortNode",
+    "bias_of",
+    "caller_of",
+    "causal",
+    "find_patterns",
+    "inputs",
+    "is_row_maximum",
+    "joins_residual",
+    "linear_patterns",
+    "module_pattern",
+    "normalises",
+    "op_name",
+    "origin",
+    "reads_now",
+    "split_rows",
+    "stacks_weights",
+    "stretch",
+    "value",
+    "weight_of",
+]

@@ -1,0 +1,39 @@
+"""Offer what methods and tasks are written with: sites, ports, base classes, hooks."""
+
+from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
+from surgery.plugin.base_parts import Reference, frozen_inside, referred
+from surgery.plugin.dropout import Dropout, draw_by_name
+from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
+from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
+from surgery.plugin.registry import is_leaf, method, methods, task, tasks
+from surgery.plugin.selection import Sites
+from surgery.plugin.site import Port, Site
+
+__all__ = [
+    "CALLS",
+    "Dropout",
+    "Edit",
+    "Example",
+    "Features",
+    "HostPlan",
+    "Kind",
+    "Method",
+    "Port",
+    "Reference",
+    "Register",
+    "RegisterTask",
+    "Site",
+    "Sites",
+    "Start",
+    "Task",
+    "TaskKind",
+    "draw_by_name",
+    "frozen_inside",
+    "hookimpl",
+    "is_leaf",
+    "method",
+    "methods",
+    "referred",
+    "task",
+    "tasks",
+]

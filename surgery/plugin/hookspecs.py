@@ -1,0 +1,53 @@
+"""The hooks that a plugin may implement, and the two markers that declare them.
+
+A plugin is a module (or object) listed under the entry-point group ``surgery`` whose functions
+carry ``@surgery.hookimpl``. Any plugin may implement any of these hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pluggy
+from torch import nn
+
+from surgery.plugin.base_classes import Method, Task
+
+Register = Callable[[type[Method]], None]
+
+
+RegisterTask = Callable[[type[Task]], None]
+
+
+hookspec = pluggy.HookspecMarker("surgery")
+
+
+hookimpl = pluggy.HookimplMarker("surgery")
+
+
+@hookspec
+def register_methods(register: Register) -> None:
+    """Offer methods: call ``register(MyMethod)`` once per class.
+
+    :param register: takes a frozen dataclass that derives from :class:`surgery.Method`.
+        Its ``name`` must be unique; a clash is an error that names both plugins.
+    """
+
+
+@hookspec
+def register_tasks(register: RegisterTask) -> None:
+    """Offer tasks for recipes: call ``register(MyTask)`` once per class.
+
+    :param register: takes a frozen dataclass that derives from :class:`surgery.Task`.
+        Its ``name`` must be unique; a clash is an error that names both plugins.
+    """
+
+
+@hookspec(firstresult=True)
+def is_leaf(module: nn.Module, path: str) -> bool | None:
+    """Say whether capture keeps ``module`` whole. Stops at the first non-None result.
+
+    :param module: a submodule of a host.
+    :param path: its path below the host.
+    :return: True to keep it whole, None for no opinion (for quantised or custom projections).
+    """

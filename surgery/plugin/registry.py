@@ -1,0 +1,247 @@
+"""Registry: finds plugins under the entry-point group ``surgery``; hands out methods and tasks.
+
+Those that come with the package are listed in its own entry points: they use this same door.
+Entry points load one by one; one that fails, or repeats a name, is reported and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+from torch import nn
+
+from surgery.errors import MethodError, RecipeError, SurgeryError, suggest
+from surgery.plugin import hookspecs
+from surgery.plugin.base_classes import Method, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """A kind of thing that plugins offer: its hook, its base class, and how errors speak of it."""
+
+    what: str
+    option: str
+    hook: str
+    base: type[Any]
+    error: type[SurgeryError]
+
+    def check(self, cls: Any, plugin: str) -> None:
+        if not isinstance(cls, type):
+            raise self.error(
+                f"plugin {plugin!r} offers {cls!r}, which is no class. Call register(MyClass)."
+            )
+        new = {n for n, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
+        plain = new and "__dataclass_params__" not in vars(cls)
+        if plain or not (issubclass(cls, self.base) and dataclasses.is_dataclass(cls)):
+            raise self.error(
+                f"plugin {plugin!r} offers {cls!r}, which is not a dataclass deriving from "
+                f"surgery.{self.base.__name__}. Decorate it with @dataclass(frozen=True)."
+            )
+        if not getattr(cls, "name", ""):
+            raise self.error(f'plugin {plugin!r}: {cls.__name__} has no name. Set `name = "..."`.')
+
+
+_METHODS = _Offer("method", "option", "register_methods", Method, MethodError)
+
+
+_TASKS = _Offer("task", "data option", "register_tasks", Task, RecipeError)
+
+
+_OFFERS = (_METHODS, _TASKS)
+
+
+class Registry:
+    """The plugins of one process, and the methods and tasks that they offer."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager("surgery")
+        self.manager.add_hookspecs(hookspecs)
+        self.failures: dict[str, str] = {}
+        self._offered: dict[str, dict[str, tuple[type[Any], str]]] = {k.what: {} for k in _OFFERS}
+
+    def load(self, found: list[EntryPoint]) -> None:
+        """Load entry points, one by one."""
+        taken: dict[str, str] = {}
+        for point in found:
+            if point.name in taken and taken[point.name] != point.value:
+                self._fail(
+                    point.name,
+                    f"two plugins are called {point.name!r}: {taken[point.name]} is used, "
+                    f"{point.value} is not. Uninstall one of them.",
+                )
+                continue
+            if point.name in taken:
+                continue
+            taken[point.name] = point.value
+            try:
+                self.add(point.load(), point.name)
+            except Exception as error:
+                self._fail(
+                    point.name,
+                    f"plugin {point.name!r} ({point.value}) could not be loaded: "
+                    f"{type(error).__name__}: {error}. The other plugins are there.",
+                )
+
+    def _fail(self, name: str, message: str) -> None:
+        self.failures[name] = message
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def add(self, plugin: Any, name: str) -> None:
+        """Register one plugin: a module or object with ``hookimpl`` functions.
+
+        Raises:
+            MethodError, RecipeError: a method or task of it has no name, or a name that another
+                plugin's has. Nothing of the plugin is registered then.
+        """
+        accepted: dict[str, dict[str, tuple[type[Any], str]]] = {}
+        for kind in _OFFERS:
+            offered: list[type[Any]] = []
+            implementation = getattr(plugin, kind.hook, None)
+            if implementation is not None:
+                implementation(register=offered.append)
+            for cls in offered:
+                kind.check(cls, name)
+            for cls in offered:
+                own = [other for other in offered if other.name == cls.name]
+                if len(own) > 1:
+                    raise kind.error(
+                        f"plugin {name!r} offers {len(own)} {kind.what}s {cls.name!r}: "
+                        f"{', '.join(each.__name__ for each in own)}. Rename one of them."
+                    )
+                taken = self._offered[kind.what].get(cls.name)
+                if taken is not None:
+                    raise kind.error(
+                        f"plugins {taken[1]!r} and {name!r} both offer a {kind.what} "
+                        f"{cls.name!r}. Rename one of them; the first is used."
+                    )
+            accepted[kind.what] = {cls.name: (cls, name) for cls in offered}
+        hooks = [kind.hook for kind in _OFFERS] + ["is_leaf"]
+        meant = [n for n in dir(plugin) if self.manager.parse_hookimpl_opts(plugin, n) is not None]
+        for hook in meant:
+            if hook not in hooks:
+                raise MethodError(
+                    f"plugin {name!r}: there is no hook {hook!r}. {suggest(hook, hooks)}Hooks: "
+                    f"{', '.join(hooks)}."
+                )
+        if not any(accepted.values()) and "is_leaf" not in meant:
+            raise MethodError(
+                f"plugin {name!r} offers nothing. Write @surgery.hookimpl in front of "
+                "def register_methods(register), and call register(MyMethod) in it."
+            )
+        self.manager.register(plugin, name)
+        for what, new in accepted.items():
+            self._offered[what].update(new)
+
+    def methods(self) -> dict[str, type[Method]]:
+        """Every method, by name."""
+        return {name: cls for name, (cls, _) in sorted(self._offered["method"].items())}
+
+    def tasks(self) -> dict[str, type[Task]]:
+        """Every task, by name."""
+        return {name: cls for name, (cls, _) in sorted(self._offered["task"].items())}
+
+    def method(self, name: str, options: dict[str, Any]) -> Method:
+        """An instance of the method of that name."""
+        made: Method = self._make(_METHODS, name, options)
+        return made
+
+    def task(self, name: str, options: dict[str, Any]) -> Task:
+        """An instance of the task of that name."""
+        made: Task = self._make(_TASKS, name, options)
+        return made
+
+    def _make(self, kind: _Offer, name: str, options: dict[str, Any]) -> Any:
+        offered = self._offered[kind.what]
+        if name not in offered:
+            hint = "".join(f"\n  {text}" for text in self.failures.values())
+            raise kind.error(
+                f"no {kind.what} {name!r}. {suggest(name, offered)}"
+                f"{kind.what.capitalize()}s here: {', '.join(sorted(offered)) or 'none'}.{hint}"
+            )
+        cls = offered[name][0]
+        known = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
+        for option in options:
+            if option not in known:
+                raise kind.error(
+                    f"{kind.what} {name!r} has no {kind.option} {option!r}. "
+                    f"{suggest(option, known)}Options: {', '.join(known) or 'none'}."
+                )
+            value, wanted = options[option], known[option]
+            if wanted in (bool, "bool") and isinstance(value, str):
+                raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be True or False.")
+            number = kind is _TASKS and wanted in (int, "int", float, "float")
+            if number and isinstance(value, (str, list, dict)):
+                raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be a number.")
+            if number and wanted in (int, "int") and isinstance(value, float):
+                raise kind.error(
+                    f"{kind.what} {name!r}: {option}={value!r} must be a whole number."
+                )
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise kind.error(
+                f"{kind.what} {name!r}: {error}. Options: {', '.join(known)}."
+            ) from error
+
+    def is_leaf(self, module: nn.Module, path: str) -> bool | None:
+        """What the plugins say about keeping a module whole."""
+        answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)
+        return answer
+
+
+@functools.cache
+def registry() -> Registry:
+    """The registry of this process, filled on first use."""
+    made = Registry()
+    made.load(in_order(entry_points(group="surgery")))
+    return made
+
+
+def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Entry points by name, those that come with this package first: no other takes their place."""
+
+    def place(point: EntryPoint) -> tuple[bool, str, str]:
+        package = point.value.partition(".")[0]
+        return package not in ("surgery_plugins", "surgery_recipes"), point.name, point.value
+
+    return sorted(points, key=place)
+
+
+def is_leaf(module: nn.Module, path: str) -> bool | None:
+    """What the installed plugins say about keeping ``module`` whole, see ``hookspecs.is_leaf``."""
+    return registry().is_leaf(module, path)
+
+
+def method(name: str, **options: Any) -> Method:
+    """A method by its registered name: ``surgery.method("lora", rank=8)``.
+
+    Raises:
+        MethodError: no such method or option, or a value that is not possible.
+    """
+    return registry().method(name, options)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every installed method, by name."""
+    return registry().methods()
+
+
+def task(name: str, **options: Any) -> Task:
+    """A task by its registered name: ``surgery.task("sst2", path="data/sst2")``.
+
+    Raises:
+        RecipeError: no such task or option, or a value that is not possible.
+    """
+    return registry().task(name, options)
+
+
+def tasks() -> dict[str, type[Task]]:
+    """Every installed task, by name."""
+    return registry().tasks()

@@ -1,0 +1,115 @@
+"""Selection: the sites of a model, to be chosen from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, overload
+
+from surgery.errors import SiteError
+from surgery.plugin.site import Site
+
+
+class Sites:
+    """The sites of a model, in the order of its computation. Selections are Sites again.
+
+    Iterated over are attention and FFN. ``others`` are sites of the other kinds; a method that
+    names their kind in ``kinds`` is offered those of them that the selection still has.
+    """
+
+    def __init__(
+        self, sites: list[Site], model: str = "", others: list[Site] | None = None
+    ) -> None:
+        self._sites, self._model, self.others = list(sites), model, list(others or ())
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sites: ...
+
+    def __getitem__(self, index: int | slice) -> Site | Sites:
+        chosen = self._sites[index]
+        return Sites(chosen, self._model) if isinstance(chosen, list) else chosen
+
+    @property
+    def attention(self) -> Sites:
+        """The attention sites."""
+        return self.where(lambda site: site.kind == "attention")
+
+    @property
+    def ffn(self) -> Sites:
+        """The feed-forward sites."""
+        return self.where(lambda site: site.kind == "ffn")
+
+    @property
+    def linear(self) -> Sites:
+        """Projections of no attention and no FFN (a state space's, a head); not iterated over."""
+        return self._other("linear")
+
+    @property
+    def norm(self) -> Sites:
+        """Norms with a weight or a bias; not iterated over."""
+        return self._other("norm")
+
+    @property
+    def position(self) -> Sites:
+        """Where the positions of tokens are encoded; not iterated over."""
+        return self._other("position")
+
+    def _other(self, kind: str) -> Sites:
+        return Sites([site for site in self.others if site.kind == kind], self._model)
+
+    def layers(self, start: int, stop: int) -> Sites:
+        """The sites whose layer number is in ``range(start, stop)``."""
+        return self.where(lambda site: site.layer is not None and start <= site.layer < stop)
+
+    def matching(self, regex: str) -> Sites:
+        """The sites whose path matches ``regex`` somewhere."""
+        return self.where(lambda site: re.search(regex, site.path) is not None)
+
+    def where(self, keep: Any) -> Sites:
+        """The sites for which ``keep(site)`` is true."""
+        others = [site for site in self.others if keep(site)]
+        return Sites([site for site in self if keep(site)], self._model, others)
+
+    def expect(self, n: int) -> Sites:
+        """These sites, if there are ``n`` of them.
+
+        Raises:
+            SiteError: there are more, or fewer; it lists what there is.
+        """
+        if len(self) != n:
+            raise SiteError(f"expected {n} sites in {self._model}, found {len(self)}:\n{self}")
+        return self
+
+    def __add__(self, other: Sites) -> Sites:
+        sites = {s.identity: s for s in [*self, *other]}
+        others = {s.identity: s for s in [*self.others, *other.others]}
+        return Sites([*sites.values()], self._model, [*others.values()])
+
+    def __repr__(self) -> str:
+        rows: list[tuple[str, ...]] = [("site", "what", "heads", "kv", "d", "width", "ports")]
+        for s in self:
+            numbers = (s.heads, s.kv_heads, s.head_width) if s.kind == "attention" else ("", "", "")
+            ports = " ".join(s.ports)
+            rows.append(
+                (s.path or "(root)", s.description, *map(str, numbers), str(s.width), ports)
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6]])
+            for row in rows
+        ]
+        count = f"{len(self.attention)} attention, {len(self.ffn)} FFN"
+        counts = {name: len(self._other(name)) for name in ("linear", "norm")}
+        more = [f"{number} {name}" for name, number in counts.items() if number]
+        count += f" (and {', '.join(more)})" if more else ""
+        head = f"{len(self)} sites in {self._model}: {count}"
+        return "\n".join([head, *lines])

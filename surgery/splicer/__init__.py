@@ -1,0 +1,18 @@
+"""Insert methods into a model, verify them, switch them off and take them out."""
+
+from surgery.splicer.operations import disabled, forget, known, remove, splice, variants
+from surgery.splicer.record import ROWS, Inserted, Report, forget_rows, records
+
+__all__ = [
+    "ROWS",
+    "Inserted",
+    "Report",
+    "disabled",
+    "forget",
+    "forget_rows",
+    "known",
+    "records",
+    "remove",
+    "splice",
+    "variants",
+]

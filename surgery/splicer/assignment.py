@@ -1,0 +1,68 @@
+"""Assign: which method goes to which site, and what to say where one goes to none."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.errors import SiteError
+from surgery.plugin import Method, Site, Sites
+
+
+def assign(
+    model: nn.Module, methods: tuple[Method, ...], sites: Sites
+) -> dict[str, list[tuple[Method, Site]]]:
+    """Each method with the sites that it suits, by host, in the order of the methods.
+
+    Raises:
+        SiteError: a method suits none of the sites, or they are not of this model.
+    """
+    todo: dict[str, list[tuple[Method, Site]]] = {}
+    for method in methods:
+        suitable = [site for site in offered(method, sites) if method.suits(site)]
+        if not suitable:
+            raise SiteError(_nowhere(method, sites))
+        method.check(suitable)
+        for site in suitable:
+            if site.host is None:
+                raise SiteError(f"{site.path}: this site was not made by surgery.locate.")
+            todo.setdefault(site.path, []).append((method, site))
+    for path in todo:
+        try:
+            model.get_submodule(path)
+        except AttributeError as error:
+            raise SiteError(
+                f"{type(model).__name__} has no module {path!r}: these sites were located in "
+                "another model. Call surgery.locate on this one."
+            ) from error
+    return todo
+
+
+def offered(method: Method, sites: Sites) -> list[Site]:
+    """The sites that a method may take: attention and FFN, and others whose kind it names."""
+    return [*sites, *(site for site in sites.others if site.kind in method.kinds)]
+
+
+def left_out(method: Method, sites: Sites) -> list[Site]:
+    """Sites of the kinds that a method operates on which lack something that it needs."""
+    suitable = {id(site): site.kind for site in sites if method.suits(site)}
+    return [s for s in sites if s.kind in suitable.values() and id(s) not in suitable]
+
+
+def _nowhere(method: Method, sites: Sites) -> str:
+    there = sorted({site.description for site in sites}) or ["there is none"]
+    lacking = dict.fromkeys(f"; no {p}: {why}" for s in sites for p, why in s.missing.items())
+    if method.kinds == ("attention",) and not any(s.kind == "attention" for s in sites):
+        lacking = {"; there is no attention site": None}
+    if method.needs:
+        lacking = {f"; it needs {method.needs}": None}
+    if len(sites.linear):
+        lacking[f"; there are {len(sites.linear)} linear sites, in locate(...).linear"] = None
+    return (
+        f"method {method.name!r} is for none of these {len(sites)} sites ({', '.join(there)})"
+        f"{''.join(lacking)}. They have the ports {', '.join(_ports(sites))}. "
+        f"Choose other sites with at=, or other options than {method!r}."
+    )
+
+
+def _ports(sites: Sites) -> list[str]:
+    return list(dict.fromkeys(name for site in sites for name in site.ports)) or ["none"]

@@ -1,0 +1,202 @@
+"""Splice methods into a model, remove them, and switch them off: all or nothing, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import SpliceError, suggest
+from surgery.host import Variant, hosts, is_host, state_of
+from surgery.interop import encoder_fastpath, evaluating
+from surgery.locator import locate
+from surgery.plugin import Method, Site, Sites
+from surgery.splicer.assignment import assign, left_out
+from surgery.splicer.insertion import Progress, operate, take_out
+from surgery.splicer.record import RECORD, Report, forget_rows, records
+from surgery.splicer.verification import verify_together
+
+
+def splice(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    at: Sites | Site | Sequence[Site] | None = None,
+    example_inputs: Any = None,
+    name: str = "default",
+) -> Report:
+    """Splice methods into a model. It stays the object it is; either all is done or nothing.
+
+    Args:
+        model: any ``nn.Module``; it may be spliced already, under other names.
+        methods: one method or a list; a later one sees each port as the earlier ones left it,
+            the lse of virtual tokens included.
+        at: where; by default every site that a method is for.
+        example_inputs: as for :func:`surgery.locate`; not needed if ``at`` is given.
+        name: of this splice, for ``remove``, ``disabled`` and ``save``.
+
+    Returns:
+        what was inserted where, and the start state as it was verified.
+
+    Raises:
+        SpliceError: the name is taken, or what was spliced does not do what its method declares.
+        SiteError: a method is for none of the sites.
+        PortError: a port is missing.
+        CaptureError: a forward cannot be captured; the line is named.
+    """
+    chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
+    _check(model, chosen, name)
+    _check_below(model, name)
+    if at is None:
+        at = locate(model, example_inputs)
+    sites = at if isinstance(at, Sites) else Sites([at] if isinstance(at, Site) else list(at))
+    todo = assign(model, chosen, sites)
+    report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
+    report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
+    trunks = [site.path for site in sites.others if site.kind == "trunk"]
+    progress = Progress(model, report, together=bool(trunks))
+    try:
+        with evaluating(model):
+            for path, pairs in todo.items():
+                operate(progress, path, pairs)
+            verify_together(model, report, sites.others)
+        _verify_starts(report, trunks)
+        for i in report.inserted:  # in training, if their hosts are
+            model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
+    except BaseException:
+        for undo in reversed(progress.undo):
+            undo()
+        encoder_fastpath.reopen(model, is_host)
+        raise
+    vars(model).setdefault(RECORD, {})[name] = report
+    return report
+
+
+def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
+    for method in methods:
+        if not isinstance(method, Method):
+            raise SpliceError(
+                f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
+            )
+        method.check_declared()
+    if not methods:
+        raise SpliceError("no method was given. Pass one, or a list of them.")
+    if not name.isidentifier():
+        raise SpliceError(f"name={name!r} must be an identifier: it becomes part of module names.")
+    if name in records(model):
+        free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in records(model))
+        raise SpliceError(
+            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
+            f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
+        )
+
+
+def _check_below(model: nn.Module, name: str) -> None:
+    """Raise if a part of the model has a splice of which the model does not know."""
+    for path, host in hosts(model).items():
+        state = state_of(host)
+        unknown = [n for n in state.operations if n not in records(model)] if state else []
+        if unknown:
+            raise SpliceError(
+                f"{path or 'the model'} is already spliced under the name {unknown[0]!r}, by "
+                "itself or as part of another model, so this one would neither train nor save it. "
+                "Splice into the same model as before, or surgery.remove that one from it first."
+            )
+
+
+def _verify_starts(report: Report, trunks: Sequence[str]) -> None:
+    moving = [i for i in report.inserted if i.method.start == "none"]
+    free = {i.site.path for i in moving}
+    free |= set(trunks) if any(i.method.together for i in moving) else set()
+    wrong = {p: c for p, c in report.change.items() if c and p not in free}
+    if wrong:
+        path, change = max(wrong.items(), key=lambda item: item[1])
+        methods = {i.method.name: i.method.start for i in report.inserted if i.site.path == path}
+        declared = " and ".join(f"{name!r} declares start {s!r}" for name, s in methods.items())
+        raise SpliceError(
+            f"{declared}, but outputs of {len(wrong)} hosts moved, by {change:.2g} at {path}. "
+            "Zero-initialise what is added, or declare start 'none'."
+        )
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take out one splice, or all: bit for bit the model that it was.
+
+    What was trained of the base itself (see ``freeze_base``) stays as trained.
+
+    Raises:
+        SpliceError: nothing is spliced under that name.
+    """
+    names = list(records(model)) if name is None else [name]
+    known(model, names)
+    for host in list(hosts(model).values()):
+        state = state_of(host)
+        for each in names:
+            if state is not None and each in state.operations:
+                take_out(host, each, state.operations[each].children)
+    for each in names:
+        del records(model)[each]
+    _left(model)
+    return model
+
+
+def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
+    """Take the folded modules out of their hosts and of the record."""
+    gone = [i for i in report.inserted if i.path in folded]
+    for host in {i.site.path for i in gone}:
+        children = [i.path.rpartition(".")[2] for i in gone if i.site.path == host]
+        take_out(model.get_submodule(host), report.name, children)
+    left = [i for i in report.inserted if i.path not in folded]
+    records(model)[report.name] = dataclasses.replace(report, inserted=left, merged=True)
+    if not left:
+        del records(model)[report.name]
+    _left(model)
+
+
+def _left(model: nn.Module) -> None:
+    """Put back what splicing changed besides hosts, where nothing is spliced any more."""
+    if not records(model):
+        del vars(model)[RECORD]
+        forget_rows(model)
+    encoder_fastpath.reopen(model, is_host)
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
+    """Run the model without one splice, or without any, inside a ``with`` block."""
+    names = frozenset(records(model)) if name is None else frozenset({name})
+    known(model, list(names))
+    states = [state for h in hosts(model).values() if (state := state_of(h))]
+    before = [state.off for state in states]
+    try:
+        for state in states:
+            state.off |= names
+            state.refresh()
+        yield model
+    finally:
+        for state, off in zip(states, before, strict=True):
+            state.off = off
+            state.refresh()
+
+
+def known(model: nn.Module, names: list[str]) -> None:
+    """Raise unless there are splices of these names."""
+    there = list(records(model))
+    for name in names or [""]:
+        if name not in there:
+            what = f"named {name!r} " if name else ""
+            raise SpliceError(
+                f"nothing {what}is spliced into this {type(model).__name__}. {suggest(name, there)}"
+                f"Splices here: {', '.join(there) or 'none'}."
+            )
+
+
+def variants(model: nn.Module) -> dict[str, list[Variant]]:
+    """The graphs that each host of a model has so far: print their ``code`` or ``graph``."""
+    return {
+        path: [v for group in state.variants.values() for v in group]
+        for path, host in hosts(model).items()
+        if (state := state_of(host)) is not None
+    }

@@ -1,0 +1,205 @@
+"""Verify: what a splice did, tried out on one host with the inputs it was seen with.
+
+    start    outputs of the spliced forward against the original's: equal bits, or how far off
+    reach    with the inserted parameters moved off their start, a gradient reaches every one of
+             them, and every inserted module gets one that is not zero
+
+It runs before ``surgery.splice`` returns; a splice that does not do what its method declares, or
+does nothing, is undone and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SpliceError
+from surgery.host import (
+    FlippedTooLate,
+    GuardFlipped,
+    HostState,
+    Variant,
+    original_class,
+)
+from surgery.interop import detached_copy, hookless, leaves, map_leaves, silenced
+from surgery.plugin import Site
+from surgery.splicer.outputs import difference, floats, outputs
+from surgery.splicer.record import Report
+
+
+def verify_start(module: nn.Module, variant: Variant, args: Any, kwargs: Any, base: Any) -> Any:
+    """The largest difference that the splice makes to an output: 0.0 means equal bits.
+
+    None where there are no values to compare (the ``meta`` device).
+    """
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return variant.run(module, module, *leaves((given, named)))
+
+    return difference(base, outputs(module, forward, args, kwargs))
+
+
+def verify_reach(
+    module: nn.Module,
+    state: HostState,
+    variant: Variant,
+    children: list[str],
+    others: list[nn.Parameter],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raise unless a gradient reaches every inserted parameter of ``children``.
+
+    ``others`` are parameters that they use without owning them: moved off their start, too.
+
+    Raises:
+        SpliceError: a parameter is not used, or a module cannot change the output.
+    """
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return variant.run(module, module, *leaves((given, named)))
+
+    verify_wraps(module, state, forward, children, others, args, kwargs)
+
+
+def verify_wraps(
+    module: nn.Module,
+    state: HostState,
+    forward: Callable[..., Any],
+    children: list[str],
+    others: list[nn.Parameter],
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """:func:`verify_reach` for any forward."""
+    named = [
+        (child, name, parameter)
+        for child in children
+        for name, parameter in module.get_submodule(child).named_parameters()
+    ]
+    parameters = [parameter for _, _, parameter in named]
+    known = set(map(id, parameters))
+    parameters += [parameter for parameter in others if id(parameter) not in known]
+    if not named or parameters[0].is_meta:
+        return
+
+    def tried(arguments: Any, far: float = 0.1) -> list[Tensor | None]:
+        try:
+            with silenced(module):
+                found = gradients(forward, parameters, arguments, far)
+        except (GuardFlipped, FlippedTooLate):  # a branch that depends on what is inserted
+            if far < 1e-3:
+                raise
+            return tried(arguments, far / 10)
+        return _dead(state, children) if found is None else found
+
+    reached = tried((args, kwargs))
+    if any(g is not None and not bool((g != 0).any()) for g in reached):
+        # The example may be degenerate (a decoder that starts from zeros): try noise instead.
+        with suppress(GuardFlipped, FlippedTooLate):  # of noise, another branch may be right
+            pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
+            reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
+    for (child, name, _), gradient in zip(named, reached, strict=False):
+        if gradient is None:
+            raise SpliceError(
+                f"{state.path}: no gradient reaches {child}.{name}. The inserted module does not "
+                "use it; remove the parameter or use it in forward."
+            )
+    for child in children:
+        mine = [g for (c, _, _), g in zip(named, reached, strict=False) if c == child]
+        if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
+            _dead(state, [child])
+
+
+def gradients(
+    forward: Callable[..., Any],
+    parameters: list[nn.Parameter],
+    arguments: Any,
+    far: float = 0.1,
+) -> list[Tensor | None] | None:
+    """Gradients at a random point of parameters, about as ``far`` off, which are put back.
+
+    None if there are none.
+    """
+    before = [(p.detach().clone(), p.requires_grad) for p in parameters]
+    try:
+        with torch.enable_grad():
+            torch.manual_seed(0)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+                with torch.no_grad():
+                    parameter.add_(torch.randn_like(parameter) * far)
+            args, kwargs = detached_copy(arguments)
+            output = forward(*args, **kwargs)
+            loss = sum((_random_sum(t) for t in floats(output) if t.requires_grad), torch.zeros(()))
+            if not loss.requires_grad:
+                return None
+            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    finally:
+        with torch.no_grad():
+            for parameter, (old, wanted) in zip(parameters, before, strict=True):
+                parameter.copy_(old)
+                parameter.requires_grad_(wanted)
+
+
+def _noise(arguments: Any) -> Any:
+    """The arguments with noise added to activations, and with masks open."""
+    moved: dict[int, Tensor] = {}
+
+    def noisy(v: Tensor) -> Tensor:
+        if v.dtype == torch.bool and v.dim() > 2:
+            return torch.ones_like(v)
+        if not v.is_floating_point():
+            return v
+        return v + torch.randn_like(v) if bool((v > -1e4).all()) else torch.zeros_like(v)
+
+    return map_leaves(
+        arguments, lambda v: moved.setdefault(id(v), noisy(v)) if isinstance(v, Tensor) else v
+    )
+
+
+def _dead(state: HostState, children: list[str]) -> NoReturn:
+    raise SpliceError(
+        f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
+        "its parameters stand. Either the port that it edits is not used here, or what it gives "
+        "does not depend on its parameters."
+    )
+
+
+def _random_sum(tensor: Tensor) -> Tensor:
+    return (tensor.float() * torch.randn(tensor.shape, device=tensor.device)).sum()
+
+
+def verify_together(model: nn.Module, report: Report, others: list[Site]) -> None:
+    """Raise unless a gradient reaches every parameter of what works only together."""
+    paths = [i.path for i in report.inserted if i.method.together]
+    trunk = next((site for site in others if site.kind == "trunk"), None)
+    if not paths or trunk is None or trunk.host is None:
+        return
+    module, given = model.get_submodule(trunk.path), (trunk.host.args, trunk.host.kwargs)
+    named = [(f"{p}.{n}", x) for p in paths for n, x in model.get_submodule(p).named_parameters()]
+    if not named or named[0][1].is_meta:
+        return
+    parameters = [parameter for _, parameter in named]
+    with hookless(module):
+        base = _plain(module, partial(original_class(module).forward, module), given)
+        now = _plain(module, module.forward, given)
+        report.change[trunk.path] = difference(base, now)
+        found = gradients(module.forward, parameters, given)
+    for (name, _), gradient in zip(named, found or [None] * len(named), strict=True):
+        if gradient is None or not bool((gradient != 0).any()):
+            raise SpliceError(
+                f"{name}: it cannot change what {trunk.path or 'the model'} gives, wherever its "
+                "parameters stand. Choose other sites with at=."
+            )
+
+
+def _plain(module: nn.Module, forward: Callable[..., Any], given: Any) -> Any:
+    with torch.no_grad():
+        args, kwargs = detached_copy(given)
+        return forward(*args, **kwargs)
