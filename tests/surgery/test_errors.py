@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.splicer.record import records
+from surgery.splicer.record import reports
 from tests.models import build, inputs, logits, perturb
 
 
@@ -57,7 +57,7 @@ def test_a_name_used_twice() -> None:
     surgery.splice(model, surgery.method("lora"))
     with pytest.raises(surgery.SpliceError, match="already spliced under the name 'default'"):
         surgery.splice(model, surgery.method("lora"))
-    assert len(records(model)) == 1
+    assert len(reports(model)) == 1
 
 
 def test_what_is_not_there_cannot_be_removed_disabled_or_frozen() -> None:
