@@ -13,8 +13,8 @@ from surgery.adapter.fingerprint import warn_of_other_weights
 from surgery.adapter.parameters import full_state
 from surgery.adapter.saving import site_shape
 from surgery.adapter.training import (
-    fits,
     keep_also,
+    rows_fit,
     train_rows,
     warn_of_replaced,
 )
@@ -136,7 +136,7 @@ def _check_rows(
     model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
 ) -> None:
     for name, chosen in rows.items():
-        if not fits(model, name, chosen, tensors[f"rows.{name}"]):
+        if not rows_fit(model, name, chosen, tensors[f"rows.{name}"]):
             raise StoreError(
                 f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model has "
                 "not. Where they are new tokens, add them first: take the tokenizer that was saved "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.adapter.merge_plan import MergePlan
 from surgery.errors import SpliceError
-from surgery.splicer import Inserted, forget, known, records
+from surgery.splicer import Inserted, forget, records, require_spliced
 
 
 @dataclass
@@ -73,7 +73,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
             has changed.
     """
     names = list(records(model)) if name is None else [name]
-    known(model, names)
+    require_spliced(model, names)
     stay: dict[str, str] = {}  # modules that others are in the way of, and how
     while new := (plan := MergePlan(model, names, partial, stay)).conflicts():
         stay |= new

@@ -179,7 +179,7 @@ def trained_rows(model: nn.Module) -> dict[str, list[int]]:
     return {name: hook.rows for name, hook in hooks.items()}
 
 
-def fits(model: nn.Module, name: str, rows: Sequence[int], saved: Tensor) -> bool:
+def rows_fit(model: nn.Module, name: str, rows: Sequence[int], saved: Tensor) -> bool:
     """Has the model a parameter that these saved rows are rows of?"""
     own = dict(model.named_parameters())
     return name in own and max(rows) < own[name].shape[0] and own[name].shape[1:] == saved.shape[1:]

@@ -10,7 +10,7 @@ from torch import Tensor
 from surgery.attention import kernels
 from surgery.attention.kernel_trial import Trial, grouped_backward, trusted
 from surgery.attention.kernels import Grads, Kernel, with_lse_gradient
-from surgery.attention.masks import told
+from surgery.attention.masks import kernel_mask
 
 
 class Fused(torch.autograd.Function):
@@ -55,7 +55,7 @@ def fused(
     dropout: float, is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Context and logsumexp."""
-    mask, is_causal, blind = told(mask, is_causal, query)
+    mask, is_causal, blind = kernel_mask(mask, is_causal, query)
     options = (dropout, is_causal, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         made: tuple[Tensor, Tensor] = Fused.apply(  # type: ignore[no-untyped-call]
@@ -70,7 +70,7 @@ def flash_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: Any
 ) -> tuple[Tensor, Tensor]:
     """The same by the CPU's kernel, without gradients, in as few steps as can be."""
-    mask, is_causal, blind = told(mask, is_causal, query)
+    mask, is_causal, blind = kernel_mask(mask, is_causal, query)
     context, lse = kernels.flash_on_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )

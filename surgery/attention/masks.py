@@ -20,7 +20,7 @@ _BLOCK = 256
 _WORTH_IT = 2 * 512  # the kernel skips blocks of 512 keys
 
 
-def beside_the_flag(mask: Tensor) -> tuple[Tensor, bool]:
+def split_causal(mask: Tensor) -> tuple[Tensor, bool]:
     """What a kernel needs to be told beside a causal flag, and whether it is to have that flag.
 
     Args:
@@ -65,7 +65,7 @@ def _all(x: Tensor, value: Tensor | bool | float) -> bool:
     return bool((x == value).all())
 
 
-class Told(NamedTuple):
+class KernelMask(NamedTuple):
     """What a kernel is told of a mask.
 
     Attributes:
@@ -83,10 +83,10 @@ class Told(NamedTuple):
 _known: Any = WeakIdKeyDictionary()
 
 
-def told(
+def kernel_mask(
     mask: Tensor | None, is_causal: bool, query: Tensor
 ) -> tuple[Tensor | None, bool, Tensor | None]:
-    """What a kernel is told of these arguments of SDPA, see :class:`Told`."""
+    """What a kernel is told of these arguments of SDPA, see :class:`KernelMask`."""
     if mask is None:
         return None, is_causal, None
     dtype = query.dtype
@@ -96,30 +96,30 @@ def told(
         hidden = additive.masked_fill(later.triu(1), float("-inf"))
         return additive, True, hides_all_keys(hidden)
     if type(mask) is not Tensor or not mask.is_cpu:  # a GPU is not to wait; a tracer cannot know
-        made = _tell(mask, dtype, look=False)
+        made = _kernel_mask(mask, dtype, look=False)
     elif mask.is_inference() or torch.is_inference_mode_enabled():  # nobody counts what is written
-        made = _tell(mask, dtype, look=True)
+        made = _kernel_mask(mask, dtype, look=True)
     else:
         stamp = (mask._version, dtype)
         before, made = _known.get(mask, (None, None))
         if before != stamp:
             with _disable_current_modes():  # a checkpoint that runs again will not come by here
-                made = _tell(mask, dtype, look=True)
+                made = _kernel_mask(mask, dtype, look=True)
             _known[mask] = stamp, made
     return (mask if made.additive is None else made.additive), made.is_causal, made.blind
 
 
-def _tell(mask: Tensor, dtype: torch.dtype, look: bool) -> Told:
+def _kernel_mask(mask: Tensor, dtype: torch.dtype, look: bool) -> KernelMask:
     """``look`` at values, which takes a moment, or do without."""
     n = mask.shape[-2]
-    left, is_causal = beside_the_flag(mask) if look else (mask, False)
+    left, is_causal = split_causal(mask) if look else (mask, False)
     additive = _additive(left, dtype)
     hidden = hides_all_keys(additive, n)
     blind = None if look and not hidden.any() else hidden
     if additive is mask:
-        return Told(None, is_causal, blind)
+        return KernelMask(None, is_causal, blind)
     # A view would keep the mask alive, and with it what is kept of it.
-    return Told(additive.clone() if additive is left else additive, is_causal, blind)
+    return KernelMask(additive.clone() if additive is left else additive, is_causal, blind)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

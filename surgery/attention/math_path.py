@@ -56,7 +56,7 @@ def normalised(scores: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
     return made
 
 
-def unfused(
+def math_path(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -85,7 +85,7 @@ def _scores(
 
 
 @functools.cache
-def same_as_sdpa(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
+def math_path_agrees(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
     """Does :func:`unfused` give the bits of SDPA's plain path, and leave the same random state?"""
     with _disable_current_modes():  # it may be asked while torch.compile looks on
         return _same(dtype, dropout, masked, is_causal)
@@ -101,7 +101,7 @@ def _same(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> b
         for ours in (True, False):
             torch.manual_seed(0)
             if ours:
-                context = unfused(q, k, v, *options, 1 / math.sqrt(8))[0]
+                context = math_path(q, k, v, *options, 1 / math.sqrt(8))[0]
             else:
                 with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                     context = F.scaled_dot_product_attention(q, k, v, *options)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend
 
 from surgery.attention.fused import flash_on_cpu, fused, usable
 from surgery.attention.kernels import CPU, CUDA, ON_CPU, Kernel
-from surgery.attention.math_path import same_as_sdpa, unfused
+from surgery.attention.math_path import math_path, math_path_agrees
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -65,7 +65,7 @@ def attention(
         options = (dropout_p, is_causal, _scale(query, scale))
         return fused(kernel, query, key, value, attn_mask, *options)
     if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
-        return unfused(query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale))
+        return math_path(query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale))
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -189,7 +189,7 @@ def _plain_on_cpu(
     choice = torch._fused_sdp_choice(query, key, value, mask, dropout, causal)
     if choice != SDPBackend.MATH.value:
         return False
-    return same_as_sdpa(query.dtype, dropout > 0, mask is not None, causal)
+    return math_path_agrees(query.dtype, dropout > 0, mask is not None, causal)
 
 
 def _compiles_to_flash(

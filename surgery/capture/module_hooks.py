@@ -11,7 +11,7 @@ from surgery.errors import SpliceError
 from surgery.interop import capturing, map_leaves
 
 
-def before(
+def run_pre_hooks(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any, BackwardHook | None]:
     """Run the forward pre-hooks of a module that the graph passes through."""
@@ -43,7 +43,7 @@ def _constants(structure: Any) -> Any:
     return map_leaves(structure, lambda _: "tensor or object")
 
 
-def after(module: nn.Module, bound: tuple[Any, Any, Any], output: Any) -> Any:
+def run_forward_hooks(module: nn.Module, bound: tuple[Any, Any, Any], output: Any) -> Any:
     """Run the forward hooks of a module that the graph passes through."""
     if capturing():
         return output

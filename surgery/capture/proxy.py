@@ -157,28 +157,28 @@ class _Method:
             if isinstance(owner.value, torch.Tensor):
                 return getattr(owner.value, self.name)()
         if self.name == "type" and args:
-            args = (fixed(args[0]), *args[1:])
+            args = (unwrapped(args[0]), *args[1:])
         return owner.tracer.create_proxy("call_method", self.name, (owner, *args), kwargs)
 
 
-def fixed(x: Any) -> Any:
+def unwrapped(x: Any) -> Any:
     """``x`` with every proxy in it, however nested, replaced by its value."""
     kind = type(x)  # not isinstance: a proxy answers that for its value
     if issubclass(kind, ValueProxy):
         return x.value
     if kind is slice:
-        return slice(fixed(x.start), fixed(x.stop), fixed(x.step))
+        return slice(unwrapped(x.start), unwrapped(x.stop), unwrapped(x.step))
     if issubclass(kind, tuple) and kind is not torch.Size:
-        parts = [fixed(y) for y in x]
+        parts = [unwrapped(y) for y in x]
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     if kind is list:
-        return [fixed(y) for y in x]
+        return [unwrapped(y) for y in x]
     if issubclass(kind, dict) and any(is_proxy(v) for v in x.values()):
         changed = copy.copy(x)
-        changed.update((k, fixed(v)) for k, v in x.items())
+        changed.update((k, unwrapped(v)) for k, v in x.items())
         return changed
     if kind is dict:
-        return {k: fixed(v) for k, v in x.items()}
+        return {k: unwrapped(v) for k, v in x.items()}
     return x
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
 from surgery.capture.guards import Guard, is_pure, reads_opaque, user_line
-from surgery.capture.module_hooks import after, before
-from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, fixed, is_proxy
+from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
+from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy, unwrapped
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
 
@@ -98,7 +98,7 @@ class Tracer(TracerBase):
         return (CallableProxy if callable(value) else ValueProxy)(node, self, value)
 
     def run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = fixed(args), fixed(kwargs)
+        args, kwargs = unwrapped(args), unwrapped(kwargs)
         with self.paused(), torch.no_grad():
             if kind == "call_module":
                 return self.root.get_submodule(target).forward(*args, **kwargs)
@@ -224,7 +224,7 @@ class Tracer(TracerBase):
             return module.forward(*args, **kwargs)
         if path not in self.through or self.is_leaf(module, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        bound = self.create_proxy("call_function", before, (module, args, kwargs), {})
+        bound = self.create_proxy("call_function", run_pre_hooks, (module, args, kwargs), {})
         args = tuple(bound[0][i] if any_proxy(a) else a for i, a in enumerate(args))
         kwargs = {name: bound[1][name] if any_proxy(a) else a for name, a in kwargs.items()}
         self.met.add(path)
@@ -233,7 +233,9 @@ class Tracer(TracerBase):
             output = module.forward(*args, **kwargs)
         finally:
             self.owner.pop()
-        return self.unpack(self.create_proxy("call_function", after, (module, bound, output), {}))
+        return self.unpack(
+            self.create_proxy("call_function", run_forward_hooks, (module, bound, output), {})
+        )
 
     def unpack(self, proxy: Any) -> Any:
         return tuple(proxy) if is_proxy(proxy) and type(proxy.value) is tuple else proxy

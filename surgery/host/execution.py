@@ -16,7 +16,7 @@ from surgery.host.dynamo import prepare
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import by_name, huggingface, one_at_a_time
-from surgery.patterns import Pattern, find_patterns, module_pattern
+from surgery.patterns import Match, find_matches, module_match
 from surgery.plugin import is_leaf
 from surgery.rewrite import apply_edit
 
@@ -46,7 +46,7 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
 def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     """Run the variant for this call, capturing it if it is new."""
     if _compiling():
-        prepare(module, args, kwargs, foresee)
+        prepare(module, args, kwargs, ensure_variant)
         return _find_and_run(module, state, args, kwargs)
     for known, variant in state.recent:
         inputs = known(module, args, kwargs)
@@ -85,7 +85,7 @@ def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -
         raise CaptureError(f"{state.path}: {flip}") from None
 
 
-def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
+def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Have a variant for a call like this one."""
     state = state_of(module)
     assert state is not None
@@ -97,11 +97,11 @@ def foresee(module: nn.Module, args: Any, kwargs: Any) -> None:
 def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
     """Capture the host's own forward for this call and apply what has been spliced."""
     with one_at_a_time:
-        captured, patterns = capture_host(module, state.path, state.through, args, kwargs)
+        captured, matches = capture_host(module, state.path, state.through, args, kwargs)
         for name in state.active:
             operation = state.operations[name]
             for edit, child in zip(operation.edits, operation.children, strict=True):
-                apply_edit(patterns, edit, child, module)
+                apply_edit(matches, edit, child, module)
         variant = Variant(captured)
         key, _ = signature(args, kwargs, state.active)
         state.variants.setdefault(key, []).insert(0, variant)
@@ -117,7 +117,7 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
 
 def capture_host(
     module: nn.Module, path: str, through: frozenset[str], args: Any, kwargs: Any
-) -> tuple[Captured, list[Pattern]]:
+) -> tuple[Captured, list[Match]]:
     """The unedited graph of a host for one call, and the patterns in it."""
     forward = original_class(module).forward
     captured = capture(
@@ -137,4 +137,4 @@ def capture_host(
             captured.ambient.append((functools.partial(getattr, owner, name), answer))
         elif (id(owner), name) not in known:
             captured.reads.append((owner, name, answer))
-    return captured, find_patterns(captured.graph, module) or module_pattern(captured.graph)
+    return captured, find_matches(captured.graph, module) or module_match(captured.graph)

@@ -14,7 +14,7 @@ from surgery.plugin import Edit
 STATE = "_surgery"
 
 
-_KEPT = 4  # variants that are asked for before a call is described
+_ASKED_FIRST = 4  # variants that are asked for before a call is described
 
 
 @dataclass
@@ -64,7 +64,7 @@ class HostState:
         known = variant.recogniser(args, kwargs)
         if known is not None:
             others = [pair for pair in self.recent if pair[1] is not variant]
-            self.recent = ((known, variant), *others[: _KEPT - 1])
+            self.recent = ((known, variant), *others[: _ASKED_FIRST - 1])
 
     def children_of(self, module: nn.Module) -> Children:
         """The children of the host, or of a replica that shares this state for a while."""

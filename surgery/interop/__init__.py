@@ -17,9 +17,9 @@ from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.isolation import (
     capture_running,
     capturing,
-    concrete,
     evaluating,
     hookless,
+    real_tensors,
     silenced,
     untouched,
 )
@@ -31,7 +31,6 @@ __all__ = [
     "by_name",
     "capture_running",
     "capturing",
-    "concrete",
     "detached",
     "detached_copy",
     "encoder_fastpath",
@@ -44,6 +43,7 @@ __all__ = [
     "map_leaves",
     "one_at_a_time",
     "patched",
+    "real_tensors",
     "same",
     "silenced",
     "snapshot",

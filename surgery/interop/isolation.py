@@ -61,12 +61,12 @@ def hookless(module: nn.Module) -> Iterator[None]:
 def untouched(module: nn.Module) -> Iterator[None]:
     """Leave random states and the module's buffers as they were, and let no mode look on."""
     with _unwatched(), quiet_random(module):
-        with concrete(), torch.no_grad():
+        with real_tensors(), torch.no_grad():
             kept = [(b, b.clone()) for b in module.buffers() if not b.is_meta]
         try:
             yield
         finally:
-            with concrete(), torch.no_grad():
+            with real_tensors(), torch.no_grad():
                 for buffer, before in kept:  # running statistics, counters
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
@@ -76,7 +76,7 @@ def _unwatched() -> Any:
     """Keep what runs from the user's modes (selective checkpointing, counters of operations)."""
     modes = _get_current_dispatch_mode_stack()
     own = any(mode.is_infra_mode() for mode in modes)  # torch.export looks on: it is to see it all
-    return nullcontext() if own or not modes else concrete()
+    return nullcontext() if own or not modes else real_tensors()
 
 
 @contextmanager
@@ -106,6 +106,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def concrete() -> Any:
+def real_tensors() -> Any:
     """Tensors that are made inside are real ones, also while torch.export looks on."""
     return _disable_current_modes()

@@ -1,4 +1,4 @@
-"""Pattern sites: attention, FFN and projections, each with the host that holds it whole."""
+"""Match sites: attention, FFN and projections, each with the host that holds it whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from surgery.locator.call_sites import common
 from surgery.locator.observation import Call, Observation
 from surgery.patterns import (
-    Pattern,
+    Match,
     PortNode,
     bias_of,
     causal,
@@ -29,38 +29,38 @@ class Group:
     """Sites that share a host."""
 
     path: str
-    patterns: list[Pattern] = field(default_factory=list)
+    matches: list[Match] = field(default_factory=list)
 
     def through(self) -> frozenset[str]:
         """The modules strictly below the host that own a part of a site, and those above them."""
         paths = set()
-        for owner in {owner for p in self.patterns for owner in _owners(p)}:
+        for owner in {owner for p in self.matches for owner in _owners(p)}:
             while owner != self.path:
                 paths.add(owner)
                 owner = owner.rpartition(".")[0]
         return frozenset(paths)
 
 
-def _owners(pattern: Pattern) -> set[str]:
-    return {str(node.meta["owner"]) for node in pattern.nodes}
+def _owners(match: Match) -> set[str]:
+    return {str(node.meta["owner"]) for node in match.nodes}
 
 
-def groups_of(patterns: list[Pattern], observation: Observation, model: nn.Module) -> list[Group]:
+def groups_of(matches: list[Match], observation: Observation, model: nn.Module) -> list[Group]:
     """Hosts for all sites; two that overlap become one."""
     groups: dict[str, Group] = {}
-    for pattern in patterns:
-        path = common([*_owners(pattern)])
+    for match in matches:
+        path = common([*_owners(match)])
         # Not a container that is never called itself, nor one that would call what is inserted.
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
-        groups.setdefault(path, Group(path)).patterns.append(pattern)
+        groups.setdefault(path, Group(path)).matches.append(match)
     merged = True
     while merged:
         merged = False
         for outer in list(groups.values()):
             for inner in list(groups.values()):
                 if inner is not outer and inner.path in outer.through():
-                    outer.patterns += groups.pop(inner.path).patterns
+                    outer.matches += groups.pop(inner.path).matches
                     merged = True
     return list(groups.values())
 
@@ -70,42 +70,42 @@ def _below(path: str, host: str) -> str:
     return path.removeprefix(host).removeprefix(".") if host else path
 
 
-def pattern_site(pattern: Pattern, group: Group, call: Call, model: nn.Module) -> Site:
+def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Site:
     through = frozenset(_below(p, group.path) for p in group.through())
     plan = HostPlan(group.path, through, call.args, call.kwargs)
-    ports = pattern.ports
+    ports = match.ports
     tensor = value(ports["output"].node)
-    anchor = _weight(pattern, model)
+    anchor = _weight(match, model)
     options: dict[str, Any] = {}
-    if pattern.kind == "attention":
+    if match.kind == "attention":
         heads = value(ports["query_heads"].node)
         options = {
-            "heads": pattern.heads,
-            "kv_heads": pattern.kv_heads,
+            "heads": match.heads,
+            "kv_heads": match.kv_heads,
             "head_width": heads.shape[-1],
             "value_width": value(ports["value_heads"].node).shape[-1],
-            "scale": pattern.scale if pattern.scale is not None else heads.shape[-1] ** -0.5,
-            "softcap": pattern.softcap,
-            "window": pattern.window,
+            "scale": match.scale if match.scale is not None else heads.shape[-1] ** -0.5,
+            "softcap": match.softcap,
+            "window": match.window,
             "stretch": stretch(value(ports["query_unrotated"].node), heads),
-            "cross": _is_cross(pattern),
-            "causal": _is_causal(pattern),
+            "cross": _is_cross(match),
+            "causal": _is_causal(match),
         }
     site = Site(
         path=group.path,
-        key=_below(pattern.key, group.path),
-        kind=pattern.kind,  # type: ignore[arg-type]
+        key=_below(match.key, group.path),
+        kind=match.kind,  # type: ignore[arg-type]
         width=tensor.shape[-1],
         dtype=anchor.dtype,
         device=tensor.device,  # of its weights only while it runs, where they are offloaded
         host=plan,
-        norm=_norm(pattern, model),
+        norm=_norm(match, model),
         **options,
     )
     for name, port in ports.items():
         site.ports[name] = _port(name, port, site, model)
-    site.missing.update(pattern.missing)
-    if pattern.kind == "attention" and "lse" not in site.missing:
+    site.missing.update(match.missing)
+    if match.kind == "attention" and "lse" not in site.missing:
         site.ports["lse"] = Port("lse", 1, None, site)
     return site
 
@@ -122,31 +122,31 @@ def _port(name: str, port: PortNode, site: Site, model: nn.Module) -> Port:
     return Port(name, port.width, made.in_width, site, weight, bias or "", transposed, columns)
 
 
-def _weight(pattern: Pattern, model: nn.Module) -> Tensor:
+def _weight(match: Match, model: nn.Module) -> Tensor:
     """A parameter of the site: what is inserted follows its dtype and device."""
-    for port in pattern.ports.values():
+    for port in match.ports.values():
         if port.projection is not None and port.projection.module:
             module = model.get_submodule(port.projection.module)
             for parameter in module.parameters():
                 if parameter.is_floating_point():
                     return parameter
-    out: Tensor = value(pattern.ports["output"].node)
+    out: Tensor = value(match.ports["output"].node)
     return out
 
 
-def _norm(pattern: Pattern, model: nn.Module) -> str:
+def _norm(match: Match, model: nn.Module) -> str:
     """The norm that makes a site's input, unless the residual stream goes through it too."""
-    if "input" not in pattern.ports:
+    if "input" not in match.ports:
         return ""
-    node = origin(pattern.ports["input"].node)
+    node = origin(match.ports["input"].node)
     if node.op != "call_module" or any(op_name(user) in ("add", "iadd") for user in node.users):
         return ""
     own = [p.dim() for p in model.get_submodule(str(node.target)).parameters()]
     return str(node.target) if own and max(own) == 1 else ""
 
 
-def _is_cross(pattern: Pattern) -> bool:
-    made = [pattern.ports[n].projection for n in ("query", "key") if n in pattern.ports]
+def _is_cross(match: Match) -> bool:
+    made = [match.ports[n].projection for n in ("query", "key") if n in match.ports]
     if len(made) < 2 or made[0] is None or made[1] is None:
         return False
     return made[0].source is not made[1].source and (
@@ -159,8 +159,8 @@ def _related(a: fx.Node, b: fx.Node) -> bool:
     return bool(set(a.all_input_nodes) & set(b.all_input_nodes)) or a in b.all_input_nodes
 
 
-def _is_causal(pattern: Pattern) -> bool:
-    core, ports = pattern.core, pattern.ports
+def _is_causal(match: Match) -> bool:
+    core, ports = match.core, match.ports
     if "weights" in ports:
         return causal(value(ports["weights"].node))
     if "mask" in ports:

@@ -19,10 +19,10 @@ from surgery.locator.module_sites import module_sites
 from surgery.locator.observation import Observation, observe
 from surgery.locator.pattern_sites import Group, groups_of, pattern_site
 from surgery.patterns import (
-    Pattern,
-    find_patterns,
+    Match,
+    find_matches,
     joins_residual,
-    linear_patterns,
+    linear_matches,
     value,
 )
 from surgery.plugin import Site, Sites
@@ -45,21 +45,21 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     """
     args, kwargs = _call(model, example_inputs)
     observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
-    found = find_patterns(observation.graph, model)
-    patterns = _unique(found, model)
+    found = find_matches(observation.graph, model)
+    matches = _unique(found, model)
     linear = _linear(found, observation, model)
-    if not patterns and not linear:
+    if not matches and not linear:
         raise SiteError(
             f"no site in {type(model).__name__}: no attention (query-key product, softmax), "
             "no FFN (projection, nonlinearity, projection, residual) and no linear layer runs "
             "here. Pass example_inputs= that reach them."
         )
-    groups = groups_of(patterns, observation, model)
+    groups = groups_of(matches, observation, model)
     sites = [
-        pattern_site(pattern, group, observation.calls[group.path], model)
-        for pattern in patterns
+        pattern_site(match, group, observation.calls[group.path], model)
+        for match in matches
         for group in groups
-        if pattern in group.patterns
+        if match in group.matches
     ]
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     whole = [x for x in given if not x.is_floating_point()]
@@ -81,22 +81,22 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
-def _linear(found: list[Pattern], observation: Observation, model: nn.Module) -> list[Site]:
+def _linear(found: list[Match], observation: Observation, model: nn.Module) -> list[Site]:
     """Linear sites; each projection is the host of its own."""
-    patterns = {p.key: p for p in linear_patterns(observation.graph, model, found) if p.key}
+    matches = {p.key: p for p in linear_matches(observation.graph, model, found) if p.key}
     return [
-        pattern_site(pattern, Group(path, [pattern]), observation.calls[path], model)
-        for path, pattern in patterns.items()
+        pattern_site(match, Group(path, [match]), observation.calls[path], model)
+        for path, match in matches.items()
     ]
 
 
-def _unique(patterns: list[Pattern], model: nn.Module) -> list[Pattern]:
+def _unique(matches: list[Match], model: nn.Module) -> list[Match]:
     """Each site once, however often the model calls it."""
-    found: dict[tuple[str, str], Pattern] = {}
-    for pattern in patterns:
-        if pattern.kind == "ffn" and not joins_residual(pattern, model):
+    found: dict[tuple[str, str], Match] = {}
+    for match in matches:
+        if match.kind == "ffn" and not joins_residual(match, model):
             continue
-        if not value(pattern.ports["output"].node).numel():  # no token comes by in this example
+        if not value(match.ports["output"].node).numel():  # no token comes by in this example
             continue
-        found.setdefault((pattern.kind, pattern.key), pattern)
+        found.setdefault((match.kind, match.key), match)
     return list(found.values())

@@ -10,25 +10,25 @@ from surgery.patterns.dataflow import (
     value,
 )
 from surgery.patterns.ffn import joins_residual
-from surgery.patterns.find import find_patterns, linear_patterns, module_pattern
+from surgery.patterns.find import find_matches, linear_matches, module_match
 from surgery.patterns.layout import split_rows
-from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import bias_of, caller_of, reads_now, stacks_weights, weight_of
 from surgery.patterns.scores import causal, stretch
 
 __all__ = [
     "PRODUCTS",
-    "Pattern",
+    "Match",
     "PortNode",
     "bias_of",
     "caller_of",
     "causal",
-    "find_patterns",
+    "find_matches",
     "inputs",
     "is_row_maximum",
     "joins_residual",
-    "linear_patterns",
-    "module_pattern",
+    "linear_matches",
+    "module_match",
     "normalises",
     "op_name",
     "origin",

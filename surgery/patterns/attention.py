@@ -23,7 +23,7 @@ from surgery.patterns.dataflow import (
     walk_on,
 )
 from surgery.patterns.layout import features, trace, turned, varies
-from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import einsum_letters, projection, walk_back
 from surgery.patterns.scores import scalars_between
 
@@ -38,7 +38,7 @@ _SCORE_OPS = (
 )
 
 
-def attention_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
+def attention_pattern(node: fx.Node, root: nn.Module) -> Match | None:
     if node.meta.get("attention"):
         return _from_call(node, root, first=1)
     name = op_name(node)
@@ -60,7 +60,7 @@ def _by_hand(node: fx.Node) -> bool:
     return isinstance(shifted.args[1], fx.Node) and op_name(shifted.args[1]) == "logsumexp"
 
 
-def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
+def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
     names = ("query", "key", "value", "attention_mask" if first else "attn_mask")
     given: dict[str, Any] = dict(zip(names, node.args[first:], strict=False)) | dict(node.kwargs)
     heads = [given.get(n) for n in names[:3]]
@@ -87,7 +87,7 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Pattern | None:
     return found
 
 
-def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
+def _from_softmax(node: fx.Node, root: nn.Module) -> Match | None:
     scores = next((n for n in node.all_input_nodes if is_activation(n)), None)
     if scores is None or value(scores).dim() < 3:
         return None
@@ -130,7 +130,7 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Pattern | None:
     return found
 
 
-def _set_orders(found: Pattern, product: fx.Node, mixed: fx.Node, turned: bool) -> None:
+def _set_orders(found: Match, product: fx.Node, mixed: fx.Node, turned: bool) -> None:
     """How keys and values lie, where not (..., m, d); ``turned``: as the right of a product."""
     key, val = (found.ports[name].node for name in ("key_heads", "value_heads"))
     axes = tuple(range(value(key).dim()))

@@ -20,7 +20,7 @@ from surgery.patterns.dataflow import (
     walk_on,
 )
 from surgery.patterns.layout import columns, split_rows, token_order
-from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection, walk_back
 from surgery.patterns.scores import before_rotation
 
@@ -62,7 +62,7 @@ def assemble(
     ports: dict[str, PortNode],
     scale: float | None,
     order: tuple[int, ...] | None = None,
-) -> Pattern | None:
+) -> Match | None:
     ports |= {
         "query_heads": PortNode(query),
         "key_heads": PortNode(key),
@@ -95,7 +95,7 @@ def assemble(
     made_of = ports["output"].projection
     ports["merged"] = PortNode(made_of.source if made_of else ports["output"].node)
     nodes += flow(context, ports["output"].node)
-    found = Pattern(
+    found = Match(
         "attention", str(core.meta["owner"]), core, ports, nodes, scale, heads=n_heads,
         kv_heads=kv_heads, order=order, missing=missing,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def _in_another_layer(made: Projection, core: fx.Node, root: nn.Module) -> bool:
     return isinstance(parting, nn.ModuleList)
 
 
-def set_rows(found: Pattern) -> None:
+def set_rows(found: Match) -> None:
     """Find out how the rows of the heads belong to the tokens of the output."""
     ports, output = found.ports, found.ports["output"]
     made = ports["query"].projection if "query" in ports else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery.capture import after, before
+from surgery.capture import run_forward_hooks, run_pre_hooks
 
 # Rearrangements: every element of the result is an element of the input.
 VIEWS = frozenset(
@@ -150,9 +150,9 @@ def handed_on(node: fx.Node) -> fx.Node | None:
         path.insert(0, step)
         base = base.args[0]
     content: Any
-    if base.target is before:
+    if base.target is run_pre_hooks:
         content = base.args[1:]
-    elif base.target is after:
+    elif base.target is run_forward_hooks:
         content = base.args[2]
     elif op_name(base) == "update" and len(path) == 1:
         content = [n for n in base.args[1:] if isinstance(n, fx.Node) and holds_tensors(value(n))]

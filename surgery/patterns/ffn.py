@@ -16,7 +16,7 @@ from surgery.patterns.dataflow import (
     value,
     walk_on,
 )
-from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection, stacks_weights, walk_back
 
 _FFN_OPS = (
@@ -32,7 +32,7 @@ _RESIDUAL_OPS = VIEWS | frozenset(
 )
 
 
-def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
+def ffn_pattern(down: Projection, root: nn.Module) -> Match | None:
     ends, between, loose = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
     if not ends or loose or not any(_nonlinear(n, root) for n in between):
         return None
@@ -55,7 +55,7 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Pattern | None:
         ports[name] = PortNode(end.node, end)
     nodes = [down.node, *(end.node for end in ends), *between]
     where = down.module or str(down.node.meta["owner"])
-    return Pattern("ffn", where, down.node, ports, nodes)
+    return Match("ffn", where, down.node, ports, nodes)
 
 
 def _follows(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def _follows(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
     return first is not None and origin(first.source) in sources
 
 
-def experts_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
+def experts_pattern(node: fx.Node, root: nn.Module) -> Match | None:
     """A block of experts: a module whose weights are stacked, (experts, in, out), as one FFN."""
     if node.op != "call_module":
         return None
@@ -77,7 +77,7 @@ def experts_pattern(node: fx.Node, root: nn.Module) -> Pattern | None:
     if value(source).shape[-1] != out.shape[-1]:
         return None
     ports = {"input": PortNode(source), "output": PortNode(node)}
-    return Pattern("ffn", str(node.target), node, ports, [node])
+    return Match("ffn", str(node.target), node, ports, [node])
 
 
 def _bends(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
@@ -108,9 +108,9 @@ def _elementwise(module: nn.Module, node: fx.Node) -> bool:
     return not bool(moved[..., 1:].any())
 
 
-def joins_residual(pattern: Pattern, root: nn.Module) -> bool:
+def joins_residual(match: Match, root: nn.Module) -> bool:
     """Is the output of an FFN added to something? (To be asked of a flat graph.)"""
-    start = pattern.ports["output"].node
+    start = match.ports["output"].node
     onward = walk_on(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
     return any(op_name(n) in ("add", "iadd", "radd") or _adds_inside(n) for n in onward)
 

@@ -14,23 +14,23 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.interop import concrete, is_whole
+from surgery.interop import is_whole, real_tensors
 from surgery.patterns.attention import attention_pattern
 from surgery.patterns.attention_ports import set_rows
 from surgery.patterns.dataflow import is_activation, op_name, value
 from surgery.patterns.ffn import experts_pattern, ffn_pattern
-from surgery.patterns.pattern import Pattern, PortNode
+from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import projection
 from surgery.patterns.scores import before_rotation
 
 
-def find_patterns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
+def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
     """Every attention and FFN of a graph, in the order of the computation."""
-    with concrete():
+    with real_tensors():
         return _numbered(_attentions_and_ffns(graph, root), graph)
 
 
-def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
+def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
     attention = _joined(
         [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
     )
@@ -49,16 +49,16 @@ def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Pattern]:
     ]
     if attention or ffn or not _is_projection(graph):
         return attention + ffn
-    return linear_patterns(graph, root, [])
+    return linear_matches(graph, root, [])
 
 
-def linear_patterns(graph: fx.Graph, root: nn.Module, others: list[Pattern]) -> list[Pattern]:
+def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> list[Match]:
     """The projections that belong to none of the other patterns."""
     taken = {p.projection.node for other in others for p in other.ports.values() if p.projection}
     inside = {node for other in others for node in other.nodes}
     found = [made for node in graph.nodes if (made := projection(node, root))]
     return [
-        Pattern(
+        Match(
             "linear",
             made.module,
             made.node,
@@ -74,24 +74,24 @@ def _is_projection(graph: fx.Graph) -> bool:
     return not any(node.op == "call_module" for node in graph.nodes)
 
 
-def _numbered(found: list[Pattern], graph: fx.Graph) -> list[Pattern]:
+def _numbered(found: list[Match], graph: fx.Graph) -> list[Match]:
     order = {node: i for i, node in enumerate(graph.nodes)}
-    patterns = sorted(found, key=lambda p: order[p.core])
+    matches = sorted(found, key=lambda p: order[p.core])
     count: dict[tuple[Any, ...], int] = {}
-    for p in patterns:  # several of one kind in one call of one module are told apart by number
+    for p in matches:  # several of one kind in one call of one module are told apart by number
         place = (p.kind, p.key, p.core.meta.get("call", 0))
         count[place] = count.get(place, -1) + 1
         if count[place]:
             p.key += f"#{count[place]}"
-    return patterns
+    return matches
 
 
-def _joined(patterns: list[Pattern]) -> list[Pattern]:
+def _joined(matches: list[Match]) -> list[Match]:
     """Attention calls on chunks of one sequence, whose outputs are concatenated, as one pattern."""
-    groups: dict[fx.Node, list[Pattern]] = {}
-    for p in patterns:
+    groups: dict[fx.Node, list[Match]] = {}
+    for p in matches:
         groups.setdefault(p.ports["output"].node, []).append(p)
-    joined: list[Pattern] = []
+    joined: list[Match] = []
     for parts in groups.values():
         if len(parts) > 1 and _same_scores(parts):
             joined.append(_one_score(parts))
@@ -113,14 +113,14 @@ def _joined(patterns: list[Pattern]) -> list[Pattern]:
     return joined
 
 
-def _same_scores(parts: list[Pattern]) -> bool:
+def _same_scores(parts: list[Match]) -> bool:
     """Are these calls with the same queries and keys, each on a part of the values?"""
     first = parts[0].ports
     names = ("query_heads", "key_heads")
     return all(p.ports[n].node is first[n].node for p in parts for n in names)
 
 
-def _one_score(parts: list[Pattern]) -> Pattern:
+def _one_score(parts: list[Match]) -> Match:
     ports = dict(parts[0].ports)
     value = ports.get("value")
     if value is not None and value.projection is not None:
@@ -133,7 +133,7 @@ def _one_score(parts: list[Pattern]) -> Pattern:
     return dataclasses.replace(parts[0], ports=ports, nodes=nodes)
 
 
-def _whole(parts: list[Pattern], name: str) -> fx.Node | None:
+def _whole(parts: list[Match], name: str) -> fx.Node | None:
     """What the chunks of all parts were split from, if it is one tensor, in their order."""
     chunks = [part.ports[name].node for part in parts]
     splits: list[Any] = [c.args[0] for c in chunks if op_name(c) == "getitem"]
@@ -146,7 +146,7 @@ def _whole(parts: list[Pattern], name: str) -> fx.Node | None:
     return whole
 
 
-def module_pattern(graph: fx.Graph) -> list[Pattern]:
+def module_match(graph: fx.Graph) -> list[Match]:
     """The ports of a host that is such a module."""
     nodes = list(graph.nodes)
     given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
@@ -160,4 +160,4 @@ def module_pattern(graph: fx.Graph) -> list[Pattern]:
     made: Any = nodes[-1].args[0]
     if isinstance(made, fx.Node) and isinstance(value(made), Tensor):
         ports["output"] = PortNode(made)
-    return [Pattern("module", "", nodes[-1], ports, nodes)] if ports else []
+    return [Match("module", "", nodes[-1], ports, nodes)] if ports else []

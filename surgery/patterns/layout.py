@@ -79,13 +79,13 @@ def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
     if not inputs(node) or labels.get(inputs(node)[0]) is None:
         return None  # the labels come in as a mere example (of a dtype, of a shape)
 
-    def concrete(n: fx.Node) -> Any:
+    def held(n: fx.Node) -> Any:
         return value(n) if labels.get(n) is None else labels[n]
 
     if op_name(node) in ("to", "type", "float", "half", "bfloat16", "type_as", "requires_grad_"):
-        return concrete(node.all_input_nodes[0])
-    args = fx.node.map_arg(node.args, concrete)
-    kwargs = fx.node.map_arg(node.kwargs, concrete)
+        return held(node.all_input_nodes[0])
+    args = fx.node.map_arg(node.args, held)
+    kwargs = fx.node.map_arg(node.kwargs, held)
     try:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

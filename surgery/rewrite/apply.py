@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import PortError
-from surgery.patterns import Pattern, PortNode, bias_of, caller_of, reads_now, value
+from surgery.patterns import Match, PortNode, bias_of, caller_of, reads_now, value
 from surgery.plugin import Edit
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
@@ -19,33 +19,33 @@ from surgery.rewrite.nodes import (
     add_sequence_first,
     added,
     chain,
-    columns,
+    column_functions,
     put,
     put_sequence_first,
     rewrite,
 )
 
 
-def apply_edit(patterns: Iterable[Pattern], edit: Edit, child: str, root: nn.Module) -> bool:
+def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module) -> bool:
     """Apply one edit to a graph, wherever its site occurs.
 
     Returns:
         False if the port is not computed in this graph (keys that come from a cache).
     """
     done = False
-    for pattern in patterns:
-        if pattern.holds(edit.kind, edit.site) and edit.port in pattern.ports:
+    for match in matches:
+        if match.holds(edit.kind, edit.site) and edit.port in match.ports:
             act = _feed if edit.verb == "feed" else _edit
-            act(pattern, edit, child, root)
+            act(match, edit, child, root)
             done = True
     return done
 
 
-def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
-    port = pattern.ports[edit.port]
+def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
+    port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
-    reads = tuple(_read(pattern, name, root) for name in edit.reads)
-    own = None if port.columns is None else columns(port.columns, device_of(port))
+    reads = tuple(_read(match, name, root) for name in edit.reads)
+    own = None if port.columns is None else column_functions(port.columns, device_of(port))
 
     def make(graph: fx.Graph) -> fx.Node:
         y: Any = port.node
@@ -69,9 +69,9 @@ def _edit(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
     if edit.port == "merged" and hasattr(root.get_submodule(child), "total_lse"):
-        pattern.totals.append((child, tuple(nodes)))
+        match.totals.append((child, tuple(nodes)))
     old = port.node
-    for other in pattern.ports.values():
+    for other in match.ports.values():
         if other.node is old:
             other.node = new
         if other.projection is not None and other.projection.source is old:
@@ -87,9 +87,9 @@ def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Mo
     return x is not None and out is not None and x.shape[:-1] == out.shape[:-1]
 
 
-def port_values(patterns: Iterable[Pattern], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:
+def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of the port that an edit is for, wherever its site occurs."""
-    found = [p.ports[edit.port] for p in patterns if p.holds(edit.kind, edit.site)
+    found = [p.ports[edit.port] for p in matches if p.holds(edit.kind, edit.site)
              and edit.port in p.ports]  # fmt: skip
     held: list[torch.Tensor] = [value(port.node) for port in found]
     return [
@@ -104,14 +104,14 @@ def device_of(port: PortNode) -> torch.device:
     return held.device
 
 
-def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
+def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     """``P(x)`` becomes ``P(child(x))``; in a fused projection only for the port's own columns."""
-    port = pattern.ports[edit.port]
+    port = match.ports[edit.port]
     made = port.projection
     assert made is not None  # Port.feed has asked
     graph = made.node.graph
     if port.own is None and port.features is not None:
-        _split_off(pattern, port)
+        _split_off(match, port)
     port.own = port.own or caller_of(made.node)
     source = reads_now(port.own)
     with graph.inserting_before(port.own):
@@ -120,11 +120,11 @@ def _feed(pattern: Pattern, edit: Edit, child: str, root: nn.Module) -> None:
     port.own.replace_input_with(source, fed)
 
 
-def _split_off(pattern: Pattern, port: PortNode) -> None:
+def _split_off(match: Match, port: PortNode) -> None:
     """Give a port inside a fused projection a call of that projection of its own."""
     assert port.projection is not None
     assert port.features is not None
-    chosen = columns(port.features, device_of(port))
+    chosen = column_functions(port.features, device_of(port))
     raw = port.projection.node
     graph = raw.graph
     copies: dict[fx.Node, fx.Node] = {}
@@ -139,7 +139,7 @@ def _split_off(pattern: Pattern, port: PortNode) -> None:
     new.meta.update(raw.meta)
     kept = {new, *copies.values()}
     raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
-    for other in pattern.ports.values():
+    for other in match.ports.values():
         if other.node is raw:
             other.node = new
     port.own = copies[caller_of(raw)]
@@ -155,42 +155,42 @@ def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
         node = graph.get_attr(found) if isinstance(found, str) else found
         if port.features is None:
             return node
-        return graph.call_function(columns(port.features, device_of(port)).take, (node,))
+        return graph.call_function(column_functions(port.features, device_of(port)).take, (node,))
 
 
-def _read(pattern: Pattern, name: str, root: nn.Module) -> fx.Node | None:
+def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
     if name.endswith(".bias"):
-        return _bias(pattern.ports[name.removesuffix(".bias")], root)
-    if name == "lse" and "lse" not in pattern.ports:
-        pattern.ports["lse"] = PortNode(expose_lse(pattern))
+        return _bias(match.ports[name.removesuffix(".bias")], root)
+    if name == "lse" and "lse" not in match.ports:
+        match.ports["lse"] = PortNode(expose_lse(match))
     if name == "lse":
-        _count_virtual(pattern)
+        _count_virtual(match)
     if name in ("query_unrotated", "query_heads"):
-        return split_heads(pattern.ports[name].node, pattern)
+        return split_heads(match.ports[name].node, match)
     if name in ("key_heads", "value_heads"):
-        return key_heads(name, pattern)
+        return key_heads(name, match)
     if name == "merged":
-        return merged_tokens(pattern)
-    port = pattern.ports[name.removesuffix(".source")]
+        return merged_tokens(match)
+    port = match.ports[name.removesuffix(".source")]
     if not name.endswith(".source") and port.columns is not None:
         with port.node.graph.inserting_after(port.node):
-            take = columns(port.columns, device_of(port)).take
+            take = column_functions(port.columns, device_of(port)).take
             return port.node.graph.call_function(take, (port.node,))
     if name.endswith(".source") and port.projection is not None:
         return _flat(port.projection.source, port.projection.in_axes)
     return port.node
 
 
-def _count_virtual(pattern: Pattern) -> None:
+def _count_virtual(match: Match) -> None:
     """Let the lse that is read from now on count what earlier edits have put among the keys."""
-    while pattern.totals:
-        child, reads = pattern.totals.pop(0)
+    while match.totals:
+        child, reads = match.totals.pop(0)
         graph = reads[0].graph
         order = {node: i for i, node in enumerate(graph.nodes)}
         host = next(iter(order))  # the first placeholder
         with graph.inserting_after(max(reads, key=lambda n: order[n])):
             total = chain(graph, (getattr, (host, child)), (total_lse, (..., *reads)))
-        pattern.ports["lse"] = PortNode(total)
+        match.ports["lse"] = PortNode(total)
 
 
 def total_lse(module: Any, *reads: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.errors import PortError
-from surgery.interop import concrete
+from surgery.interop import real_tensors
 
 
 def rewrite(
@@ -125,7 +125,7 @@ class Columns(NamedTuple):
     add: Callable[[Tensor, Tensor], Tensor]
 
 
-def columns(chosen: Sequence[int], device: torch.device) -> Columns:
+def column_functions(chosen: Sequence[int], device: torch.device) -> Columns:
     """Functions for some columns of a tensor on a device.
 
     Returns:
@@ -133,7 +133,7 @@ def columns(chosen: Sequence[int], device: torch.device) -> Columns:
     """
     start, stop = chosen[0], chosen[-1] + 1
     together = list(chosen) == list(range(start, stop))
-    with concrete(), torch.inference_mode(False):  # it outlives the call that is captured
+    with real_tensors(), torch.inference_mode(False):  # it outlives the call that is captured
         index = torch.tensor(chosen, device=device)
 
     def take_columns(y: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Insert methods into a model, verify them, switch them off and take them out."""
 
-from surgery.splicer.operations import disabled, forget, known, remove, splice, variants
+from surgery.splicer.operations import disabled, forget, remove, require_spliced, splice, variants
 from surgery.splicer.record import ROWS, Inserted, Report, forget_rows, records
 
 __all__ = [
@@ -10,9 +10,9 @@ __all__ = [
     "disabled",
     "forget",
     "forget_rows",
-    "known",
     "records",
     "remove",
+    "require_spliced",
     "splice",
     "variants",
 ]

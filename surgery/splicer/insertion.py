@@ -95,25 +95,27 @@ def _rewrite(
         progress.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
-    captured, patterns = capture_host(module, path, through, plan.args, plan.kwargs)
+    captured, matches = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
         for earlier in (known.operations[n] for n in known.active):
             for edit, child in zip(earlier.edits, earlier.children, strict=True):
-                apply_edit(patterns, edit, child, module)
-    one_key = {(p.kind, p.key) for p in patterns if p.one_key}
+                apply_edit(matches, edit, child, module)
+    one_key = {(p.kind, p.key) for p in matches if p.one_key}
     state, inserted = _insert(progress, module, plan, pairs)
     encoder_fastpath.close(progress.model, path)
     results: list[Result] = []
     for i in inserted:
-        results.append(Result(_child(i), i.edit, port_values(patterns, i.edit)))
-        require_applied(apply_edit(patterns, i.edit, _child(i), module), i.edit, path)
+        results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
+        require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
     variant = Variant(captured)
     key, _ = signature(plan.args, plan.kwargs, state.active)
     state.keep_only({key: [variant]})
     with _named(_failing(path, report)):
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
-        alone = [i for i in inserted if _heard(i.edit, one_key) and not progress.waits(i)]
+        alone = [
+            i for i in inserted if _shows_in_example(i.edit, one_key) and not progress.waits(i)
+        ]
         others = progress.referred(inserted)
         children = list(map(_child, alone))
         verify_reach(module, state, variant, children, others, plan.args, plan.kwargs)
@@ -201,7 +203,7 @@ def _child(inserted: Inserted) -> str:
     return inserted.path.rpartition(".")[2]
 
 
-def _heard(edit: Edit, one_key: set[tuple[str, str]]) -> bool:
+def _shows_in_example(edit: Edit, one_key: set[tuple[str, str]]) -> bool:
     """Can an edit be heard in the example? A softmax over one key is 1, whatever query and key."""
     return (edit.kind, edit.site) not in one_key or edit.port not in ("query", "key")
 

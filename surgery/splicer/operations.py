@@ -130,7 +130,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         SpliceError: nothing is spliced under that name.
     """
     names = list(records(model)) if name is None else [name]
-    known(model, names)
+    require_spliced(model, names)
     for host in list(hosts(model).values()):
         state = state_of(host)
         for each in names:
@@ -167,7 +167,7 @@ def _left(model: nn.Module) -> None:
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """Run the model without one splice, or without any, inside a ``with`` block."""
     names = frozenset(records(model)) if name is None else frozenset({name})
-    known(model, list(names))
+    require_spliced(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
     before = [state.off for state in states]
     try:
@@ -181,7 +181,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
             state.refresh()
 
 
-def known(model: nn.Module, names: list[str]) -> None:
+def require_spliced(model: nn.Module, names: list[str]) -> None:
     """Raise unless there are splices of these names."""
     there = list(records(model))
     for name in names or [""]:

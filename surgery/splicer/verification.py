@@ -96,7 +96,7 @@ def verify_wraps(
             if far < 1e-3:
                 raise
             return tried(arguments, far / 10)
-        return _dead(state, children) if found is None else found
+        return _raise_no_effect(state, children) if found is None else found
 
     reached = tried((args, kwargs))
     if any(g is not None and not bool((g != 0).any()) for g in reached):
@@ -113,7 +113,7 @@ def verify_wraps(
     for child in children:
         mine = [g for (c, _, _), g in zip(named, reached, strict=False) if c == child]
         if mine and not any(bool((g != 0).any()) for g in mine if g is not None):
-            _dead(state, [child])
+            _raise_no_effect(state, [child])
 
 
 def gradients(
@@ -163,7 +163,7 @@ def _noise(arguments: Any) -> Any:
     )
 
 
-def _dead(state: HostState, children: list[str]) -> NoReturn:
+def _raise_no_effect(state: HostState, children: list[str]) -> NoReturn:
     raise SpliceError(
         f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
         "its parameters stand. Either the port that it edits is not used here, or what it gives "

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.attention import kernels
-from surgery.attention.masks import beside_the_flag, hides_all_keys
+from surgery.attention.masks import hides_all_keys, split_causal
 from surgery.attention.sdpa import attention, dense_lse
 
 INF = float("inf")
@@ -42,10 +42,10 @@ def test_one_later_key_that_is_not_hidden_is_found(
     n: int, m: int, query: int, key: int, bias: float
 ) -> None:
     mask = additive(padded(n, m, left=5, right=9))
-    assert beside_the_flag(mask)[1]
+    assert split_causal(mask)[1]
     query, key = query % n, key % m
     mask[..., query, key] = bias
-    assert beside_the_flag(mask)[1] == (key <= query)
+    assert split_causal(mask)[1] == (key <= query)
 
 
 @settings(max_examples=40)
@@ -61,13 +61,13 @@ def test_one_row_stands_for_a_mask_only_if_it_says_the_same(
 ) -> None:
     mask = padded(n, m, left=5, right=9)
     mask = mask if boolean else additive(mask)
-    row, causal = beside_the_flag(mask)
+    row, causal = split_causal(mask)
     assert causal
     assert row.shape == (1, 1, 1, m)
     query, key = query % n, key % m
     before = mask[..., query, key]
     mask[..., query, key] = ~before if boolean else before.clamp(min=-9.0) + 1.0
-    row, causal = beside_the_flag(mask)
+    row, causal = split_causal(mask)
     later = torch.ones(n, m, dtype=torch.bool).triu(1)
     hidden = False if boolean else -INF
     said = row.expand_as(mask).masked_fill(later, hidden) if causal else mask
@@ -75,8 +75,8 @@ def test_one_row_stands_for_a_mask_only_if_it_says_the_same(
 
 
 def test_a_short_mask_is_not_worth_looking_at() -> None:
-    assert not beside_the_flag(additive(padded(512, 512)))[1]
-    assert not beside_the_flag(additive(padded(1, 4096)))[1]
+    assert not split_causal(additive(padded(512, 512)))[1]
+    assert not split_causal(additive(padded(1, 4096)))[1]
 
 
 @pytest.fixture

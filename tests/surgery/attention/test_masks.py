@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgery.attention import masks
-from surgery.attention.masks import told
+from surgery.attention.masks import kernel_mask
 from surgery.attention.sdpa import attention, dense_lse
 
 INF = float("inf")
@@ -44,17 +44,17 @@ def test_context_and_lse_follow_what_is_written_to_a_mask(
 
 def test_a_mask_is_worked_out_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    tell = masks._tell
-    monkeypatch.setattr(masks, "_tell", lambda *a, **k: made.append(1) or tell(*a, **k))
+    tell = masks._kernel_mask
+    monkeypatch.setattr(masks, "_kernel_mask", lambda *a, **k: made.append(1) or tell(*a, **k))
     mask = seen(left=6)
     single, half = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 8, dtype=torch.bfloat16)
-    first, second = (told(mask, False, single) for _ in range(2))
+    first, second = (kernel_mask(mask, False, single) for _ in range(2))
     assert first[0] is second[0]
     assert first[2] is second[2]
     assert len(made) == 1
-    told(mask, False, half)
+    kernel_mask(mask, False, half)
     mask[...] = True
-    assert told(mask, False, half)[2] is None
+    assert kernel_mask(mask, False, half)[2] is None
     assert len(made) == 3
 
 
@@ -62,7 +62,7 @@ def test_a_mask_is_worked_out_once_for_all_layers(monkeypatch: pytest.MonkeyPatc
 def test_what_is_kept_goes_with_its_mask(kind: str) -> None:
     mask = torch.ones(1, 1, 1100, 1100, dtype=torch.bool).tril() if kind == "long" else seen()
     mask = mask if kind == "boolean" else torch.zeros(mask.shape).masked_fill(~mask, -INF)
-    additive, is_causal, _ = told(mask, False, torch.zeros(2, 3, 4, 8))
+    additive, is_causal, _ = kernel_mask(mask, False, torch.zeros(2, 3, 4, 8))
     assert additive is not None
     assert (additive is mask) == (kind == "additive")
     assert is_causal == (kind == "long")

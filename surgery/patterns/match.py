@@ -1,4 +1,4 @@
-"""Pattern: one attention or FFN as it stands in one graph, with the nodes of its ports."""
+"""Match: one attention or FFN as it stands in one graph, with the nodes of its ports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PortNode:
 
 
 @dataclass
-class Pattern:
+class Match:
     """One attention or FFN in a graph."""
 
     kind: str
@@ -48,7 +48,7 @@ class Pattern:
     softmax_input: fx.Node | None = None
     heads: int = 0
     kv_heads: int = 0
-    parts: list[Pattern] = field(default_factory=list)  # attention calls on chunks of one sequence
+    parts: list[Match] = field(default_factory=list)  # attention calls on chunks of one sequence
     order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # so of keys and values
     totals: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
