@@ -32,7 +32,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/report.py
 
 zoo: .venv/dev
-	$(BIN)/python -m tests.zoo_check --table docs/coverage.md
+	$(BIN)/python -m tests.zoo.check --table docs/coverage.md
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import surgery
-from tests.models import build
+from tests.support.models import build
 
 ROOT = Path(__file__).parent.parent
 

@@ -171,6 +171,32 @@ def test_no_model_name_in_the_library(path: Path) -> None:
     assert not re.search(names, path.read_text(), re.IGNORECASE)
 
 
+def test_tests_mirror_the_tree() -> None:
+    """Each package has a folder of tests with a file named after one of its own."""
+    folders = {p.parent.name for p in TESTS if p.parent.parent == ROOT / "tests/surgery"}
+    assert folders == {package.name for package in PACKAGES}
+    for package in PACKAGES:
+        tested = {p.stem for p in (ROOT / "tests/surgery" / package.name).glob("test_*.py")}
+        assert tested & {f"test_{p.stem}" for p in package.glob("*.py")}, package.name
+    at_the_top = {p.stem for p in (ROOT / "tests/surgery").glob("test_*.py")}
+    assert at_the_top <= {f"test_{p.stem}" for p in LIBRARY.glob("*.py")}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=ids)
+def test_a_file_of_tests_stands_in_a_folder_and_says_what_it_tests(path: Path) -> None:
+    folder, *deeper = path.relative_to(ROOT / "tests").parts
+    if path.stem == "__init__":
+        return
+    if deeper:
+        assert folder in ("surgery", "plugins", "recipes", "whole", "zoo", "support")
+    else:
+        assert path.stem in ("conftest", "test_house", "test_docs")
+    if folder in ("surgery", "whole"):
+        name = path.stem
+        assert name == "conftest" or name.startswith("test_"), "helpers stand in tests/support/"
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
 def test_every_package_is_installed() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     for package in PACKAGES:

@@ -11,7 +11,7 @@ import torch
 import surgery
 from surgery.host.state import hosts
 from surgery.testing import check_method, make_model
-from tests.models import perturb
+from tests.support.models import perturb
 
 IDS = torch.arange(14).reshape(2, 7) * 5 % 40 + 3
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from tests import zoo
-from tests.models import (
+from tests.support.models import (
     build,
     gpt2_small,
     inputs,

@@ -22,7 +22,7 @@ from transformers import (
 import surgery
 from surgery.attention.sdpa import attention, dense_lse
 from surgery_plugins.inducer import Inducer
-from tests.models import watched
+from tests.support.models import watched
 
 D, H = 16, 4
 SIZES = {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 2}

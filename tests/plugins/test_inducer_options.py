@@ -16,7 +16,7 @@ from transformers import (
 import surgery
 from surgery.attention.sdpa import attention
 from surgery_plugins.inducer import Inducer
-from tests.models import gpt2_small, qwen_half_billion, roberta_base
+from tests.support.models import gpt2_small, qwen_half_billion, roberta_base
 
 
 def options(**chosen: Any) -> surgery.Method:

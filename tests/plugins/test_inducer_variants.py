@@ -14,16 +14,6 @@ from torch import Tensor
 import surgery
 from surgery.attention.sdpa import attention
 from surgery_plugins.inducer import Fade
-from tests.models import (
-    build,
-    gpt2_small,
-    inputs,
-    logits,
-    perturb,
-    qwen_half_billion,
-    roberta_base,
-    watched,
-)
 from tests.plugins.test_inducer import (
     IDS,
     K,
@@ -37,6 +27,16 @@ from tests.plugins.test_inducer import (
     projections,
     roberta,
     turn,
+)
+from tests.support.models import (
+    build,
+    gpt2_small,
+    inputs,
+    logits,
+    perturb,
+    qwen_half_billion,
+    roberta_base,
+    watched,
 )
 
 GATING = [

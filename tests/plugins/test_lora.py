@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 import surgery
-from tests.models import (
+from tests.support.models import (
     build,
     gpt2_small,
     inputs,

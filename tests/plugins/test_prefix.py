@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.models import (
+from tests.plugins.test_inducer import IDS, PADDED, close, gpt2, llama, projections, roberta, turn
+from tests.support.models import (
     build,
     gpt2_small,
     inputs,
@@ -23,7 +24,6 @@ from tests.models import (
     qwen_half_billion,
     watched,
 )
-from tests.plugins.test_inducer import IDS, PADDED, close, gpt2, llama, projections, roberta, turn
 
 
 def by_loop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion
 from tests.plugins.test_inducer import IDS, close, gpt2, projections
 from tests.plugins.test_prefix import beside_peft
+from tests.support.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion
 
 SHARES = ["simple", "linear", "layer", "global"]
 
@@ -182,3 +183,15 @@ def test_counts_of_norga_and_ntk_attention() -> None:
 def test_bad_options_are_named(chosen: Any, message: str) -> None:
     with pytest.raises(surgery.MethodError, match=message):
         surgery.method("prefix", **chosen)
+
+
+def test_a_shared_prefix_follows_the_weights_that_it_is_made_with() -> None:
+    x, model = inputs("gpt2"), build("gpt2")
+    surgery.splice(model, surgery.method("prefix", share="simple", std=0.5))
+    logits(model, x)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(1.5)
+    now = logits(model, x)
+    for module in model.modules():
+        vars(module).pop("_known", None) and setattr(module, "_known", None)
+    assert torch.equal(now, logits(copy.deepcopy(model), x))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgery
-from tests.models import build, gpt2_small, inputs, logits, perturb, roberta_base
+from tests.support.models import build, gpt2_small, inputs, logits, perturb, roberta_base
 
 PRESETS = ("inducer_lora", "mam_inducer", "mam_adapter")
 SMALL: dict[str, dict[str, Any]] = {

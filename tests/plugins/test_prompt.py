@@ -14,7 +14,7 @@ from torch import Tensor
 
 import surgery
 from surgery_plugins.prompt import Prompt
-from tests.models import (
+from tests.support.models import (
     build,
     checkpointing,
     gpt2_small,

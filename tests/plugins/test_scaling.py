@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import surgery
-from tests.models import (
+from tests.plugins.test_lora import MODELS, QKV
+from tests.support.models import (
     build,
     gpt2_small,
     inputs,
@@ -20,7 +21,6 @@ from tests.models import (
     perturb,
     roberta_base,
 )
-from tests.plugins.test_lora import MODELS, QKV
 
 
 def dense(name: str, method: surgery.Method) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from surgery.cli import app
 from surgery.errors import RecipeError, SurgeryError
 from surgery_recipes import finetune
 from surgery_recipes.recipe import make_recipe, read_recipe
-from tests.models import build
+from tests.support.models import build
 
 QUICKSTART = Path(__file__).parents[2] / "recipes/quickstart.yaml"
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a the film is good bad very not . , and it of to".split()

@@ -1,0 +1,1 @@
+"""What several tests use: models, splices, methods and inputs."""

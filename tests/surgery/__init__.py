@@ -1,0 +1,1 @@
+"""Tests of the library, one folder for each package of surgery/."""

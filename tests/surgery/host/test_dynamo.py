@@ -1,0 +1,178 @@
+"""torch.compile and torch.export of a spliced model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from tests.support.models import build
+
+CASES = [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager"), ("roberta", "sdpa")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about its own parts
+        yield
+
+
+class Counted:
+    """A backend that runs what Dynamo found as it is, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: Any, examples: Any) -> Any:
+        self.graphs += 1
+        return module.forward
+
+
+def spliced(name: str, implementation: str = "sdpa", dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = build(name).eval()
+    model.set_attn_implementation(implementation)
+    methods = [
+        surgery.method("inducer", key_rank=2, value_rank=2, dropout=dropout),
+        surgery.method("lora", rank=2, dropout=dropout),
+    ]
+    surgery.splice(model, methods)
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def call(model: Any, name: str, n: int = 7) -> Tensor:
+    ids = (torch.arange(2 * n) % 50 + 3).reshape(2, n)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cache = {} if name == "roberta" else {"use_cache": False}
+    output: Tensor = model(input_ids=ids, attention_mask=mask, **cache)[0]
+    return output
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_one_graph_for_a_forward_that_was_never_run_before(name: str, implementation: str) -> None:
+    model = spliced(name, implementation)
+    backend = Counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert torch.allclose(call(compiled, name), call(model, name), atol=1e-6)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES[:3])
+def test_gradients_of_a_compiled_model_are_those_of_a_plain_one(
+    name: str, implementation: str
+) -> None:
+    model = spliced(name, implementation)
+    parameters = [p for _, p in surgery.spliced_parameters(model)]
+
+    def gradients(forward: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(forward, name).pow(2).mean(), parameters)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(model), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+
+
+def test_other_lengths_add_one_graph_and_switching_adds_none_again() -> None:
+    model = spliced("llama")
+    backend = Counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for n in (5, 6, 7, 9, 12, 13):
+        assert torch.allclose(call(compiled, "llama", n), call(model, "llama", n), atol=1e-6)
+    assert backend.graphs <= 2  # the first length, and then any
+    counts = []
+    for _ in range(3):
+        with surgery.disabled(model):
+            assert torch.allclose(call(compiled, "llama"), call(model, "llama"), atol=1e-6)
+        assert torch.allclose(call(compiled, "llama"), call(model, "llama"), atol=1e-6)
+        counts.append(backend.graphs)
+    assert counts[0] == counts[-1]
+
+
+def test_a_model_that_was_compiled_before_follows_splice_and_remove() -> None:
+    model = build("gpt2").eval()
+    compiled = torch.compile(model, fullgraph=True, backend=Counted())
+    before = call(compiled, "gpt2")
+    surgery.splice(model, surgery.method("inducer", key_rank=2, value_rank=2))
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    moved = call(compiled, "gpt2")
+    assert not torch.equal(moved, before)
+    assert torch.allclose(moved, call(model, "gpt2"), atol=1e-6)
+    surgery.remove(model)
+    assert torch.equal(call(compiled, "gpt2"), before)
+
+
+def test_compiled_training_draws_other_masks_each_time() -> None:
+    model = spliced("llama", dropout=0.3).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first, second = (call(compiled, "llama").detach() for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_through_a_compiled_forward(cache: str | None) -> None:
+    model: Any = spliced("llama")
+    ids = torch.arange(3, 17).reshape(2, 7)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    options |= {"cache_implementation": cache} if cache else {}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(**given, **options)
+    backend = Counted()
+    model.forward = torch.compile(model.forward, backend=backend)
+    assert torch.equal(model.generate(**given, **options), expected)
+    seen = backend.graphs
+    assert torch.equal(model.generate(**given, **options), expected)
+    assert backend.graphs <= seen + 1 <= 5  # prefill and decoding, not one per token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_inductor(name: str, implementation: str) -> None:
+    model = spliced(name, implementation)
+    compiled = torch.compile(model, fullgraph=True)
+    assert torch.allclose(call(compiled, name), call(model, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool) -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = spliced("llama")
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            return logits
+
+    wrapped = Logits()
+    given = torch.arange(3, 17).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
+    exported = torch.export.export(wrapped, given, strict=strict)
+    assert torch.allclose(exported.module()(*given), wrapped(*given), atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("gate", [True, False])
+def test_virtual_tokens_compile_with_and_without_gradients(grad: bool, gate: bool) -> None:
+    torch.manual_seed(0)
+    model = build("gpt2").eval()
+    surgery.splice(model, surgery.method("prefix", length=4, gate=gate))
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    with torch.set_grad_enabled(grad):
+        expected = call(model, "gpt2")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(call(compiled, "gpt2"), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Tests of the whole: laws, generation and kinds of models through every package."""

@@ -1,0 +1,68 @@
+"""A spliced model in half precision, under autocast and on the meta device."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+import torch
+import transformers as tr
+from torch import Tensor
+
+import surgery
+from tests.support.models import TEXT, build, inputs, logits, perturb
+from tests.support.splices import THREE_METHODS, with_three_methods
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TEXT)
+def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
+    model = build(name).to(dtype)
+    base = logits(model, inputs(name))
+    surgery.splice(model, THREE_METHODS, example_inputs=inputs(name))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(logits(model, inputs(name)), base)
+    perturb(model)
+    moved = logits(model, inputs(name))
+    assert moved.dtype == dtype
+    wide = with_three_methods(build(name), name)  # the same numbers in float32
+    with torch.no_grad():
+        for a, b in zip(wide.parameters(), model.parameters(), strict=True):
+            a.copy_(b)
+    gap = (moved.float() - logits(wide, inputs(name))).abs().max()
+    scale = logits(wide, inputs(name)).abs().max()
+    assert gap < scale * 64 * torch.finfo(dtype).eps  # a few dozen roundings on the way
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_autocast(name: str) -> None:
+    model = build(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        base = logits(model, inputs(name))
+        surgery.splice(model, THREE_METHODS, example_inputs=inputs(name))
+        assert torch.equal(logits(model, inputs(name)), base)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    perturb(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = logits(model, inputs(name))
+        narrow.float().sum().backward()
+    wide = logits(model, inputs(name))
+    assert (narrow.float() - wide).abs().max() < wide.abs().max() * 0.1
+    assert all(p.grad.isfinite().all() for _, p in surgery.spliced_parameters(model))  # type: ignore[union-attr]
+
+
+def test_a_model_of_seven_billion_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = tr.LlamaForCausalLM(tr.LlamaConfig(num_hidden_layers=32))
+    assert sum(p.numel() for p in model.parameters()) > 6.7e9
+    tracemalloc.start()
+    surgery.splice(model, THREE_METHODS, example_inputs={"input_ids": _ids("meta")})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(surgery.locate(model, {"input_ids": _ids("meta")})) == 64
+    assert all(p.is_meta for p in model.parameters())
+    assert peak < 1e9  # the time it takes: benchmarks/overhead.py
+
+
+def _ids(device: str) -> Tensor:
+    return torch.zeros(2, 7, dtype=torch.long, device=device)

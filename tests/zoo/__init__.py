@@ -1,0 +1,1 @@
+"""Tiny models of every model type that transformers lists, and the check of them all."""
