@@ -114,6 +114,12 @@ def run_forward_hooks(module: nn.Module, bound: Bound, output: Any) -> Any:
             entry.called.add(key)
         output = _after_hook(module, key, hook, bound, output)
     if bound.backward is not None:
+        if not isinstance(output, (Tensor, tuple)):
+            warnings.warn(
+                "For backward hooks to be called, module output should be a Tensor or a tuple of "
+                f"Tensors but received {type(output)}",
+                stacklevel=2,
+            )
         output = bound.backward.setup_output_hook(output)  # type: ignore[no-untyped-call]
     if bound.non_full:
         _attach_non_full(module, bound, output)

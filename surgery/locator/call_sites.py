@@ -72,12 +72,10 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     given = (like.host.args, like.host.kwargs) if like.host and like.kind == "embedding" else ()
     tokens = [x for x in leaves(given) if is_whole(x)]
     alike = [n for n, x in named.items() if is_whole(x) and any(same(x, t) for t in tokens)]
-    site = Site(
+    return Site(
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
-        ids=alike[0] if alike else "", call=named,
+        ids=alike[0] if alike else "", call=named, ports={"call": Port("call", like.width, None)},
     )  # fmt: skip
-    site.ports["call"] = Port("call", like.width, None)
-    return site
 
 
 def common(paths: list[str]) -> str:

@@ -33,12 +33,12 @@ def _site(kind: Kind, path: str, module: nn.Module, call: Call) -> Site:
     own = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
     width = own.shape[-1] if own.dim() else 0
-    site = Site(path, "", kind, width, dtype=own.dtype, device=own.device, host=plan)
     names = {"norm": ("input", "output"), "embedding": ("ids", "output")}
+    ports = {}
     for name in names.get(kind, ("positions",)):
         bias = f"{path}.bias" if name == "output" and _has_bias(module) else ""
-        site.ports[name] = Port(name, width, None, bias=bias)
-    return site
+        ports[name] = Port(name, width, None, bias=bias)
+    return Site(path, "", kind, width, ports, dtype=own.dtype, device=own.device, host=plan)
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -91,7 +91,10 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "cross": _is_cross(match),
             "causal": _is_causal(match),
         }
-    site = Site(
+    found = {name: _port(name, port, model) for name, port in ports.items()}
+    if match.kind == "attention" and "lse" not in match.missing:
+        found["lse"] = Port("lse", 1, None)
+    return Site(
         path=group.path,
         key=_below(match.key, group.path),
         kind=match.kind,  # type: ignore[arg-type]
@@ -99,15 +102,11 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
         dtype=anchor.dtype,
         device=tensor.device,  # of its weights only while it runs, where they are offloaded
         host=plan,
+        ports=found,
+        missing=dict(match.missing),
         norm=_norm(match, model),
         **options,
     )
-    for name, port in ports.items():
-        site.ports[name] = _port(name, port, model)
-    site.missing.update(match.missing)
-    if match.kind == "attention" and "lse" not in site.missing:
-        site.ports["lse"] = Port("lse", 1, None)
-    return site
 
 
 def _port(name: str, port: PortNode, model: nn.Module) -> Port:

@@ -16,7 +16,7 @@ from surgery.plugin.module_protocols import (
     Reparametrised,
     adds_onto,
 )
-from surgery.plugin.open_site import OpenPort, OpenSite, open_site
+from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.registry import is_leaf, method, methods, task, tasks
 from surgery.plugin.selection import Sites
 from surgery.plugin.site import Port, Site
@@ -56,7 +56,7 @@ __all__ = [
     "is_leaf",
     "method",
     "methods",
-    "open_site",
+    "opened",
     "referred",
     "task",
     "tasks",

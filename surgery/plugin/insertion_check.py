@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from surgery.errors import PortError
 from surgery.plugin.module_protocols import METHODS
-
-if TYPE_CHECKING:
-    from surgery.plugin.open_site import OpenPort, OpenSite
+from surgery.plugin.site import Port, Site
 
 OFFERS = (*METHODS, "needs_bias", "onto")
 
 
 def require_insertable(
-    site: OpenSite, port: OpenPort, verb: str, module: Any, name: str, reads: tuple[str, ...]
+    site: Site,
+    base_parts: Mapping[int, Any],
+    port: Port,
+    verb: str,
+    module: Any,
+    name: str,
+    reads: tuple[str, ...],
 ) -> None:
     """Raise unless ``module`` may be inserted at ``port`` of ``site`` under ``name``.
+
+    ``base_parts`` are the modules and parameters of the base, by id.
 
     Raises:
         PortError: ``module`` is not an ``nn.Module``, ``name`` is not an identifier, the port
@@ -47,7 +53,7 @@ def require_insertable(
                 f"(the projection's input) and '.bias'; {name_of_port!r} is read without a suffix."
             )
     for inner, part_of_it in (*module.named_modules(), *module.named_parameters()):
-        if id(part_of_it) in site.base_parts:
+        if id(part_of_it) in base_parts:
             raise PortError(
                 f"{where}: {inner or 'the module'} of what is inserted is part of the base, and "
                 "would be trained and moved with it. Hold it by surgery.Reference(module), or use "

@@ -3,7 +3,7 @@
 ``surgery.locate`` finds a :class:`Site`. ``surgery.splice`` opens the site for one method, calls
 ``Method.splice(open_site)``, and applies the edits that have gathered in it:
 
-    Site --open_site--> OpenSite --Method.splice--> edits --> graphs of the host
+    Site --opened--> OpenSite --Method.splice--> edits --> graphs of the host
 
 An open site lives as long as that call. It changes nothing in the model.
 """
@@ -11,7 +11,7 @@ An open site lives as long as that call. It changes nothing in the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,7 @@ class OpenSite(Site):
         edits: the edits so far, each with the module that it inserts.
     """
 
+    ports: Mapping[str, OpenPort] = field(default_factory=dict)
     model: nn.Module = field(kw_only=True, repr=False)
     shared: dict[str, nn.Module] = field(kw_only=True, repr=False)
     base_parts: dict[int, Any] = field(kw_only=True, repr=False)
@@ -114,7 +115,8 @@ class OpenSite(Site):
         Raises:
             PortError: this site lacks the port; the message lists its ports.
         """
-        return OpenPort(**vars(super().port(name)), site=self)
+        super().port(name)
+        return self.ports[name]
 
     def select(self, names: Iterable[str]) -> list[OpenPort]:
         """Return the ports of these names, in this order."""
@@ -145,15 +147,19 @@ class OpenSite(Site):
         self, port: OpenPort, verb: Verb, module: nn.Module, name: str, reads: tuple[str, ...]
     ) -> None:
         """Check one edit and note it; the verbs of :class:`OpenPort` call this."""
-        require_insertable(self, port, verb, module, name, reads)
+        require_insertable(self, self.base_parts, port, verb, module, name, reads)
         module.to(device=self.device, dtype=self.dtype)
         child = f"{name}_{port.name}"
         self.edits.append((Edit(self.key, self.kind, port.name, verb, child, reads), module))
 
 
-def open_site(
+def opened(
     site: Site, model: nn.Module, shared: dict[str, nn.Module], base_parts: dict[int, Any]
 ) -> OpenSite:
     """Open ``site`` for one method; the edits gather in the result."""
     found = {f.name: getattr(site, f.name) for f in dataclasses.fields(Site)}
-    return OpenSite(**found, model=model, shared=shared, base_parts=base_parts)
+    ports: dict[str, OpenPort] = {}
+    found["ports"] = ports
+    made = OpenSite(**found, model=model, shared=shared, base_parts=base_parts)
+    ports.update({name: OpenPort(**vars(port), site=made) for name, port in site.ports.items()})
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -117,7 +118,7 @@ class Site:
     key: str
     kind: Kind
     width: int
-    ports: dict[str, Port] = field(default_factory=dict)
+    ports: Mapping[str, Port] = field(default_factory=dict)
     cross: bool = False
     causal: bool = False
     heads: int = 0

@@ -21,7 +21,7 @@ from surgery.host import (
     state_of,
     uninstall,
 )
-from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, open_site
+from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, opened
 from surgery.rewrite import apply_edit, port_values, require_applied
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
 from surgery.splicer.record import Inserted, Report
@@ -114,12 +114,12 @@ def _insert(
     seen: set[int] = set()  # modules of one site may share parameters
     for method, site in pairs:
         shared = transaction.shared.setdefault(id(method), {})
-        opened = open_site(site, transaction.model, shared, transaction.base_parts)
+        site_now = opened(site, transaction.model, shared, transaction.base_parts)
         with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
-            method.splice(opened)
-        if not opened.edits:
+            method.splice(site_now)
+        if not site_now.edits:
             raise SpliceError(f"method {method.name!r} at {plan.path}: it inserted nothing.")
-        for edit, new in opened.edits:
+        for edit, new in site_now.edits:
             child = _free_name(module, edit.child, name, [c for c, _ in made])
             made.append((child, new))
             fresh = {id(p): p for p in new.parameters() if id(p) not in seen}

@@ -111,7 +111,7 @@ def test_what_a_cache_answers_after_its_update_is_not_asked_before() -> None:
     pasts = Past(), Past()
     for part in (tokens(9)[:, :3], tokens(9)[:, 3:5]):
         assert torch.equal(*(m(part, p) for m, p in zip((base, model), pasts, strict=True)))
-    with pytest.raises(surgery.SpliceError, match="known only after the KV cache has changed"):
+    with pytest.raises(surgery.ForwardError, match="known only after the KV cache has changed"):
         model(tokens(9)[:, 5:], pasts[1])
 
 
@@ -147,6 +147,6 @@ def test_a_branch_that_the_splice_itself_turns_is_an_error_that_names_it() -> No
         state.variants.clear()
         try:
             model(tokens())
-        except surgery.CaptureError as error:
+        except surgery.ForwardError as error:
             failed += "q.mean() > 0" in str(error)
     assert 0 < failed < 20

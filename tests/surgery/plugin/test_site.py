@@ -26,11 +26,14 @@ def test_unknown_port_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("act", "what"),
     [
-        (insert(lambda h: h), "is no nn.Module. Pass an object"),
-        (insert(Shift), "is no nn.Module. Pass an object"),
+        (insert(lambda h: h), "is not an nn.Module. Pass an object"),
+        (insert(Shift), "is not an nn.Module. Pass an object"),
         (insert(Shift(), "my.mod"), "'my.mod' must be an identifier"),
         (lambda s: s.port("output").add(Shift(), "x", "input"), r"must be a tuple: \('input',\)"),
-        (lambda s: s.port("output").add(Shift(), "x", ("activation.source",)), "read as it is"),
+        (
+            lambda s: s.port("output").add(Shift(), "x", ("activation.source",)),
+            "read without a suffix",
+        ),
         (lambda s: 1 / 0, "method 'custom' fails in its splice.*ZeroDivisionError"),
         (lambda s: s.port("output").insert(s.base().c_fc, "x"), "the module of what is inserted"),
         (lambda s: s.port("output").insert(s.base(), "x"), "is part of the base, and would be"),
