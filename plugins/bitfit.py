@@ -57,7 +57,7 @@ class BitFit(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         return site.kind in self.kinds and any(port.bias for port in site.ports.values())
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         for port in [port for port in site.ports.values() if port.bias]:
             port.insert(Shift(port.width), name=self.name)
 

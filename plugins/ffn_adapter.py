@@ -140,7 +140,7 @@ class FFNAdapter(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         return site.kind in SITES[self.placement]
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         adapter = Bottleneck(
             site.width, self.rank, self.scale, self.layer_norm, self.dropout, self.init
         )

@@ -67,7 +67,7 @@ class IA3(surgery.Method):
         made = [site.ports.get(name) for name in self._own(site)]
         return bool(made) and all(port is not None and port.in_width for port in made)
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(tuple(self._own(site))):
             if site.kind == "ffn":
                 assert port.in_width is not None  # see suits

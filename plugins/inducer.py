@@ -217,7 +217,7 @@ class InducerTuning(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         return "lse" in site.ports
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         if self.variant == "adaptive":
             adaptive = Adaptive(
                 site.heads, site.head_width, site.value_width, self.value_rank, site.scale,

@@ -139,7 +139,7 @@ class LoRA(surgery.Method):
         wanted = [site.ports.get(p) for p in self.ports if p in PROJECTIONS[site.kind]]
         return all(port is not None and port.in_width is not None for port in wanted)
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
             assert port.in_width is not None  # see suits
             rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)

@@ -63,7 +63,7 @@ class NTKAttention(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         return "lse" in site.ports
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         state = State(site.heads, site.head_width, site.value_width)
         reads = ("merged", "query_heads", "lse")
         site.port("merged").add(state, name=self.name, reads=reads)

@@ -57,7 +57,7 @@ class Reparametrised(nn.Module):
     () -> keys (G, P, d), values (G, P, d_v); for arguments and cost see ``PrefixTuning``."""
 
     def __init__(
-        self, site: surgery.Site, share: Share, length: int, hidden: int, std: float
+        self, site: surgery.OpenSite, share: Share, length: int, hidden: int, std: float
     ) -> None:
         super().__init__()
         self.share, self.groups = share, site.kv_heads
@@ -113,7 +113,7 @@ class Prefix(nn.Module):
         gate (H,)  zeros, if ``gate``;  tau (2,)  ones, in NoRGa
     """
 
-    def __init__(self, site: surgery.Site, method: PrefixTuning) -> None:
+    def __init__(self, site: surgery.OpenSite, method: PrefixTuning) -> None:
         super().__init__()
         self.scored = {"scale": site.scale, "softcap": site.softcap}
         self.made: Reparametrised | None = None
@@ -265,7 +265,7 @@ class PrefixTuning(surgery.Method):
                 return False
         return "lse" in site.ports
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         if site.kind == "position":
             site.port("positions").insert(Later(self.length), name=self.name)
             return

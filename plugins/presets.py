@@ -38,7 +38,7 @@ class Preset(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         return any(part.suits(site) for part in self.parts)
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         for part in self.parts:
             if part.suits(site):
                 part.splice(site)

@@ -275,7 +275,7 @@ class PromptTuning(surgery.Method):
                 "a module of its own), so the tokens cannot be placed behind the prompt."
             )
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         prompt: Any = site.share("prompt", lambda: Prompt(self, site.width))
         own: Prompt = prompt if isinstance(prompt, Prompt) else prompt.module
         if site.kind == "attention":

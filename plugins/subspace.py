@@ -85,7 +85,7 @@ class SSL(surgery.Method):
         made = [site.ports.get(name) for name in self.ports if name in own]
         return bool(made) and all(port is not None and port.in_width for port in made)
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PORTS[site.kind])):
             assert port.in_width is not None  # see suits
             port.feed(InputScale(port.in_width), name=self.name)
@@ -103,7 +103,7 @@ class SSB(SSL):
 
     name = "ssb"
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         super().splice(site)
         for port in site.select(tuple(p for p in self.ports if p in PORTS[site.kind])):
             reads = (port.name, f"{port.name}.bias")

@@ -1,4 +1,10 @@
-"""The errors of the package: each says what, where, why, and what to do next."""
+"""The errors of the package: each says what, where, why, and what to do next.
+
+SurgeryError
+  RefusedError      a call refused to act: nothing has changed
+    CaptureError, SiteError, PortError, MethodError, SpliceError, StoreError, RecipeError
+  ForwardError      a spliced model cannot finish a forward that has begun
+"""
 
 from __future__ import annotations
 
@@ -7,38 +13,50 @@ from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
-    """Base of every error raised by ``surgery``; nothing has changed when it is raised."""
+    """Base of every error that the library raises."""
 
 
-class CaptureError(SurgeryError):
+class RefusedError(SurgeryError):
+    """A call refused to act. Model and files are as they were before the call."""
+
+
+class CaptureError(RefusedError):
     """A module's forward could not be captured as a graph."""
 
 
-class SiteError(SurgeryError):
-    """No site, or not the sites that were asked for."""
+class SiteError(RefusedError):
+    """There is no site, or other sites than were asked for."""
 
 
-class PortError(SurgeryError):
-    """A method asked for a port that a site does not have, or used one wrongly."""
+class PortError(RefusedError):
+    """A method asked for a port that a site lacks, or used a port wrongly."""
 
 
-class MethodError(SurgeryError):
+class MethodError(RefusedError):
     """A method is unknown, clashes with another, or has a bad option value."""
 
 
-class SpliceError(SurgeryError):
+class SpliceError(RefusedError):
     """A splice, removal or switch does not fit the state that the model is in."""
 
 
-class StoreError(SurgeryError):
+class StoreError(RefusedError):
     """A saved adapter is damaged, or does not fit the model it is loaded into."""
 
 
-class RecipeError(SurgeryError):
-    """A recipe has an unknown key or a bad value, or its data or model are not as it says."""
+class RecipeError(RefusedError):
+    """A recipe has an unknown key or a bad value, or its data or model do not match it."""
+
+
+class ForwardError(SurgeryError):
+    """A spliced model cannot finish a forward that has begun.
+
+    Parameters and splices are as they were. Layers before the failing one have run, so a KV cache
+    may have grown: start the generation again with a fresh cache.
+    """
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """``Did you mean 'query'? `` if a known name is near ``wrong``, else the empty string."""
+    """Return ``Did you mean 'query'? `` if a known name is near ``wrong``, else ''."""
     close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.adapter.parameters import plain_state, spliced_parameters
-from surgery.adapter.training import trained_rows
-from surgery.splicer import Report, records
+from surgery.adapter.row_training import trained_rows
+from surgery.splicer import Report, reports
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def summary(model: nn.Module) -> Summary:
     numbers = {n: len(rows[n]) * p[0].numel() for n, p in named if n in rows}
     return Summary(
         model=type(model).__name__,
-        reports=tuple(records(model).values()),
+        reports=tuple(reports(model).values()),
         base=sum(p.numel() for p in base),
         inserted=sum(p.numel() for p in inserted.values()),
         stored=sum(t.numel() for t in plain_state(model).values()),

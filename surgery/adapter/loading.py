@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from surgery.adapter.files import read
 from surgery.adapter.fingerprint import warn_of_other_weights
 from surgery.adapter.parameters import full_state
+from surgery.adapter.row_training import rows_fit, train_rows
 from surgery.adapter.saving import site_shape
 from surgery.adapter.training import (
     keep_also,
-    rows_fit,
-    train_rows,
     warn_of_replaced,
 )
 from surgery.errors import MethodError, StoreError
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
-from surgery.splicer import records, remove, splice
+from surgery.splicer import remove, reports, splice
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
@@ -81,7 +80,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     rows = description["rows"]
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
-    _fill(model, tensors, rows, folder, list(records(model)))
+    _fill(model, tensors, rows, folder, list(reports(model)))
     return model
 
 

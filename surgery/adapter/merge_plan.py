@@ -21,8 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.plugin import Port, Site, frozen_inside, referred
-from surgery.splicer import Inserted, records
+from surgery.plugin import (
+    Edit,
+    Foldable,
+    FoldableInput,
+    NeedsBias,
+    PartlyFoldable,
+    Port,
+    Site,
+    frozen_inside,
+    referred,
+)
+from surgery.splicer import Inserted, reports
 
 
 def _one(a: Tensor, b: Tensor) -> bool:
@@ -43,7 +53,7 @@ class MergePlan:
         self.parts: list[Inserted] = []
         self.left: list[Inserted] = []
         ports: dict[tuple[Any, str], list[tuple[Inserted, bool]]] = {}
-        for report in records(model).values():
+        for report in reports(model).values():
             for i in report.inserted:
                 place = (i.site.identity, i.edit.port)
                 ports.setdefault(place, []).append((i, report.name in names))
@@ -73,7 +83,7 @@ class MergePlan:
     def conflicts(self) -> dict[str, str]:
         """What cannot go because of what stays, by path, and why."""
         gone = {i.path for i in self.whole}
-        every = [i for report in records(self.model).values() for i in report.inserted]
+        every = [i for report in reports(self.model).values() for i in report.inserted]
         staying = [(i, self.model.get_submodule(i.path)) for i in every if i.path not in gone]
         found: dict[str, str] = {}
         for i in [*self.whole, *self.parts]:
@@ -107,7 +117,7 @@ class MergePlan:
                 b = None if b is None else raw + b
             else:
                 w, b = _folded(inserted, module.fold, w, b)
-            (self.parts if hasattr(module, "rest") else self.whole).append(inserted)
+            (self.parts if isinstance(module, PartlyFoldable) else self.whole).append(inserted)
         for name, merged in ((port.weight, w), (port.bias, b)):
             if merged is not None and not bool(merged.to(self.own[name].dtype).isfinite().all()):
                 raise SpliceError(
@@ -135,17 +145,16 @@ class MergePlan:
             return self.stay[inserted.path]
         module, edit = self.model.get_submodule(inserted.path), inserted.edit
         port = inserted.site.port(edit.port)
-        fold = "fold_input" if edit.verb == "feed" else "fold"
-        if not hasattr(module, fold):
+        if not isinstance(module, _protocol(edit)):
             return "what it does is no linear map of its projection's input"
-        if hasattr(module, "rest") and not self.partial:
+        if isinstance(module, PartlyFoldable) and not self.partial:
             return "only a part of it is linear"
         if not port.weight and not (inserted.site.kind == "norm" and port.bias):
             return f"port {port.name!r} is not made by one plain floating-point matrix"
         for name in (port.weight, port.bias):
             if name and name not in self.own:
                 return f"{name} is a parameter no more (a parametrization makes it, say)"
-        if getattr(module, "needs_bias", False) and not port.bias:
+        if isinstance(module, NeedsBias) and module.needs_bias and not port.bias:
             return f"the projection of port {port.name!r} has no bias to take up its own"
         return self.shared(inserted.site, port) or self.in_the_way(inserted, entries)
 
@@ -183,8 +192,14 @@ class MergePlan:
         if inserted.path in self.refused:
             return False
         module = self.model.get_submodule(inserted.path)
-        fold = "fold_input" if inserted.edit.verb == "feed" else "fold"
-        return hasattr(module, fold) and not hasattr(module, "rest")
+        return isinstance(module, _protocol(inserted.edit)) and not isinstance(
+            module, PartlyFoldable
+        )
+
+
+def _protocol(edit: Edit) -> type:
+    """What a module must offer to be folded."""
+    return FoldableInput if edit.verb == "feed" else Foldable
 
 
 def _folded(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.adapter.merge_plan import MergePlan
 from surgery.errors import SpliceError
-from surgery.splicer import Inserted, forget, records, require_spliced
+from surgery.splicer import Inserted, forget, reports, require_spliced
 
 
 @dataclass
@@ -72,7 +72,7 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
         SpliceError: something cannot be folded; the method and the reason are named, and nothing
             has changed.
     """
-    names = list(records(model)) if name is None else [name]
+    names = list(reports(model)) if name is None else [name]
     require_spliced(model, names)
     stay: dict[str, str] = {}  # modules that others are in the way of, and how
     while new := (plan := MergePlan(model, names, partial, stay)).conflicts():
@@ -86,6 +86,6 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
             merged.written[n] = sums_of(own[n])
         for inserted in plan.parts:
             model.get_submodule(inserted.path).rest()  # type: ignore[operator]
-    for report in [records(model)[n] for n in names]:
+    for report in [reports(model)[n] for n in names]:
         forget(model, report, {i.path for i in plan.whole})
     return merged

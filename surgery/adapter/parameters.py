@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.splicer import records
+from surgery.plugin import Reparametrised
+from surgery.splicer import reports
 
 
 def spliced_parameters(
@@ -19,7 +19,7 @@ def spliced_parameters(
     One that several inserted modules share comes once.
     """
     seen: set[int] = set()
-    for report in records(model).values():
+    for report in reports(model).values():
         if name is None or report.name == name:
             for inserted in report.inserted:
                 for own, parameter in model.get_submodule(inserted.path).named_parameters():
@@ -32,10 +32,14 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """What a saved adapter holds of the inserted modules (see ``Method.plain``), by name."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for report in records(model).values():
+    for report in reports(model).values():
         for inserted in report.inserted:
             module: Any = model.get_submodule(inserted.path)
-            state = getattr(module, "plain_state", partial(module.state_dict, keep_vars=True))()
+            state = (
+                module.plain_state()
+                if isinstance(module, Reparametrised)
+                else module.state_dict(keep_vars=True)
+            )
             fresh = {n: t for n, t in state.items() if id(t) not in seen}
             seen.update(id(t) for t in fresh.values())
             found |= {f"{inserted.path}.{n}": t for n, t in fresh.items()}
@@ -45,14 +49,14 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
     """Parameters and persistent buffers of inserted modules, of all splices or of some."""
     found: dict[str, Tensor] = {}
-    for name in records(model) if names is None else names:
+    for name in reports(model) if names is None else names:
         found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
     return found
 
 
 def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
     found = []
-    for inserted in records(model)[name].inserted:
+    for inserted in reports(model)[name].inserted:
         module = model.get_submodule(inserted.path)
         named = dict(module.named_buffers())
         found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]

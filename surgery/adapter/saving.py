@@ -24,14 +24,14 @@ from torch import nn
 from surgery.adapter.files import FORMAT, JSON, file_of, write_whole
 from surgery.adapter.fingerprint import fingerprint
 from surgery.adapter.parameters import full_state, plain_state, spliced_parameters
+from surgery.adapter.row_training import trained_rows
 from surgery.adapter.training import (
     kept_parameters,
-    trained_rows,
 )
 from surgery.errors import SpliceError
 from surgery.interop import huggingface
 from surgery.plugin import Site, methods
-from surgery.splicer import records
+from surgery.splicer import reports
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
@@ -49,9 +49,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     Raises:
         SpliceError: nothing is spliced, or it is partly merged.
     """
-    if not records(model):
+    if not reports(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
-    merged = [report.name for report in records(model).values() if report.merged]
+    merged = [report.name for report in reports(model).values() if report.merged]
     if merged:
         raise SpliceError(
             f"splice {merged[0]!r} is partly merged into the base, whose weights have changed: an "
@@ -78,7 +78,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         },
         "kept": kept_parameters(model),
         "rows": trained_rows(model),
-        "splices": [_describe(report, plain) for report in records(model).values()],
+        "splices": [_describe(report, plain) for report in reports(model).values()],
     }
     text = json.dumps(description, indent=1).encode()
     target = Path(folder)
@@ -99,7 +99,7 @@ def _trained(model: nn.Module) -> set[str]:
 
 
 def _warn_of_methods_not_offered(model: nn.Module) -> None:
-    used = {m.name: type(m) for report in records(model).values() for m in report.methods}
+    used = {m.name: type(m) for report in reports(model).values() for m in report.methods}
     unknown = [name for name, cls in used.items() if methods().get(name) is not cls]
     if unknown:
         warnings.warn(

@@ -2,7 +2,7 @@
 
 from surgery.capture.forward import capture
 from surgery.capture.guards import Guard, is_pure, reads_opaque
-from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
+from surgery.capture.module_hooks import run_always_called_hooks, run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import IN_PLACE
 from surgery.capture.tracer import Captured
 
@@ -13,6 +13,7 @@ __all__ = [
     "capture",
     "is_pure",
     "reads_opaque",
+    "run_always_called_hooks",
     "run_forward_hooks",
     "run_pre_hooks",
 ]

@@ -1,4 +1,20 @@
-"""Execution: a host's forward picks the graph for the call at hand, or captures a new one."""
+"""Run a host: find the graph that fits the call, or capture a new one.
+
+    host(*args, **kwargs)
+      |  wrapped around the call?  run -> wrapping modules -> run_graph
+      v
+    recogniser of each recent variant     straight-line code; a few microseconds
+      |  none fits
+      v
+    signature -> variants with this signature -> conditions hold?
+      |  none fits
+      v
+    new_variant: capture the host's own forward, apply every edit, compile
+
+A graph lives as long as its host; ``splice`` and ``remove`` drop the graphs of the hosts that they
+change. While ``torch.compile`` reads a host, a missing graph is captured beside Dynamo
+(host/dynamo.py).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.capture import Captured, capture
-from surgery.errors import CaptureError
+from surgery.capture import Captured, capture, run_always_called_hooks
+from surgery.errors import ForwardError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.dynamo import prepare
 from surgery.host.state import HostState, original_class, state_of
@@ -20,14 +36,14 @@ from surgery.patterns import Match, find_matches, module_match
 from surgery.plugin import is_leaf
 from surgery.rewrite import apply_edit
 
-_MANY = 24  # variants of one host, after which its user is told
+_MANY = 24  # variants of one host; at this number a warning tells the user
 
 
 _compiling = torch.compiler.is_dynamo_compiling
 
 
 def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
-    """What the host does now: its graph, inside what is wrapped around the call."""
+    """Run the host: its graph, inside the modules that wrap its call."""
     if not state.wraps:
         return run_graph(module, state, args, kwargs)
 
@@ -44,25 +60,34 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
 
 
 def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
-    """Run the variant for this call, capturing it if it is new."""
+    """Run the variant that fits this call; capture it if there is none.
+
+    Raises:
+        ForwardError: the forward cannot be captured for this call, or a branch inside the graph
+            flips after a KV cache has changed.
+    """
     if _compiling():
         prepare(module, args, kwargs, ensure_variant)
         return _find_and_run(module, state, args, kwargs)
-    for known, variant in state.recent:
-        inputs = known(module, args, kwargs)
-        if inputs is not None:
-            children = state.children
-            if children is None or children.__dict__ is not module._modules:
-                children = state.children_of(module)
-            try:
-                return variant.run(children, module, *inputs)
-            except GuardFlipped:
-                continue
-    return _find_and_run(module, state, args, kwargs)
+    try:
+        for recognise, variant in state.recent:
+            inputs = recognise(module, args, kwargs)
+            if inputs is not None:
+                children = state.children
+                if children is None or children.__dict__ is not module._modules:
+                    children = state.children_of(module)
+                try:
+                    return variant.run(children, module, *inputs)
+                except GuardFlipped:
+                    continue
+        return _find_and_run(module, state, args, kwargs)
+    except Exception:
+        run_always_called_hooks(module)
+        raise
 
 
 def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
-    """The same for a call that has to be described first."""
+    """Run a call that no recogniser knows: describe it and compare signatures."""
     variants, inputs = state.find(args, kwargs)
     for variant in variants:
         if variant.matches(module, inputs):
@@ -74,19 +99,19 @@ def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -
                 continue
     variant = new_variant(module, state, args, kwargs)
     if not variant.matches(module, inputs):
-        raise CaptureError(
+        raise ForwardError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
             f"be captured anew. It relies on: {variant.guards}. Keep the module that decides "
-            "this whole with the is_leaf hook."
+            "whole with the is_leaf hook."
         )
     try:
         return variant.run(module, module, *inputs)
     except GuardFlipped as flip:
-        raise CaptureError(f"{state.path}: {flip}") from None
+        raise ForwardError(f"{state.path}: {flip}") from None
 
 
 def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Have a variant for a call like this one."""
+    """Capture a variant for calls like this one, if there is none."""
     state = state_of(module)
     assert state is not None
     variants, inputs = state.find(args, kwargs)
@@ -95,13 +120,18 @@ def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 
 def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
-    """Capture the host's own forward for this call and apply what has been spliced."""
+    """Capture the host's own forward for this call and apply every active edit.
+
+    Raises:
+        ForwardError: the forward cannot be captured, or an edit does not fit this graph.
+    """
     with one_at_a_time:
-        captured, matches = capture_host(module, state.path, state.through, args, kwargs)
-        for name in state.active:
-            operation = state.operations[name]
-            for edit, child in zip(operation.edits, operation.children, strict=True):
+        try:
+            captured, matches = capture_host(module, state.path, state.through, args, kwargs)
+            for edit, child in state.active_edits():
                 apply_edit(matches, edit, child, module)
+        except RefusedError as error:
+            raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
         variant = Variant(captured)
         key, _ = signature(args, kwargs, state.active)
         state.variants.setdefault(key, []).insert(0, variant)
@@ -118,7 +148,7 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
 def capture_host(
     module: nn.Module, path: str, through: frozenset[str], args: Any, kwargs: Any
 ) -> tuple[Captured, list[Match]]:
-    """The unedited graph of a host for one call, and the patterns in it."""
+    """Capture the unedited graph of a host for one call, and find the matches in it."""
     forward = original_class(module).forward
     captured = capture(
         module,

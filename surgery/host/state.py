@@ -1,4 +1,4 @@
-"""State: what a host knows: its splices, its graphs, and which of them are on."""
+"""The state of a host: its splices, the graphs captured so far, and which splices are on."""
 
 from __future__ import annotations
 
@@ -7,92 +7,109 @@ from typing import Any
 
 from torch import nn
 
-from surgery.host.call_signature import Recogniser, signature
+from surgery.host.call_signature import signature
 from surgery.host.variant import Children, Variant
+from surgery.host.variant_conditions import Recogniser
 from surgery.plugin import Edit
 
 STATE = "_surgery"
 
 
-_ASKED_FIRST = 4  # variants that are asked for before a call is described
+_ASKED_FIRST = 4  # recognisers that are asked before a call is described
 
 
 @dataclass
 class Operation:
-    """What one splice did to one host."""
+    """What one splice did to one host: its edits, and the child that each of them inserts."""
 
     name: str
     edits: list[Edit]
-    children: list[str]  # the child of each edit, as it is called on the host
+    children: list[str]
 
 
 @dataclass
 class HostState:
-    """What a host needs beside the module itself."""
+    """What a host needs beside the module itself.
+
+    Attributes:
+        path, through: where the host is, and the modules that its graphs trace through.
+        operations: the splices in this host, by name.
+        off: the splices that are switched off.
+        variants: the graphs so far, by the signature of their calls.
+        recent: the recognisers of the latest calls, asked first.
+        children: fast access to the host's submodules; a replica of the host has its own.
+        active: the splices that are on, in order.
+        wraps: the children that wrap the call, the innermost first.
+        edited: whether the forward itself runs a rewritten graph.
+    """
 
     path: str
     through: frozenset[str]
     operations: dict[str, Operation] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
-    recent: tuple[tuple[Recogniser, Variant], ...] = ()  # what is asked for first
-    children: Children | None = None  # the host's; a replica of it has others
+    recent: tuple[tuple[Recogniser, Variant], ...] = ()
+    children: Children | None = None
     active: tuple[str, ...] = ()
-    wraps: tuple[str, ...] = ()  # children around the call, the first innermost
-    edited: bool = False  # does the forward itself run a rewritten graph?
+    wraps: tuple[str, ...] = ()
+    edited: bool = False
+
+    def active_edits(self) -> list[tuple[Edit, str]]:
+        """Every edit that is on, with the child that it inserts, in order."""
+        on = [self.operations[name] for name in self.active]
+        return [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
 
     def refresh(self) -> None:
-        """To be called when the operations, or which of them are off, have changed."""
+        """Derive the other fields again, after ``operations`` or ``off`` has changed."""
         self.active = tuple(name for name in self.operations if name not in self.off)
-        on = [self.operations[name] for name in self.active]
-        pairs = [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
+        pairs = self.active_edits()
         self.wraps = tuple(child for edit, child in pairs if edit.verb == "wrap")
         self.edited = len(self.wraps) < len(pairs)
         self.recent = ()
 
     def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
-        """Forget all other graphs."""
+        """Drop every other graph."""
         self.variants, self.recent = variants, ()
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
-        """The graphs of calls with this structure, and the inputs that they take."""
+        """Return the graphs of calls with this signature, and the inputs that they take."""
         key, inputs = signature(args, kwargs, self.active)
         return self.variants.get(key, []), inputs
 
     def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
-        """Ask first, from now on, whether a call is of this variant again."""
-        known = variant.recogniser(args, kwargs)
-        if known is not None:
+        """Ask first for this variant from now on."""
+        recognise = variant.recogniser(args, kwargs)
+        if recognise is not None:
             others = [pair for pair in self.recent if pair[1] is not variant]
-            self.recent = ((known, variant), *others[: _ASKED_FIRST - 1])
+            self.recent = ((recognise, variant), *others[: _ASKED_FIRST - 1])
 
     def children_of(self, module: nn.Module) -> Children:
-        """The children of the host, or of a replica that shares this state for a while."""
+        """Return the children of the host, or of a replica that shares this state."""
         made = Children(module)
         if self.children is None or self.children.belongs_to(module):
             self.children = made
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        # They refer to this very module, so another captures anew.
+        # Graphs refer to this very module; a copy captures its own.
         return {**self.__dict__, "variants": {}, "recent": (), "children": None}
 
 
 def state_of(module: nn.Module) -> HostState | None:
-    """The state of a host; None for any other module."""
+    """Return the state of a host; None for any other module."""
     return vars(module).get(STATE)
 
 
 def is_host(module: nn.Module) -> bool:
-    """Is something spliced into this very module?"""
+    """Whether something is spliced into this very module."""
     return STATE in vars(module)
 
 
 def hosts(model: nn.Module) -> dict[str, nn.Module]:
-    """The hosts in a model, by path."""
+    """Return the hosts in a model, by path."""
     return {path: m for path, m in model.named_modules() if is_host(m)}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a host had before it became one."""
+    """Return the class of a module; of a host, the class that it had before."""
     return type(module)._surgery_original if STATE in vars(module) else type(module)  # type: ignore[attr-defined]

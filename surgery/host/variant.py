@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import IN_PLACE, Captured, Guard, is_pure, reads_opaque
-from surgery.errors import SpliceError
-from surgery.host.call_signature import Conditions, Recogniser, recogniser
+from surgery.errors import ForwardError
+from surgery.host.variant_conditions import Conditions, Recogniser, recogniser
 from surgery.rewrite import first_of, second_of
 
 _count = 0
 
 
-class GuardFlipped(SpliceError):
+class GuardFlipped(ForwardError):
     """A branch inside a graph would be taken differently; nothing has happened yet."""
 
 
-class FlippedTooLate(SpliceError):
+class FlippedTooLate(ForwardError):
     """The same, but the KV cache has changed by now."""
 
 

@@ -76,7 +76,7 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
         ids=alike[0] if alike else "", call=named,
     )  # fmt: skip
-    site.ports["call"] = Port("call", like.width, None, site)
+    site.ports["call"] = Port("call", like.width, None)
     return site
 
 

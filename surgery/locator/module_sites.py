@@ -37,7 +37,7 @@ def _site(kind: Kind, path: str, module: nn.Module, call: Call) -> Site:
     names = {"norm": ("input", "output"), "embedding": ("ids", "output")}
     for name in names.get(kind, ("positions",)):
         bias = f"{path}.bias" if name == "output" and _has_bias(module) else ""
-        site.ports[name] = Port(name, width, None, site, bias=bias)
+        site.ports[name] = Port(name, width, None, bias=bias)
     return site
 
 

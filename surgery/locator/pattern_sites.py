@@ -103,23 +103,23 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
         **options,
     )
     for name, port in ports.items():
-        site.ports[name] = _port(name, port, site, model)
+        site.ports[name] = _port(name, port, model)
     site.missing.update(match.missing)
     if match.kind == "attention" and "lse" not in site.missing:
-        site.ports["lse"] = Port("lse", 1, None, site)
+        site.ports["lse"] = Port("lse", 1, None)
     return site
 
 
-def _port(name: str, port: PortNode, site: Site, model: nn.Module) -> Port:
+def _port(name: str, port: PortNode, model: nn.Module) -> Port:
     made = port.projection
     if made is None:
-        return Port(name, port.width, None, site)
+        return Port(name, port.width, None)
     bias = bias_of(made, model)
     if isinstance(bias, fx.Node):
         bias = str(bias.target) if bias.op == "get_attr" else ""
     columns = None if port.features is None else tuple(port.features)
     weight, transposed = weight_of(made, model)
-    return Port(name, port.width, made.in_width, site, weight, bias or "", transposed, columns)
+    return Port(name, port.width, made.in_width, weight, bias or "", transposed, columns)
 
 
 def _weight(match: Match, model: nn.Module) -> Tensor:

@@ -5,34 +5,58 @@ from surgery.plugin.base_parts import Reference, frozen_inside, referred
 from surgery.plugin.dropout import Dropout, draw_by_name
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
+from surgery.plugin.module_protocols import (
+    AddsOnto,
+    CountsVirtualKeys,
+    Foldable,
+    FoldableInput,
+    NamesUndecayed,
+    NeedsBias,
+    PartlyFoldable,
+    Reparametrised,
+    adds_onto,
+)
+from surgery.plugin.open_site import OpenPort, OpenSite, open_site
 from surgery.plugin.registry import is_leaf, method, methods, task, tasks
 from surgery.plugin.selection import Sites
 from surgery.plugin.site import Port, Site
 
 __all__ = [
     "CALLS",
+    "AddsOnto",
+    "CountsVirtualKeys",
     "Dropout",
     "Edit",
     "Example",
     "Features",
+    "Foldable",
+    "FoldableInput",
     "HostPlan",
     "Kind",
     "Method",
+    "NamesUndecayed",
+    "NeedsBias",
+    "OpenPort",
+    "OpenSite",
+    "PartlyFoldable",
     "Port",
     "Reference",
     "Register",
     "RegisterTask",
+    "Reparametrised",
     "Site",
     "Sites",
     "Start",
     "Task",
     "TaskKind",
+    "adds_onto",
     "draw_by_name",
     "frozen_inside",
     "hookimpl",
     "is_leaf",
     "method",
     "methods",
+    "open_site",
     "referred",
     "task",
     "tasks",

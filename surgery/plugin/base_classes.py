@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from surgery.errors import MethodError, RecipeError, suggest
 from surgery.plugin.edit import Kind
+from surgery.plugin.open_site import OpenSite
 from surgery.plugin.site import Site
 
 KINDS = get_args(Kind)
@@ -60,7 +61,7 @@ class Method:
         """
         return self
 
-    def splice(self, site: Site) -> None:
+    def splice(self, site: OpenSite) -> None:
         """Insert modules at ports of ``site``. Called once per site, in the order of the list."""
         raise MethodError(f"method {type(self).__name__} does not implement splice(site).")
 

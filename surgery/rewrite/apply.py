@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import fx, nn
 
 from surgery.errors import PortError
 from surgery.patterns import Match, PortNode, bias_of, caller_of, reads_now, value
-from surgery.plugin import Edit
+from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
     add,
@@ -68,7 +67,7 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     nodes = [node for node in reads if node is not None]
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
-    if edit.port == "merged" and hasattr(root.get_submodule(child), "total_lse"):
+    if edit.port == "merged" and isinstance(root.get_submodule(child), CountsVirtualKeys):
         match.totals.append((child, tuple(nodes)))
     old = port.node
     for other in match.ports.values():
@@ -80,8 +79,7 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
 
 def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
     """Does a module add its output to the port itself (``onto``), token by token?"""
-    forward = getattr(type(root.get_submodule(child)), "forward", None)
-    if not reads or not callable(forward) or "onto" not in inspect.signature(forward).parameters:
+    if not reads or not adds_onto(root.get_submodule(child)):
         return False
     x, out = (None if node is None else node.meta.get("value") for node in (reads[0], y))
     return x is not None and out is not None and x.shape[:-1] == out.shape[:-1]

@@ -1,17 +1,18 @@
 """Insert methods into a model, verify them, switch them off and take them out."""
 
 from surgery.splicer.operations import disabled, forget, remove, require_spliced, splice, variants
-from surgery.splicer.record import ROWS, Inserted, Report, forget_rows, records
+from surgery.splicer.record import Inserted, Report, forget_rows, look_up, record_of, reports
 
 __all__ = [
-    "ROWS",
     "Inserted",
     "Report",
     "disabled",
     "forget",
     "forget_rows",
-    "records",
+    "look_up",
+    "record_of",
     "remove",
+    "reports",
     "require_spliced",
     "splice",
     "variants",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import SpliceError, SurgeryError
+from surgery.errors import ForwardError, RefusedError, SpliceError
 from surgery.host import (
     HostState,
     Operation,
@@ -22,53 +21,17 @@ from surgery.host import (
     state_of,
     uninstall,
 )
-from surgery.interop import encoder_fastpath
-from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, referred
+from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, open_site
 from surgery.rewrite import apply_edit, port_values, require_applied
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
-from surgery.splicer.record import Inserted, Report, records
+from surgery.splicer.record import Inserted, Report
+from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_reach, verify_start, verify_wraps
 
 
-@dataclass
-class Progress:
-    """A splice under way.
-
-    Attributes:
-        together: can methods that work only together be tried out together?
-        shared: modules that all sites of a method share, by the method's id and their names.
-        base_parts: the modules and parameters that the model had before any splice, by id; they are
-            held, for offloading replaces parameters, whose ids would be given to others.
-        undo: what to call, the last first, to have the model as it was.
-    """
-
-    model: nn.Module
-    report: Report
-    together: bool
-    shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
-    undo: list[Callable[[], None]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        earlier = [i.path for report in records(self.model).values() for i in report.inserted]
-        modules = [self.model.get_submodule(path) for path in earlier]
-        theirs = {id(x) for m in modules for x in (*m.modules(), *m.parameters())}
-        every = (*self.model.modules(), *self.model.parameters())
-        self.base_parts = {id(x): x for x in every if id(x) not in theirs}
-
-    def waits(self, inserted: Inserted) -> bool:
-        """Is it to be verified with the others, in one run of the trunk?"""
-        return inserted.method.together and self.together
-
-    def referred(self, inserted: list[Inserted]) -> list[nn.Parameter]:
-        """Parameters that modules use without owning them, but for those of the base."""
-        modules = [m for i in inserted for m in referred(self.model.get_submodule(i.path))]
-        found = {id(p): p for m in modules for p in m.parameters()}
-        return [p for key, p in found.items() if key not in self.base_parts]
-
-
-def operate(progress: Progress, path: str, pairs: list[tuple[Method, Site]]) -> None:
-    """Build, insert and verify one host; each change leaves its undoing in ``progress``."""
-    module = progress.model.get_submodule(path)
+def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]]) -> None:
+    """Build, insert and verify one host; each change leaves its undoing in ``transaction``."""
+    module = transaction.model.get_submodule(path)
     around = [pair for pair in pairs if pair[1].kind in CALLS]
     inside = [pair for pair in pairs if pair not in around]
     for act, group in ((_rewrite, inside), (_wrap, around)):
@@ -80,29 +43,28 @@ def operate(progress: Progress, path: str, pairs: list[tuple[Method, Site]]) -> 
                     f"{path}: this site has no example of a call any more, as sites of a report "
                     "have none. Take it from surgery.locate(model)."
                 )
-            act(progress, module, plan, group)
+            act(transaction, module, plan, group)
 
 
 def _rewrite(
-    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
+    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
     """What is inserted into the graph of a host."""
-    path, report = plan.path, progress.report
+    path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
     if known is not None and not known.edited and not known.through >= plan.through:
         before = known.through  # it was made for what goes around its call
-        progress.undo.append(lambda: setattr(known, "through", before))
+        transaction.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
     captured, matches = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
-        for earlier in (known.operations[n] for n in known.active):
-            for edit, child in zip(earlier.edits, earlier.children, strict=True):
-                apply_edit(matches, edit, child, module)
+        for edit, child in known.active_edits():
+            apply_edit(matches, edit, child, module)
     one_key = {(p.kind, p.key) for p in matches if p.one_key}
-    state, inserted = _insert(progress, module, plan, pairs)
-    encoder_fastpath.close(progress.model, path)
+    state, inserted = _insert(transaction, module, plan, pairs)
+    transaction.close_fused_path(path)
     results: list[Result] = []
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
@@ -114,28 +76,28 @@ def _rewrite(
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
         alone = [
-            i for i in inserted if _shows_in_example(i.edit, one_key) and not progress.waits(i)
+            i for i in inserted if _shows_in_example(i.edit, one_key) and not transaction.waits(i)
         ]
-        others = progress.referred(inserted)
+        others = transaction.referred(inserted)
         children = list(map(_child, alone))
         verify_reach(module, state, variant, children, others, plan.args, plan.kwargs)
 
 
 def _wrap(
-    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
+    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
     """What goes around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
-    state, inserted = _insert(progress, module, plan, pairs)
-    if any(map(progress.waits, inserted)):
+    state, inserted = _insert(transaction, module, plan, pairs)
+    if any(map(transaction.waits, inserted)):
         return
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(module, state, args, kwargs)
 
-    children, others = list(map(_child, inserted)), progress.referred(inserted)
-    changes = progress.report.change
-    with _named(_failing(plan.path, progress.report)):
+    children, others = list(map(_child, inserted)), transaction.referred(inserted)
+    changes = transaction.report.change
+    with _named(_failing(plan.path, transaction.report)):
         change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
         within = changes.get(plan.path, 0.0)  # of what was put inside the same host
         changes[plan.path] = None if change is None or within is None else max(change, within)
@@ -143,16 +105,16 @@ def _wrap(
 
 
 def _insert(
-    progress: Progress, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
+    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> tuple[HostState, list[Inserted]]:
     """Let each method make its modules, and make ``module`` a host that has them as children."""
-    name = progress.report.name
+    name = transaction.report.name
     made: list[tuple[str, nn.Module]] = []
     inserted: list[Inserted] = []
     seen: set[int] = set()  # modules of one site may share parameters
     for method, site in pairs:
-        shared = progress.shared.setdefault(id(method), {})
-        opened = site.open(progress.model, shared, progress.base_parts)
+        shared = transaction.shared.setdefault(id(method), {})
+        opened = open_site(site, transaction.model, shared, transaction.base_parts)
         with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
             method.splice(opened)
         if not opened.edits:
@@ -166,7 +128,7 @@ def _insert(
             full = f"{plan.path}.{child}" if plan.path else child
             inserted.append(Inserted(_lean(site), method, edit, full, count))
     children = [child for child, _ in made]
-    progress.undo.append(lambda: take_out(module, name, children))
+    transaction.undo.append(lambda: take_out(module, name, children))
     state = install(module, plan)
     for child, new in made:
         new.train(module.training)
@@ -176,7 +138,7 @@ def _insert(
     edits = before.edits + [i.edit for i in inserted]
     state.operations[name] = Operation(name, edits, before.children + children)
     state.refresh()
-    progress.report.inserted += inserted
+    transaction.report.inserted += inserted
     return state, inserted
 
 
@@ -185,8 +147,10 @@ def _named(what: str) -> Iterator[None]:
     """Say what failed, whatever the code of a plugin raises."""
     try:
         yield
-    except SurgeryError:
+    except RefusedError:
         raise
+    except ForwardError as error:  # nothing is left of that forward: the splice is undone
+        raise SpliceError(f"{what}: {error}") from error
     except Exception as error:
         raise SpliceError(
             f"{what} ({type(error).__name__}: {error}). What the method inserts does not fit this "
@@ -213,9 +177,7 @@ def _lean(site: Site) -> Site:
     assert site.host is not None
     host = dataclasses.replace(site.host, args=(), kwargs={})
     call = {name: x for name, x in site.call.items() if not isinstance(x, Tensor)}
-    lean = dataclasses.replace(site, host=host, call=call, ports={})
-    lean.ports.update({n: dataclasses.replace(p, site=lean) for n, p in site.ports.items()})
-    return lean
+    return dataclasses.replace(site, host=host, call=call)
 
 
 def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:

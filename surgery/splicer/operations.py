@@ -15,8 +15,9 @@ from surgery.interop import encoder_fastpath, evaluating
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites
 from surgery.splicer.assignment import assign, left_out
-from surgery.splicer.insertion import Progress, operate, take_out
-from surgery.splicer.record import RECORD, Report, forget_rows, records
+from surgery.splicer.insertion import operate, take_out
+from surgery.splicer.record import Report, drop_record, forget_rows, look_up, reports
+from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_together
 
 
@@ -56,22 +57,19 @@ def splice(
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
     report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
     trunks = [site.path for site in sites.others if site.kind == "trunk"]
-    progress = Progress(model, report, together=bool(trunks))
+    transaction = Transaction(model, report, trunk=bool(trunks))
     try:
         with evaluating(model):
             for path, pairs in todo.items():
-                operate(progress, path, pairs)
+                operate(transaction, path, pairs)
             verify_together(model, report, sites.others)
         _verify_starts(report, trunks)
         for i in report.inserted:  # in training, if their hosts are
             model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     except BaseException:
-        for undo in reversed(progress.undo):
-            undo()
-        encoder_fastpath.reopen(model, is_host)
+        transaction.roll_back()
         raise
-    vars(model).setdefault(RECORD, {})[name] = report
-    return report
+    return transaction.commit()
 
 
 def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
@@ -85,8 +83,8 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     if not name.isidentifier():
         raise SpliceError(f"name={name!r} must be an identifier: it becomes part of module names.")
-    if name in records(model):
-        free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in records(model))
+    if name in reports(model):
+        free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in reports(model))
         raise SpliceError(
             f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
             f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
@@ -97,7 +95,7 @@ def _check_below(model: nn.Module, name: str) -> None:
     """Raise if a part of the model has a splice of which the model does not know."""
     for path, host in hosts(model).items():
         state = state_of(host)
-        unknown = [n for n in state.operations if n not in records(model)] if state else []
+        unknown = [n for n in state.operations if n not in reports(model)] if state else []
         if unknown:
             raise SpliceError(
                 f"{path or 'the model'} is already spliced under the name {unknown[0]!r}, by "
@@ -129,7 +127,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         SpliceError: nothing is spliced under that name.
     """
-    names = list(records(model)) if name is None else [name]
+    names = list(reports(model)) if name is None else [name]
     require_spliced(model, names)
     for host in list(hosts(model).values()):
         state = state_of(host)
@@ -137,8 +135,8 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
             if state is not None and each in state.operations:
                 take_out(host, each, state.operations[each].children)
     for each in names:
-        del records(model)[each]
-    _left(model)
+        del reports(model)[each]
+    _settle(model)
     return model
 
 
@@ -149,24 +147,25 @@ def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
         children = [i.path.rpartition(".")[2] for i in gone if i.site.path == host]
         take_out(model.get_submodule(host), report.name, children)
     left = [i for i in report.inserted if i.path not in folded]
-    records(model)[report.name] = dataclasses.replace(report, inserted=left, merged=True)
+    reports(model)[report.name] = dataclasses.replace(report, inserted=left, merged=True)
     if not left:
-        del records(model)[report.name]
-    _left(model)
+        del reports(model)[report.name]
+    _settle(model)
 
 
-def _left(model: nn.Module) -> None:
-    """Put back what splicing changed besides hosts, where nothing is spliced any more."""
-    if not records(model):
-        del vars(model)[RECORD]
+def _settle(model: nn.Module) -> None:
+    """Put back what splicing changed outside hosts, wherever no splice needs it any more."""
+    closed = look_up(model).closed
+    closed -= encoder_fastpath.reopen(model, closed, is_host)
+    if not reports(model):
         forget_rows(model)
-    encoder_fastpath.reopen(model, is_host)
+        drop_record(model)
 
 
 @contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """Run the model without one splice, or without any, inside a ``with`` block."""
-    names = frozenset(records(model)) if name is None else frozenset({name})
+    names = frozenset(reports(model)) if name is None else frozenset({name})
     require_spliced(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
     before = [state.off for state in states]
@@ -183,7 +182,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
 
 def require_spliced(model: nn.Module, names: list[str]) -> None:
     """Raise unless there are splices of these names."""
-    there = list(records(model))
+    there = list(reports(model))
     for name in names or [""]:
         if name not in there:
             what = f"named {name!r} " if name else ""

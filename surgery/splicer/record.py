@@ -1,4 +1,15 @@
-"""Report: what a splice inserted where, kept on the model as the record of the operation."""
+"""The record of all operations on a model: the one object that the library keeps on it.
+
+    model._surgery_record = Record
+      reports   what each splice inserted, by the splice's name, in order
+      kept      base parameters that are trained and saved along (surgery.freeze_base)
+      rows      gradient hooks of parameters of which single rows are trained (surgery.train_rows)
+      closed    encoders whose nested-tensor path is switched off while something is spliced in
+
+The record is made by the first operation on the model and goes with the last splice. It is an
+ordinary attribute, so ``copy.deepcopy`` and pickle take it along. A host keeps its own state
+beside it (surgery/host/state.py), because a host may be called without its model.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +20,18 @@ from torch import nn
 
 from surgery.plugin import Edit, Method, Site, Sites
 
-RECORD = "_surgery_record"
+_RECORD = "_surgery_record"
 
 
 @dataclass(frozen=True)
 class Inserted:
-    """One inserted module: where, by which method, and under which path in the model."""
+    """One inserted module.
+
+    Attributes:
+        site, method, edit: where the module was inserted, by which method, and how.
+        path: the path of the module in the model.
+        parameters: how many numbers it trains; those shared with an earlier module count there.
+    """
 
     site: Site
     method: Method
@@ -25,16 +42,17 @@ class Inserted:
 
 @dataclass
 class Report:
-    """What ``surgery.splice`` did. Print it.
+    """The result of ``surgery.splice``. Print it.
 
     Attributes:
-        name: of the splice.  methods: in the order in which they were applied.
+        name: the name of the splice.
+        methods: the methods, in the order in which they were applied.
         inserted: every inserted module.
-        change: for each host, the largest change of an output that was measured: 0.0 means that
-            every bit is as before, None that there were no values to measure (``meta`` device).
-        left_out: which method was left out at which sites, for want of a port.
-        merged: has a part of it been folded into the base?
-        order: the identities of the sites, as they were chosen.
+        change: for each host, the largest measured change of an output: 0.0 means that every bit
+            is as before, None that there were no values to measure (``meta`` device).
+        left_out: the methods that were left out for want of a port, with the site.
+        merged: whether a part has been folded into the base.
+        order: the identities of the sites, in the order in which they were chosen.
     """
 
     name: str
@@ -47,13 +65,13 @@ class Report:
 
     @property
     def start(self) -> str:
-        """The start state, as declared: ``exact`` only if every method's is."""
+        """The declared start state: ``exact`` only if every method's is."""
         declared = [method.start for method in self.methods]
         return next((s for s in ("none", "gated") if s in declared), "exact")
 
     @property
     def sites(self) -> Sites:
-        """The sites that something was inserted at, in the order in which they were chosen."""
+        """The sites with an inserted module, in the order in which they were chosen."""
         found = {i.site.identity: i.site for i in self.inserted}
         ordered = [found.pop(identity) for identity in self.order if identity in found]
         return Sites([*ordered, *found.values()], self.name)
@@ -84,17 +102,40 @@ class Report:
         return "\n".join(lines)
 
 
-def records(model: nn.Module) -> dict[str, Report]:
-    """The splices of a model, by name, in order."""
-    found: dict[str, Report] = vars(model).get(RECORD, {})
-    return found
+@dataclass
+class Record:
+    """What the library knows of one model; the module docstring explains each field."""
+
+    reports: dict[str, Report] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    rows: dict[str, Any] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
 
 
-ROWS = "_surgery_rows"
+def record_of(model: nn.Module) -> Record:
+    """Return the record of ``model``; attach an empty one if there is none yet."""
+    record: Record = vars(model).setdefault(_RECORD, Record())
+    return record
+
+
+def look_up(model: nn.Module) -> Record:
+    """Return the record of ``model`` for reading; a model without one is left as it is."""
+    return vars(model).get(_RECORD) or Record()
+
+
+def drop_record(model: nn.Module) -> None:
+    """Detach the record of ``model``."""
+    vars(model).pop(_RECORD, None)
+
+
+def reports(model: nn.Module) -> dict[str, Report]:
+    """Return the splices of a model, by name, in order."""
+    return look_up(model).reports
 
 
 def forget_rows(model: nn.Module) -> None:
-    """Let gradients reach whole parameters again."""
-    hooks: dict[str, Any] = vars(model).pop(ROWS, {})
+    """Let gradients reach whole parameters again, where only single rows were trained."""
+    hooks = look_up(model).rows
     for hook in hooks.values():
         hook.handle.remove()
+    hooks.clear()

@@ -29,7 +29,7 @@ class RED(surgery.Method):
     name = "red"
     kinds = ("ffn",)
 
-    def splice(self, site: surgery.Site) -> None:
+    def splice(self, site: surgery.OpenSite) -> None:
         site.port("output").insert(Edit(site.width), name=self.name)
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.host.call_signature import Conditions, signature
-from surgery.host.call_signature import recogniser as recogniser_of
+from surgery.host.call_signature import signature
+from surgery.host.variant_conditions import Conditions
+from surgery.host.variant_conditions import recogniser as recogniser_of
 
 
 class Kind(Enum):

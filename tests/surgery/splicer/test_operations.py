@@ -7,7 +7,7 @@ import torch
 
 import surgery
 from surgery.errors import SpliceError
-from surgery.splicer.record import records
+from surgery.splicer.record import reports
 from tests.support.models import build, inputs, logits, perturb
 
 
@@ -16,7 +16,7 @@ def test_a_name_used_twice() -> None:
     surgery.splice(model, surgery.method("lora"))
     with pytest.raises(surgery.SpliceError, match="already spliced under the name 'default'"):
         surgery.splice(model, surgery.method("lora"))
-    assert len(records(model)) == 1
+    assert len(reports(model)) == 1
 
 
 def test_what_is_not_there_cannot_be_removed_disabled_or_frozen() -> None:

@@ -1,0 +1,164 @@
+"""Decide whether a captured graph still fits a call of its host.
+
+A graph is one path through the host's forward. It fits a call if the call has the graph's
+signature and if everything that capture read beside the arguments is as it was:
+
+    reads      attributes of modules and configs that decided a branch
+    parts      the child modules that the graph calls or traces through
+    ambient    gradient mode, autocast, the chosen attention function
+    early      branches on values that can be evaluated before the graph runs
+
+Describing a call costs about as much as a small operator, which is noticeable when decoding one
+token at a time. So a :class:`Recogniser` is written for each graph: straight-line Python that
+compares a call with the graph's signature and conditions and builds nothing but the list of
+inputs. It may miss a call that fits; it never accepts one that does not. A missed call takes the
+slow way, ``signature`` and ``Conditions.hold``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surgery.host.call_signature import PLAIN, autocast_dtypes
+from surgery.interop import CONSTANT
+
+_SINGLE = frozenset({type(None), bool, torch.dtype})  # equal ones are one object
+
+
+# Bound here: while a capture runs, torch's own name may stand for a recording replacement.
+_autocast_is_on = torch._C._is_any_autocast_enabled
+
+
+_MISSING = object()
+
+
+Recogniser = Callable[[Any, Any, Any], list[Any] | None]
+
+
+class Conditions(NamedTuple):
+    """What a graph relies on beside the signature of its call."""
+
+    reads: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (attributes, name, value)
+    parts: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (children, name, module)
+    ambient: Sequence[tuple[Callable[[], Any], Any]] = ()  # (question, answer)
+    early: Callable[..., bool] | None = None  # called with the host and the inputs
+
+    def hold(self, module: Any, inputs: list[Any]) -> bool:
+        """Whether all conditions hold for a call with these inputs."""
+        for attributes, name, expected in self.reads:
+            if attributes.get(name, _MISSING) != expected:
+                return False
+        for children, name, part in self.parts:
+            if children.get(name) is not part:
+                return False
+        for question, expected in self.ambient:
+            if question() != expected:
+                return False
+        return self.early is None or self.early(module, inputs)
+
+
+def recogniser(args: Any, kwargs: Any, conditions: Conditions) -> Recogniser | None:
+    """Write the recogniser of the calls like this one.
+
+    ``recogniser(args, kwargs, conditions)(module, args, kwargs)`` returns the inputs of the call's
+    graph, or None if the call has another signature or a condition does not hold. Under autocast
+    there is no recogniser, as it would miss every call.
+    """
+    if autocast_dtypes():
+        return None
+    writer = _Writer()
+    code = [
+        "def inputs_of(module, args, kwargs):",
+        "    if cast():",
+        "        return None",
+        *writer.sequence("args", args),
+        *writer.mapping("kwargs", kwargs),
+        f"    inputs = [{', '.join(writer.inputs)}]",
+        *writer.conditions(conditions),
+        "    return inputs",
+    ]
+    exec("\n".join(code), writer.names)
+    made: Recogniser = writer.names["inputs_of"]
+    return made
+
+
+class _Writer:
+    """Writes lines of code that compare a value with a given one, and binds their names."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {"cast": _autocast_is_on, "missing": _MISSING}
+        self.inputs: list[str] = []
+        self._values: list[Any] = []  # of the inputs
+
+    def sequence(self, name: str, values: Any) -> list[str]:
+        parts = [f"{name}_{i}" for i in range(len(values))]
+        lines = [_unless(f"len({name}) == {len(parts)}")]
+        lines += [f"    {', '.join(parts)}, = {name}"] if parts else []
+        return lines + [
+            line for part, x in zip(parts, values, strict=True) for line in self.value(part, x)
+        ]
+
+    def mapping(self, name: str, values: Any) -> list[str]:
+        keys = self._bind(tuple(values))
+        parts = [f"{name}_{i}" for i in range(len(values))]
+        lines = [_unless(f"tuple({name}) == {keys}")]
+        lines += [f"    {', '.join(parts)}, = {name}.values()"] if parts else []
+        for part, x in zip(parts, values.values(), strict=True):
+            lines += self.value(part, x)
+        return lines
+
+    def value(self, name: str, x: Any) -> list[str]:
+        kind = type(x)
+        if kind in _SINGLE:
+            return [_unless(f"{name} is {self._bind(x)}")]
+        same = f"type({name}) is {self._bind(kind)}"
+        if kind in PLAIN or isinstance(x, CONSTANT):
+            return [_unless(f"{same} and {name} == {self._bind(x)}")]
+        if kind is tuple or kind is list:
+            return [_unless(same), *self.sequence(name, x)]
+        if kind is dict:
+            return [_unless(same), *self.mapping(name, x)]
+        if not isinstance(x, (int, float)):
+            seen = [
+                other for other, held in zip(self.inputs, self._values, strict=True) if held is x
+            ]
+            if seen:
+                return [_unless(f"{name} is {seen[0]}")]
+            alike = zip(self.inputs, self._values, strict=True)
+            same += "".join(f" and {name} is not {n}" for n, held in alike if type(held) is kind)
+        if isinstance(x, Tensor):
+            place = f"{name}.is_cpu" if x.is_cpu else f"{name}.device == {self._bind(x.device)}"
+            same += f" and {name}.dim() == {x.dim()} and {name}.dtype is {self._bind(x.dtype)}"
+            same += f" and {place}"
+        self.inputs.append(name)
+        self._values.append(x)
+        return [_unless(same)]
+
+    def conditions(self, these: Conditions) -> list[str]:
+        """Write ``these.hold`` as straight-line code."""
+        named = {id(known): known for known, _, _ in (*these.reads, *these.parts)}
+        names = {key: self._bind(known) for key, known in named.items()}
+        lines = []
+        for known, name, value in these.reads:
+            place = f"{names[id(known)]}.get({name!r}, missing)"
+            lines.append(_unless(f"{place} == {self._bind(value)}"))
+        for known, name, part in these.parts:
+            lines.append(_unless(f"{names[id(known)]}.get({name!r}) is {self._bind(part)}"))
+        for question, answer in these.ambient:
+            lines.append(_unless(f"{self._bind(question)}() == {self._bind(answer)}"))
+        if these.early is not None:
+            lines.append(_unless(f"{self._bind(these.early)}(module, inputs)"))
+        return lines
+
+    def _bind(self, x: Any) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = x
+        return name
+
+
+def _unless(condition: str) -> str:
+    return f"    if not ({condition}):\n        return None"

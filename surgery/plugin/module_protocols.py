@@ -1,0 +1,143 @@
+"""What an inserted module may offer beside its forward, as protocols.
+
+An inserted module is an ``nn.Module``. Each protocol below is optional and stands alone: a module
+offers it by having the attribute, with no base class. The library asks for these names only, so
+:func:`surgery.plugin.insertion_check.require_no_near_miss` reports a name that is almost one of
+them when the module is inserted.
+
+    offer              asked by                           what for
+    forward(..., onto) the graph, at ``add``              the module returns the sum itself
+    total_lse          later methods that read ``lse``    virtual keys are counted
+    fold, fold_input   surgery.merge                      the update goes into the weights
+    rest, needs_bias   surgery.merge                      what stays, and what a fold needs
+    plain_state        surgery.save                       what inference needs, instead of all
+    no_weight_decay    trainers                           parameters that do not decay
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class AddsOnto(Protocol):
+    """A module that adds its update to the port itself (verb ``add``).
+
+        forward(x, onto=y) = y + update(x)          forward(x) = update(x)
+
+    The graph then holds one operator where it would hold two, and a scale costs nothing
+    (``torch.add(y, update, alpha=scale)``). The result has the dtype of ``onto``. The graph passes
+    ``onto`` only where the port is the whole output of a projection, token by token; elsewhere it
+    adds the update itself, so ``onto`` must default to None.
+    """
+
+    def forward(self, *reads: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return ``onto`` plus the update, or the update alone."""
+
+
+@runtime_checkable
+class CountsVirtualKeys(Protocol):
+    """A module that replaces ``merged`` and attends to keys of its own.
+
+        total_lse(*reads) = log(exp(lse) + sum_j exp(s_j))      s_j: scores of the virtual keys
+
+    Methods later in the list read this value as ``lse``, so their keys share one softmax with
+    these. :func:`surgery.virtual_lse` computes it.
+    """
+
+    def total_lse(self, *reads: Tensor) -> Tensor:
+        """Return the logsumexp (B, H, n) over real and virtual keys; same reads as ``forward``."""
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A module behind a projection ``y = x W + b`` whose result is again ``x W' + b'``.
+
+    ``surgery.merge`` calls ``fold`` in float64 and rounds once. Verbs: ``add``, ``insert`` and
+    ``replace``.
+    """
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return ``(W', b')`` of the same shapes: W (in, out), b (out,) or None."""
+
+
+@runtime_checkable
+class FoldableInput(Protocol):
+    """A module in front of a projection, ``y = m(x) W + b``, linear in x (verb ``feed``)."""
+
+    def fold_input(self, weight: Tensor) -> Tensor:
+        """Return ``W'`` (in, out) with ``x W' = m(x) W``."""
+
+
+@runtime_checkable
+class PartlyFoldable(Protocol):
+    """A :class:`Foldable` module of which a part is not linear and stays spliced.
+
+    ``surgery.merge(model, partial=True)`` folds the linear part and then calls ``rest``.
+    """
+
+    def rest(self) -> None:
+        """Remove the part that has been folded from this module, in place."""
+
+
+@runtime_checkable
+class NeedsBias(Protocol):
+    """A :class:`Foldable` module that has a bias of its own to fold.
+
+    Where ``needs_bias`` is true, ``surgery.merge`` refuses a projection without a bias.
+    """
+
+    needs_bias: bool
+
+
+@runtime_checkable
+class Reparametrised(Protocol):
+    """A module whose trained parameters are not the ones that inference needs.
+
+    A prefix that an MLP makes is stored as plain keys and values: ``plain_state`` returns the
+    ``state_dict`` of the module that ``Method.plain()`` would insert in its place.
+    """
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """Return the tensors to store, by name; tensors of the module itself are not copied."""
+
+
+@runtime_checkable
+class NamesUndecayed(Protocol):
+    """A module with parameters that weight decay must leave alone, such as biases.
+
+    The library calls nothing here; the recipes' trainer does, and other trainers may.
+    """
+
+    def no_weight_decay(self) -> set[str]:
+        """Return names of own parameters, as in ``named_parameters()`` of this module."""
+
+
+PROTOCOLS: tuple[type, ...] = (
+    AddsOnto,
+    CountsVirtualKeys,
+    Foldable,
+    FoldableInput,
+    PartlyFoldable,
+    NeedsBias,
+    Reparametrised,
+    NamesUndecayed,
+)
+
+METHODS: dict[str, tuple[object, ...] | None] = {
+    "total_lse": None,  # as many arguments as ``reads``
+    "fold": (None, None),
+    "fold_input": (None,),
+    "rest": (),
+    "plain_state": (),
+    "no_weight_decay": (),
+}
+
+
+def adds_onto(module: nn.Module) -> bool:
+    """Whether ``module`` is an :class:`AddsOnto`: its forward has a parameter ``onto``."""
+    forward = getattr(type(module), "forward", None)
+    return callable(forward) and "onto" in inspect.signature(forward).parameters

@@ -1,0 +1,81 @@
+"""A splice under way: what it has done so far, and how that is undone if it fails half way.
+
+``splice`` changes a model step by step, since a method is verified by running it. Each step first
+notes here how it is undone. If any step fails, ``roll_back`` undoes the noted steps, the last one
+first; otherwise ``commit`` puts the report into the model's record.
+
+    note undo -> change -> note undo -> change -> verify -> commit
+                                          |  any exception
+                                          +-----------------> roll_back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from surgery.host import is_host
+from surgery.interop import encoder_fastpath
+from surgery.plugin import referred
+from surgery.splicer.record import Inserted, Report, record_of, reports
+
+
+@dataclass
+class Transaction:
+    """A splice under way.
+
+    Attributes:
+        model, report: the model, and the report that grows with each host.
+        trunk: whether the model has a trunk, in one run of which methods with ``together`` can be
+            verified.
+        shared: modules that all sites of a method share, by the method's id and by name.
+        undo: functions that undo the steps so far.
+        closed: encoders whose nested-tensor path this splice has switched off.
+        base_parts: modules and parameters that the model had before any splice, by id. They are
+            held here: offloading replaces parameters, and a freed id would be given to another.
+    """
+
+    model: nn.Module
+    report: Report
+    trunk: bool
+    shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    closed: set[str] = field(default_factory=set)
+    base_parts: dict[int, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        earlier = [i.path for report in reports(self.model).values() for i in report.inserted]
+        modules = [self.model.get_submodule(path) for path in earlier]
+        theirs = {id(x) for m in modules for x in (*m.modules(), *m.parameters())}
+        every = (*self.model.modules(), *self.model.parameters())
+        self.base_parts = {id(x): x for x in every if id(x) not in theirs}
+
+    def close_fused_path(self, host: str) -> None:
+        """Keep PyTorch's fused encoder path from bypassing a host."""
+        self.closed |= encoder_fastpath.close(self.model, host)
+
+    def roll_back(self) -> None:
+        """Undo every step; the model is as it was before the splice."""
+        for undo in reversed(self.undo):
+            undo()
+        encoder_fastpath.reopen(self.model, self.closed, is_host)
+
+    def commit(self) -> Report:
+        """Enter the report into the model's record."""
+        record = record_of(self.model)
+        record.reports[self.report.name] = self.report
+        record.closed |= self.closed
+        return self.report
+
+    def waits(self, inserted: Inserted) -> bool:
+        """Whether a module is verified with the others, in one run of the trunk."""
+        return inserted.method.together and self.trunk
+
+    def referred(self, inserted: list[Inserted]) -> list[nn.Parameter]:
+        """Parameters that modules use without owning them, except those of the base."""
+        modules = [m for i in inserted for m in referred(self.model.get_submodule(i.path))]
+        found = {id(p): p for m in modules for p in m.parameters()}
+        return [p for key, p in found.items() if key not in self.base_parts]
