@@ -195,6 +195,9 @@ def test_a_file_of_tests_stands_in_a_folder_and_says_what_it_tests(path: Path) -
         name = path.stem
         assert name == "conftest" or name.startswith("test_"), "helpers stand in tests/support/"
     assert ast.get_docstring(ast.parse(path.read_text()))
+    if folder != "recipes":
+        others = [m for m, _ in imports(path) if m.split(".")[-1].startswith("test_")]
+        assert others == [], "what several tests use stands in tests/support/"
 
 
 def test_every_package_is_installed() -> None:

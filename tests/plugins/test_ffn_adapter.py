@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import surgery
-from tests import zoo
 from tests.support.models import (
     build,
     gpt2_small,
@@ -22,6 +21,7 @@ from tests.support.models import (
     perturb,
     roberta_base,
 )
+from tests.zoo.build import build as zoo_model
 
 PLACEMENTS = ("houlsby", "attention", "pfeiffer", "parallel")
 # Where a model's own code computes what the equations call a, m and u.
@@ -144,7 +144,7 @@ def test_bad_options_are_named_with_what_they_must_be(chosen: Any, message: str)
 
 
 def test_experts_take_a_parallel_adapter() -> None:
-    tiny = zoo.build("mixtral")
+    tiny = zoo_model("mixtral")
     sites = surgery.locate(tiny.model, tiny.inputs).ffn
     assert {site.description for site in sites} == {"expert FFN"}
     base = logits(tiny.model, tiny.inputs)

@@ -14,14 +14,11 @@ from torch import Tensor
 import surgery
 from surgery.attention.sdpa import attention
 from surgery_plugins.inducer import Fade
-from tests.plugins.test_inducer import (
+from tests.support.golden_inducer import K, Q, V, golden
+from tests.support.heads_by_hand import (
     IDS,
-    K,
-    Q,
-    V,
     close,
     fill,
-    golden,
     gpt2,
     llama,
     projections,

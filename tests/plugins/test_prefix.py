@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
 
 import surgery
-from tests.plugins.test_inducer import IDS, PADDED, close, gpt2, llama, projections, roberta, turn
+from tests.support.heads_by_hand import IDS, PADDED, close, gpt2, llama, projections, roberta, turn
 from tests.support.models import (
     build,
     gpt2_small,
@@ -24,6 +22,7 @@ from tests.support.models import (
     qwen_half_billion,
     watched,
 )
+from tests.support.peft_prefixes import beside_peft, spliced
 
 
 def by_loop(
@@ -45,11 +44,6 @@ def by_loop(
                 mixed.append((keys @ query / math.sqrt(d)).softmax(0) @ values)
             rows.append(torch.cat(mixed) @ wo + bo)
     return torch.stack(rows).view(batch, n, -1)
-
-
-def spliced(model: Any, **options: Any) -> Any:
-    surgery.splice(model, surgery.method("prefix", **{"length": 3, "std": 0.7, **options}))
-    return model
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -110,25 +104,6 @@ def test_a_zero_prefix_takes_its_share_of_the_softmax() -> None:
     g = 4 / (4 + scores.exp().sum(-1, keepdim=True))
     f = (1 - g) * (scores.softmax(-1) @ v)
     close(met["y"], f.transpose(1, 2).flatten(2) @ wo + bo, 1e-9)
-
-
-def beside_peft(**options: Any) -> tuple[Any, Any]:
-    """One layer of GPT-2 with a prefix, and PEFT's with the same tensors."""
-    torch.manual_seed(0)
-    model = gpt2(initializer_range=0.3).eval()
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own
-        theirs = peft.get_peft_model(gpt2(initializer_range=0.3), config).eval()
-    theirs.base_model.load_state_dict(model.state_dict())
-    spliced(model, **options)
-    prefix = model.transformer.h[0].attn.prefix_merged
-    table = theirs.prompt_encoder["default"].embedding.weight  # (P, 2 L G d), keys before values
-    width = table.shape[1] // 2
-    with torch.no_grad():
-        table[:, :width] = prefix.keys.transpose(0, 1).flatten(1)
-        table[:, width:] = prefix.values.transpose(0, 1).flatten(1)
-    return model, theirs
 
 
 def test_it_equals_peft_with_the_same_tensors() -> None:

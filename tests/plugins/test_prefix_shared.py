@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import surgery
-from tests.plugins.test_inducer import IDS, close, gpt2, projections
-from tests.plugins.test_prefix import beside_peft
+from tests.support.heads_by_hand import IDS, close, gpt2, projections
 from tests.support.models import build, gpt2_small, inputs, logits, perturb, qwen_half_billion
+from tests.support.peft_prefixes import beside_peft
 
 SHARES = ["simple", "linear", "layer", "global"]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import surgery
-from tests.plugins.test_lora import MODELS, QKV
 from tests.support.models import (
     build,
     gpt2_small,
@@ -21,6 +20,7 @@ from tests.support.models import (
     perturb,
     roberta_base,
 )
+from tests.support.weights_by_port import MODELS, QKV
 
 
 def dense(name: str, method: surgery.Method) -> tuple[Any, Any]:
