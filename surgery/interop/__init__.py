@@ -1,4 +1,4 @@
-"""Run code that is not ours: isolate a model's forward, and patch torch and transformers in it."""
+"""Run the code of models, torch and transformers: in isolation, and with parts of it replaced."""
 
 from surgery.interop import encoder_fastpath, huggingface
 from surgery.interop.arguments import (

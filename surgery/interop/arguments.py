@@ -1,4 +1,9 @@
-"""Values: the leaves of nested arguments, and copies of them that can be worked on."""
+"""Take the arguments of a call apart into leaves, and copy them for runs on the side.
+
+Arguments are nested in tuples, lists and dicts. A *leaf* is what is left: a tensor, a number or an
+opaque object such as a KV cache, which is never looked into. None and ``CONSTANT`` values are no
+leaves: they belong to the structure of a call.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONSTANT = (bool, str, Enum, type, torch.dtype, torch.device)  # parts of a call's structure
+CONSTANT = (bool, str, Enum, type, torch.dtype, torch.device)
 
 
 def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to the leaves of nested tuples, lists and dicts; keep constants."""
+    """Return ``structure`` with ``function`` applied to each leaf; None and constants stay."""
     if structure is None or isinstance(structure, CONSTANT):
         return structure
     if type(structure) in (tuple, list):
@@ -27,19 +32,26 @@ def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def leaves(structure: Any) -> list[Any]:
-    """The inputs of a graph: numbers, and tensors and opaque objects once each, in order."""
+    """Return the inputs of a graph in order: every number, every other leaf once."""
     found: dict[Any, Any] = {}
     map_leaves(structure, lambda v: found.setdefault(identity(v, len(found)), v))
     return list(found.values())
 
 
 def identity(value: Any, position: int) -> Any:
-    """Two numbers that are equal by chance are two inputs; one tensor given twice is one."""
+    """Return the key by which a leaf counts as one input of a graph.
+
+    A tensor or object that is given twice is one input. Numbers are keyed by their position: two
+    that are equal in one call may differ in the next.
+    """
     return ("number", position) if isinstance(value, (int, float)) else id(value)
 
 
 def detached(value: Any) -> Any:
-    """An example value that can be worked on: tensors without history, opaque objects copied."""
+    """Return a copy of a leaf that a run may change: tensors are cloned without their history.
+
+    An opaque object is copied with the tensors in it.
+    """
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, (int, float)):
@@ -50,7 +62,7 @@ def detached(value: Any) -> Any:
 
 
 def detached_copy(structure: Any) -> Any:
-    """:func:`detached` for nested arguments; an object that is given twice stays one object."""
+    """Apply :func:`detached` to nested arguments; an object that is given twice stays one."""
     copies: dict[int, Any] = {}
 
     def copied(v: Any) -> Any:
@@ -64,14 +76,18 @@ def detached_copy(structure: Any) -> Any:
 
 
 def snapshot(value: Any) -> Any:
-    """An opaque object as it is now, sharing its tensors: what a cache held at this moment."""
+    """Return an opaque object as it is now, such as a cache before a layer adds to it.
+
+    The copy shares the tensors, so one that is changed in place later shows the change. Tensors,
+    numbers, modules and functions are returned themselves.
+    """
     if isinstance(value, (Tensor, int, float, nn.Module)) or callable(value):
         return value
     return copy.deepcopy(value, {id(t): t for t in tensors_in(value)})
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors inside an opaque object."""
+    """Yield the tensors inside an opaque object, modules left out."""
     seen: set[int] = set()
     stack = [value]
     while stack:
@@ -95,7 +111,11 @@ def _signature(forward: Any) -> inspect.Signature:
 
 
 def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by the names that ``forward`` gives them."""
+    """Return the arguments of a call by the names that ``forward`` gives them.
+
+    Args:
+        forward: an unbound forward; its first argument is the module itself, which is left out.
+    """
     signature = _signature(forward)
     named = signature.bind(module, *args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
@@ -105,12 +125,12 @@ def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str
 
 
 def is_whole(x: Any) -> bool:
-    """Is this a tensor of whole numbers?"""
+    """Whether ``x`` is a tensor of integers with at least one axis."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return False
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Are these two alike, as far as one can see?"""
+    """Whether two tensors agree in shape, dtype and, except on the meta device, values."""
     return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or bool((a == b).all()))

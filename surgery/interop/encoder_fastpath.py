@@ -1,9 +1,16 @@
-"""All knowledge of torch's fused inference path for ``nn.MultiheadAttention`` and its encoders.
+"""Keep torch's fused encoder path from bypassing what is spliced in.
 
-In evaluation without gradients ``nn.TransformerEncoderLayer`` hands its weights to one fused
-kernel, which never calls its submodules: what is spliced into them would train, and then do
-nothing. So the path is closed while the model is looked at, and above every host for as long as
-something is spliced in. A layer with hooks inside does not take it; an encoder is told so.
+In evaluation without gradients, ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` hand
+their weights to one fused kernel and never call their submodules. A module spliced into these
+would train, and then do nothing at evaluation. The path is therefore closed twice:
+
+    OPEN             replacements for ``patched`` while a model is observed or captured: attention
+                     runs as plain operations, each of which is seen
+    close, reopen    above every host, as long as something is spliced into it
+
+A layer does not take the path if a module inside has a hook, so ``close`` gives the host one that
+does nothing. ``nn.TransformerEncoder`` turns its input into a nested tensor, which only the fused
+kernel can take; ``close`` clears its flag ``use_nested_tensor``, and ``reopen`` sets it again.
 """
 
 from __future__ import annotations
@@ -15,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# For ``patched``: attention runs as plain operations, and each of them is seen.
 OPEN: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.backends.mha, "get_fastpath_enabled", lambda original: lambda: False),
     (F, "has_torch_function", lambda original: lambda tensors: False),
@@ -33,8 +39,8 @@ def close(model: nn.Module, path: str) -> set[str]:
     modules = {each: model.get_submodule(each) for each in above}
     host = modules[path]
     fused = any(isinstance(module, nn.TransformerEncoderLayer) for module in modules.values())
-    if fused and _seen not in host._forward_pre_hooks.values():
-        host.register_forward_pre_hook(_seen)
+    if fused and _do_nothing not in host._forward_pre_hooks.values():
+        host.register_forward_pre_hook(_do_nothing)
     closed = set()
     for each, module in modules.items():
         nested = isinstance(module, nn.TransformerEncoder) and getattr(
@@ -54,8 +60,8 @@ def reopen(model: nn.Module, closed: set[str], is_host: Callable[[nn.Module], bo
     """
     for module in model.modules():
         hooks = module._forward_pre_hooks
-        if _seen in hooks.values() and not is_host(module):
-            del hooks[next(key for key, hook in hooks.items() if hook is _seen)]
+        if _do_nothing in hooks.values() and not is_host(module):
+            del hooks[next(key for key, hook in hooks.items() if hook is _do_nothing)]
     opened = set()
     for path in closed:
         encoder = model.get_submodule(path)
@@ -65,5 +71,5 @@ def reopen(model: nn.Module, closed: set[str], is_host: Callable[[nn.Module], bo
     return opened
 
 
-def _seen(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing but be there."""
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """Be a hook: a layer with a hook inside does not take the fused path."""

@@ -1,7 +1,7 @@
-"""All knowledge of transformers: its choice of attention function, and what it calls its inputs.
+"""Hold the library's knowledge of transformers: attention functions, inputs and flags of models.
 
-transformers is imported only if the process has imported it already; without it every function
-here answers "nothing special".
+No function here is the first to import transformers: in a process that has not imported it there is
+no transformers model to ask about.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _loaded() -> bool:
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Is this a transformers model?"""
+    """Whether ``model`` is a transformers model."""
     if not _loaded():
         return False
     from transformers.modeling_utils import PreTrainedModel
@@ -29,7 +29,11 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def attention_patch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> list[Any]:
-    """Replacements that make transformers hand out ``wrap(function)`` as attention function."""
+    """Return replacements by which transformers uses ``wrap(function)`` as attention function.
+
+    They patch the look-up by ``config._attn_implementation``, which every attention module of
+    transformers does in its forward; see ``AttentionPatch``.
+    """
     if not _loaded():
         return []
     from transformers.modeling_utils import AttentionInterface
@@ -44,14 +48,15 @@ def attention_patch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) ->
 
 
 def is_own_hook(hook: Callable[..., Any]) -> bool:
-    """Is this a forward hook by which transformers itself collects its outputs?"""
+    """Whether a forward hook is one of those by which transformers collects its outputs."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def choices(module: nn.Module) -> list[tuple[Any, str]]:
-    """What else decides which graph a module needs: who holds its choice of attention function.
+    """Return where the choice of attention function is stored, as (object, attribute name).
 
-    An object and the name of an attribute, for each configuration that the module has.
+    One pair for each config that the module or a submodule has. A graph holds one choice, so a
+    captured graph is valid only as long as these attributes keep their values.
     """
     configs: dict[int, Any] = {}
     for part in module.modules():
@@ -63,7 +68,10 @@ def choices(module: nn.Module) -> list[tuple[Any, str]]:
 
 
 def example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Small inputs for a transformers model, made from its config; None if we cannot tell."""
+    """Return small inputs for a transformers model, made from its config; None if unknown.
+
+    Text: 2 sequences of 7 token ids. Images: 2 of the config's size.
+    """
     if not is_pretrained(model):
         return None
     config: Any = model.config
@@ -71,10 +79,10 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
     name = getattr(model, "main_input_name", "input_ids")
     if name == "input_ids":
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        top = int(getattr(text, "vocab_size", 8))
-        ids = (torch.arange(14, device=device).reshape(2, 7) * 5 + 3) % top  # (B, n)
+        n_tokens = int(getattr(text, "vocab_size", 8))
+        ids = (torch.arange(14, device=device).reshape(2, 7) * 5 + 3) % n_tokens  # (B, n)
         inputs = {"input_ids": ids}
-        if device.type != "meta":  # where a mask has no values to look at
+        if device.type != "meta":  # there a mask has no values, and models read them
             inputs["attention_mask"] = torch.ones_like(ids)
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids[:, :5]
@@ -92,10 +100,11 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 @contextmanager
 def without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Run what is inside without recomputing activations in the backward pass.
+    """Switch gradient checkpointing off for the forwards inside the ``with`` block.
 
-    For a second, small run of a model inside a forward: recomputed, it could not be told from the
-    first.
+    A method may run the model a second time inside a forward, as prompt-tuning does. Checkpointing
+    would repeat that run in the backward pass, when the method can no longer tell which of its two
+    runs is being repeated.
     """
     on = [m for m in module.modules() if vars(m).get("gradient_checkpointing") is True]
     try:
@@ -108,7 +117,10 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 def fresh_parameters(model: nn.Module) -> list[str]:
-    """Names of parameters that ``from_pretrained`` had no weights for (a new head, say)."""
+    """Return the names of parameters that ``from_pretrained`` found no weights for.
+
+    A new classification head is an example. Empty if the model was not loaded that way.
+    """
     if not is_pretrained(model):
         return []
     loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
@@ -116,5 +128,5 @@ def fresh_parameters(model: nn.Module) -> list[str]:
 
 
 def name_or_path(model: nn.Module) -> str | None:
-    """What the model was loaded from."""
+    """Return the hub id or folder that the model was loaded from, or None."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -1,4 +1,17 @@
-"""Quiet: run parts of a model without a trace: no hook, no random number, no training flag."""
+"""Run a model's forward without side effects and without being observed.
+
+Each level does what the level below it does, and more:
+
+    silenced        hosts run their own forward, as before any splice
+      hookless      no hook fires; torch's fused encoder path is closed (encoder_fastpath.py)
+        untouched   random states and buffers are restored at the end; modes that the user has
+                    entered (selective checkpointing, counters of operations) see nothing
+
+Beside these, ``evaluating`` sets evaluation mode, ``capture_running`` tells hosts to run their own
+forward, and ``real_tensors`` keeps tensors that are made inside out of torch.export's trace.
+
+Nothing here turns gradients off; callers that need none add ``torch.no_grad()``.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +38,7 @@ _current = _Thread()
 
 @contextmanager
 def capture_running() -> Iterator[None]:
-    """Mark this thread as capturing."""
+    """Mark this thread as capturing; see :func:`capturing`."""
     previous, _current.capturing = capturing(), True
     try:
         yield
@@ -34,20 +47,20 @@ def capture_running() -> Iterator[None]:
 
 
 def capturing() -> bool:
-    """Is this thread capturing? Then hosts inside what is kept whole run their own forward."""
+    """Whether this thread is inside :func:`capture_running`: hosts run their own forward then."""
     return _current.capturing
 
 
 @contextmanager
 def silenced(module: nn.Module) -> Iterator[None]:
-    """Run modules as they were before any splice, for their values only (see ``hookless``)."""
+    """Run ``module`` as it was before any splice, :func:`hookless`."""
     with capture_running(), hookless(module):
         yield
 
 
 @contextmanager
 def hookless(module: nn.Module) -> Iterator[None]:
-    """Run forwards unseen: no hook fires, no random state moves."""
+    """Run forwards without their hooks, leaving everything :func:`untouched`."""
 
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
@@ -59,29 +72,33 @@ def hookless(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Leave random states and the module's buffers as they were, and let no mode look on."""
-    with _unwatched(), quiet_random(module):
+    """Restore random states and the module's buffers at the end; hide the run from modes."""
+    with _modes_suspended(), random_state_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(b, b.clone()) for b in module.buffers() if not b.is_meta]
         try:
             yield
         finally:
             with real_tensors(), torch.no_grad():
-                for buffer, before in kept:  # running statistics, counters
+                for buffer, before in kept:  # such as running statistics
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
 
 
-def _unwatched() -> Any:
-    """Keep what runs from the user's modes (selective checkpointing, counters of operations)."""
+def _modes_suspended() -> Any:
+    """Disable the user's dispatch modes (selective checkpointing, counters of operations).
+
+    If one of torch's own is active (torch.export, FakeTensorMode), all stay: such a mode must see
+    every operation, or its tensors and real ones would meet.
+    """
     modes = _get_current_dispatch_mode_stack()
-    own = any(mode.is_infra_mode() for mode in modes)  # torch.export looks on: it is to see it all
-    return nullcontext() if own or not modes else real_tensors()
+    exporting = any(mode.is_infra_mode() for mode in modes)
+    return nullcontext() if exporting or not modes else real_tensors()
 
 
 @contextmanager
-def quiet_random(module: nn.Module) -> Iterator[None]:
-    """Leave the random state of Python, the CPU and the devices of ``module`` as it was."""
+def random_state_kept(module: nn.Module) -> Iterator[None]:
+    """Restore the random states of Python, the CPU and the devices of ``module`` at the end."""
     devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
     state = random.getstate()
     kinds = {d.type for d in devices}
@@ -95,7 +112,10 @@ def quiet_random(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without calling anybody's ``train`` method; the flags come back."""
+    """Set evaluation mode, and restore the training flags at the end.
+
+    The flags are set directly: ``train`` may be overridden and do more.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -107,5 +127,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def real_tensors() -> Any:
-    """Tensors that are made inside are real ones, also while torch.export looks on."""
+    """Disable all dispatch modes: tensors made inside are real, also under torch.export."""
     return _disable_current_modes()

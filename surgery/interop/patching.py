@@ -1,4 +1,10 @@
-"""Temporary replacement of attributes, for the time of a capture and in one thread only."""
+"""Replace attributes of torch and transformers for a while, as seen by one thread.
+
+A replacement is put into the attribute of the class or module, where every thread finds it. So
+what is put there is a dispatcher: it calls the new function in the thread that asked for the
+replacement, and the original in all others. One lock holds for all replacements: two threads that
+replace the same attribute would otherwise restore each other's dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,16 @@ from typing import Any
 _MISSING = object()
 
 
-one_at_a_time = threading.RLock()  # captures and splices, too: two locks could wait for each other
+# A host also holds this lock while it captures a variant, which replaces attributes inside: with a
+# lock of its own, two threads could each hold one of the two and wait for the other.
+one_at_a_time = threading.RLock()
 
 
 @contextmanager
 def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[None]:
-    """Set ``owner.name = make(original)`` for each ``(owner, name, make)``; undo it at the end.
+    """Set ``owner.name = make(original)`` for each ``(owner, name, make)``; restore it at the end.
 
-    The replacements are seen by the calling thread alone: every other one gets the originals.
+    The calling thread sees the replacements, every other thread the originals.
     """
     me = threading.get_ident()
     saved: list[tuple[Any, str, Any]] = []
@@ -40,6 +48,8 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
 
 
 def _for_thread(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -> Any:
+    """Return a function that is ``new`` in the thread with that ident and ``old`` in others."""
+
     def chosen(*args: Any, **kwargs: Any) -> Any:
         function = new if threading.get_ident() == thread else old
         return function(*args, **kwargs)
@@ -49,10 +59,13 @@ def _for_thread(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -
 
 
 def unpatched(function: Any) -> Any:
-    """The function itself, where torch looked it up by name and found a replacement."""
+    """Return the original of a replacement, and any other function itself.
+
+    torch looks some functions up by name and so hands a replacement to ``__torch_function__``.
+    """
     return getattr(function, "original", function)
 
 
-# Something that replaces the choice of attention function: takes ``wrap(function) -> function``,
-# gives replacements for ``patched``. interop/huggingface.py has one for transformers' registry.
+# Replaces a library's choice of attention function: takes ``wrap(function) -> function``, returns
+# replacements for ``patched``. For transformers it is ``huggingface.attention_patch``.
 AttentionPatch = Callable[[Callable[[Callable[..., Any]], Callable[..., Any]]], list[Any]]

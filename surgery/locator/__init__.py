@@ -1,4 +1,4 @@
-"""Find the sites of a whole model in one run of it."""
+"""Find the sites of a whole model by the dataflow of one run."""
 
 from surgery.locator.search import locate
 

@@ -1,8 +1,9 @@
-"""Call sites: modules whose call is the port, to be wrapped (see ``Port.wrap``).
+"""Find the sites whose only port is ``call``: a whole module call, to be wrapped (``Port.wrap``).
 
-trunk    the smallest module from the token ids to all attention
-stack    the child of it that holds all attention but not the embedding; else the trunk again
-block    the smallest module that holds an attention and an FFN
+trunk    the smallest module that contains the embedding and every attention
+stack    the trunk's child that contains every attention but not the embedding; the trunk itself
+         if no such child is called
+block    the smallest module that contains one FFN and at least one attention
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from surgery.plugin import HostPlan, Kind, Port, Site
 def call_sites(
     model: nn.Module, observation: Observation, sites: list[Site], others: list[Site]
 ) -> list[Site]:
-    """The blocks of a model and, if it embeds tokens at one place, its trunk and its stack."""
-    found = [
+    """Return the blocks of a model and, if it embeds tokens at one place, its stack and trunk.
+
+    Args:
+        sites: the attention and FFN sites.
+        others: the sites of :func:`module_sites`, the embedding among them.
+    """
+    blocks = [
         _site("block", path, sites[0], model, observation) for path in _blocks(observation, sites)
     ]
-    return found + _trunk(model, observation, sites, others)
+    return blocks + _stack_and_trunk(model, observation, sites, others)
 
 
 def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
-    """The smallest modules that hold one FFN and some attention."""
+    """Return the paths of the smallest modules that contain one FFN and at least one attention."""
     attention = {site.path for site in sites if site.kind == "attention"}
     ffns = [site.path for site in sites if site.kind == "ffn"]
     found: dict[str, None] = {}
@@ -38,19 +44,25 @@ def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
 
 
 def _inside(path: str, others: set[str]) -> set[str]:
+    """Return the paths among ``others`` that are ``path`` or lie below it."""
     return {other for other in others if f"{other}.".startswith(f"{path}.")}
 
 
-def _trunk(
+def _stack_and_trunk(
     model: nn.Module, observation: Observation, sites: list[Site], others: list[Site]
 ) -> list[Site]:
-    """Theirs are the calls by which a sequence can be made longer on its way in, and cut again."""
+    """Return the stack and the trunk of a model that embeds tokens at one place; else nothing.
+
+    A method can put tokens in front of a sequence at the trunk's call, and take them out of the
+    hidden states at the stack's.
+    """
     embeddings = [site.path for site in others if site.kind == "embedding"]
     attention = [site.path for site in sites if site.kind == "attention"]
     if len(embeddings) != 1 or not attention:
         return []
 
     def called(path: str) -> str:
+        """Return the nearest module, from ``path`` upwards, that the model calls."""
         while path not in observation.calls:
             path = path.rpartition(".")[0]
         return path
@@ -58,28 +70,33 @@ def _trunk(
     trunk = called(common([*attention, *embeddings]))
     below = common(attention).removeprefix(trunk).removeprefix(".").split(".")[0]
     stack = f"{trunk}.{below}" if trunk else below
-    whole = below and stack in observation.calls and not embeddings[0].startswith(f"{stack}.")
-    # Where they are one module, what cuts must stand inside what makes longer.
-    paths: dict[Kind, str] = {"stack": stack if whole else trunk, "trunk": trunk}
+    separate = below and stack in observation.calls and not embeddings[0].startswith(f"{stack}.")
+    # If both are one module, the wrap of the stack must be inside that of the trunk: the sequence
+    # is cut before the trunk's wrap returns. The first wrap of a module is the innermost.
+    paths: dict[Kind, str] = {"stack": stack if separate else trunk, "trunk": trunk}
     embedding = next(site for site in others if site.kind == "embedding")
     return [_site(kind, path, embedding, model, observation) for kind, path in paths.items()]
 
 
 def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Observation) -> Site:
+    """Describe the module at ``path`` as a site with the width, dtype and device of ``like``.
+
+    If ``like`` is the embedding, ``ids`` names the argument that holds the tensor it embeds.
+    """
     call, module = observation.calls[path], model.get_submodule(path)
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
     named = by_name(type(module).forward, module, call.args, call.kwargs)
     given = (like.host.args, like.host.kwargs) if like.host and like.kind == "embedding" else ()
     tokens = [x for x in leaves(given) if is_whole(x)]
-    alike = [n for n, x in named.items() if is_whole(x) and any(same(x, t) for t in tokens)]
+    names_of_ids = [n for n, x in named.items() if is_whole(x) and any(same(x, t) for t in tokens)]
     return Site(
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
-        ids=alike[0] if alike else "", call=named, ports={"call": Port("call", like.width, None)},
+        ids=names_of_ids[0] if names_of_ids else "", call=named, ports={"call": Port("call", like.width, None)},
     )  # fmt: skip
 
 
 def common(paths: list[str]) -> str:
-    """The longest module path that all paths lie at or below."""
+    """Return the longest module path that is, or lies above, every one of ``paths``."""
     split = [path.split(".") if path else [] for path in paths]
     shared: list[str] = []
     for names in zip(*split, strict=False):

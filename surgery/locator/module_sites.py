@@ -1,10 +1,10 @@
-"""Module sites: places that are one childless module each, found by what it is called with.
+"""Find the sites that are one childless module, by the arguments that it is called with.
 
-    norm         its parameters are vectors as wide as what it reads        ports: input, output
-    position     it reads the positions 0, 1, 2, ... of the tokens           port: positions
+    norm         its parameters are vectors as wide as its input            ports: input, output
+    position     it reads the positions 0, 1, 2, ... of the tokens          port: positions
     embedding    it reads the token ids that the model was called with      ports: ids, output
 
-They are offered only to methods that name their kind.
+Only methods that name one of these kinds are offered such sites.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from surgery.plugin import HostPlan, Kind, Port, Site
 
 
 def module_sites(model: nn.Module, observation: Observation, ids: list[Tensor]) -> list[Site]:
-    """Every module that is a site of its own; ``ids`` are the whole numbers given to the model."""
+    """Return every module that is a site of its own.
+
+    Args:
+        ids: the tensors without floating point that the model was called with.
+    """
     found = []
     for path, module in model.named_modules():
         call = observation.calls.get(path)
@@ -30,15 +34,15 @@ def module_sites(model: nn.Module, observation: Observation, ids: list[Tensor]) 
 
 
 def _site(kind: Kind, path: str, module: nn.Module, call: Call) -> Site:
-    own = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
-    width = own.shape[-1] if own.dim() else 0
+    width = weight.shape[-1] if weight.dim() else 0
     names = {"norm": ("input", "output"), "embedding": ("ids", "output")}
     ports = {}
     for name in names.get(kind, ("positions",)):
         bias = f"{path}.bias" if name == "output" and _has_bias(module) else ""
         ports[name] = Port(name, width, None, bias=bias)
-    return Site(path, "", kind, width, ports, dtype=own.dtype, device=own.device, host=plan)
+    return Site(path, "", kind, width, ports, dtype=weight.dtype, device=weight.device, host=plan)
 
 
 def _has_bias(module: nn.Module) -> bool:
@@ -47,6 +51,7 @@ def _has_bias(module: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
+    """Return the kind of site that a childless module is, or None."""
     given = [x for x in leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
     own = list(module.parameters())
     widths = {p.numel() for p in own}

@@ -1,8 +1,18 @@
-"""Observe: one run of a whole model becomes one flat ``torch.fx.Graph``, module by module.
+"""Record one run of a whole model as one flat ``torch.fx.Graph``.
 
-The graph is for reading, not for running: sizes are the numbers that this run had. It shows what
-capture cannot see from inside one host: which modules a site spans, and what becomes of its
-output. Childless modules are single nodes unless a softmax or an attention call is inside them.
+The graph is for reading, not for running: its sizes are the numbers of this run. It shows what a
+capture of one host cannot show: which modules a site spans, and who reads a site's output.
+
+The observer sees a run in four places:
+
+    __torch_function__        each torch function becomes a node
+    nn.Module.__call__        the nodes made inside get the module as owner; afterwards the nodes of
+                              a childless module are replaced by one, unless it holds an attention
+    attention functions       one node, whatever is computed inside
+    autograd.Function.apply   one node, if its result is a softmax
+
+A tensor is known by its ``id``. An id is unique only while its tensor lives, so the observer keeps
+every tensor that it has seen until the run ends.
 """
 
 from __future__ import annotations
@@ -28,7 +38,7 @@ from surgery.interop import (
 )
 from surgery.patterns import PRODUCTS, normalises, stacks_weights
 
-_CORE = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
+_ATTENTION_OPS = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
 
 @dataclass
@@ -41,9 +51,10 @@ class Call:
 
 @dataclass
 class Observation:
-    """The flat graph of one forward, and with what each module was called.
+    """The flat graph of one forward, and the arguments of each module's first call.
 
-    Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in ``capture.Captured``.
+    Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in ``capture.Captured``, and
+    ``meta["call"]``, the number of the module call that made them.
     """
 
     graph: fx.Graph
@@ -51,6 +62,15 @@ class Observation:
 
 
 class _Observer(TorchFunctionMode):
+    """Turns the operations of a run into nodes; see the top of this file.
+
+    Attributes:
+        nodes: the node of each tensor, by the tensor's id.
+        owners, call_numbers: stacks of the paths and numbers of the module calls in progress.
+        trail: the nodes in the order in which they were made.
+        hidden: whether an attention function is running, whose inside is not recorded.
+    """
+
     def __init__(self, model: nn.Module, keeps_hook: Callable[[Any], bool]) -> None:
         super().__init__()
         self.keeps_hook = keeps_hook
@@ -62,9 +82,9 @@ class _Observer(TorchFunctionMode):
         self.parameters = {id(t): n for n, t in model.named_parameters()}
         self.parameters |= {id(t): n for n, t in model.named_buffers()}
         self.nodes: dict[int, fx.Node] = {}
-        self.alive: list[Any] = []  # an id is unique only while its tensor lives
-        self.owner = [""]
-        self.calls = [0]  # which call of its owner a node belongs to
+        self.alive: list[Any] = []  # keeps ids unique
+        self.owners = [""]
+        self.call_numbers = [0]
         self.n_calls = 0
         self.trail: list[fx.Node] = []
         self.hidden = False
@@ -80,14 +100,15 @@ class _Observer(TorchFunctionMode):
         return result
 
     def record(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node | None:
+        """Add a node for an operation that gave ``result``; None if it gave no new tensor."""
         if target is torch.Tensor.__setitem__:
             result = args[0]
-        if not _tensors(result):
+        if not _has_tensor(result):
             return None
         if op == "call_function" and args and result is args[0] and not _writes(target):
-            return None  # a cast that had nothing to do
+            return None  # such as a cast to the dtype that the tensor has already
         node = self.graph.create_node(op, target, self.named(args), self.named(kwargs))
-        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        node.meta.update(value=result, owner=self.owners[-1], call=self.call_numbers[-1])
         self.alive.append(result)
         self.trail.append(node)
         if target is not torch.Tensor.__setitem__:
@@ -95,18 +116,19 @@ class _Observer(TorchFunctionMode):
         return node
 
     def define(self, node: fx.Node, result: Any) -> None:
+        """Make ``node`` the node of the tensor ``result``, or of the tensors in that tuple."""
         if isinstance(result, Tensor):
             self.nodes[id(result)] = node
         elif isinstance(result, (tuple, list)):
             for index, item in enumerate(result):
                 if isinstance(item, Tensor):
                     part = self.graph.call_function(operator.getitem, (node, index))
-                    part.meta.update(value=item, owner=self.owner[-1], call=self.calls[-1])
+                    part.meta.update(value=item, owner=self.owners[-1], call=self.call_numbers[-1])
                     self.trail.append(part)
                     self.nodes[id(item)] = part
 
     def named(self, structure: Any) -> Any:
-        """``structure`` with tensors replaced by the nodes that made them."""
+        """Return ``structure`` with each tensor replaced by the node that made it."""
         if isinstance(structure, Tensor):
             return self.node_of(structure)
         if isinstance(structure, (tuple, list)):
@@ -116,6 +138,7 @@ class _Observer(TorchFunctionMode):
         return None if isinstance(structure, nn.Module) else structure
 
     def node_of(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor; an unknown one is a parameter, a buffer or an input."""
         node = self.nodes.get(id(tensor))
         if node is None:
             name = self.parameters.get(id(tensor))
@@ -131,6 +154,7 @@ class _Observer(TorchFunctionMode):
         return node
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward of a module in place of ``module(*args, **kwargs)``, and record it."""
         path = self.paths.get(id(module))
         if path is None or self.hidden:
             return _original_forward(module)(*args, **kwargs)
@@ -138,42 +162,49 @@ class _Observer(TorchFunctionMode):
             self.observation.calls[path] = Call(*map_leaves((args, kwargs), snapshot))
         start = len(self.trail)
         self.n_calls += 1
-        self.owner.append(path)
-        self.calls.append(self.n_calls)
+        self.owners.append(path)
+        self.call_numbers.append(self.n_calls)
         try:
             result = _original_forward(module)(*args, **kwargs)
         finally:
-            self.owner.pop()
-            self.calls.pop()
+            self.owners.pop()
+            self.call_numbers.pop()
         for hook in module._forward_hooks.values():
-            if self.keeps_hook(hook):  # the model itself relies on it
+            if self.keeps_hook(hook):  # the model collects its outputs with this hook
                 hook(module, args, result)
-        if _tensors(result) and (not any(module.children()) or stacks_weights(module)):
+        if _has_tensor(result) and (not any(module.children()) or stacks_weights(module)):
             self.collapse(start, path, args, kwargs, result)
         return result
 
     def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
-        """Make one node of everything that a childless module, or a block of experts, did."""
+        """Replace the nodes of a childless module, or of a block of experts, by one node.
+
+        The nodes stay if they belong to an attention: if a softmax or an attention call is among
+        them, or a product in a module without parameters.
+        """
         inside = self.trail[start:]
-        names = {_name(node) for node in inside}
+        names = {_target_name(node) for node in inside}
         weightless = not any(True for _ in self.modules[path].parameters())
-        if not names.isdisjoint(_CORE) or (weightless and not names.isdisjoint(PRODUCTS)):
-            return  # part of an attention
+        if not names.isdisjoint(_ATTENTION_OPS) or (weightless and not names.isdisjoint(PRODUCTS)):
+            return
         inputs = self.named(args), self.named(kwargs)
         node = self.graph.create_node("call_module", path, *inputs)
-        node.meta.update(value=result, owner=self.owner[-1], call=self.calls[-1])
+        node.meta.update(value=result, owner=self.owners[-1], call=self.call_numbers[-1])
         self.alive.append(result)
         self.define(node, result)
         self.erase(inside)
         self.trail.append(node)
 
     def erase(self, inside: list[fx.Node]) -> None:
+        """Erase the nodes ``inside`` that nothing reads, the last first."""
         for old in reversed(inside):
             if not old.users and old.op not in ("placeholder", "get_attr"):
                 self.graph.erase_node(old)
         self.trail = [n for n in self.trail if not n._erased]
 
     def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap an attention function, so that each call of it is recorded as one node."""
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             was, self.hidden = self.hidden, True
             try:
@@ -189,7 +220,7 @@ class _Observer(TorchFunctionMode):
         return wrapped
 
     def apply(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """An autograd function of the model's own: one node if it is a softmax."""
+        """Wrap ``apply`` of an autograd function: one node if its result is a softmax."""
 
         def apply(*args: Any) -> Any:
             start = len(self.trail)
@@ -209,10 +240,14 @@ def observe(
     attention_patch: AttentionPatch | None = None,
     keeps_hook: Callable[[Any], bool] = lambda hook: False,
 ) -> Observation:
-    """Run ``model(*args, **kwargs)`` once, in evaluation mode and without a trace, and record it.
+    """Run ``model(*args, **kwargs)`` once in evaluation mode, and record the run.
 
-    No hook fires but those that ``keeps_hook`` calls a part of the model; no random number is
-    drawn, no gradient or training flag changes.
+    The model is left unchanged: no random number is drawn, no gradient is computed, and training
+    flags and buffers are restored. A spliced model runs as it was before any splice.
+
+    Args:
+        attention_patch: replaces a library's choice of attention function, see ``AttentionPatch``.
+        keeps_hook: whether a forward hook is part of the model. No other hook fires.
     """
     observer = _Observer(model, keeps_hook)
 
@@ -231,22 +266,22 @@ def observe(
 
 
 def _original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the base model, also where a host has taken its place."""
+    """Return the module's own forward, which on a host is not the spliced one."""
     unspliced = getattr(module, "_unspliced_forward", None)
     return module.forward if unspliced is None else unspliced
 
 
 def _writes(function: Any) -> bool:
-    """Does it change its first argument, as ``add_`` and ``+=`` do?"""
+    """Whether a function changes its first argument, as ``add_`` and ``+=`` do."""
     name = getattr(function, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or name.endswith("_")
 
 
-def _name(node: fx.Node) -> str:
+def _target_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _tensors(structure: Any) -> bool:
+def _has_tensor(structure: Any) -> bool:
     if isinstance(structure, (tuple, list)):
-        return any(_tensors(x) for x in structure)
+        return any(_has_tensor(x) for x in structure)
     return isinstance(structure, Tensor)

@@ -1,4 +1,4 @@
-"""Match sites: attention, FFN and projections, each with the host that holds it whole."""
+"""Describe each match of a pattern as a site, with the host that contains all of it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,23 @@ from surgery.plugin import HostPlan, Port, Site
 
 @dataclass
 class Group:
-    """Sites that share a host."""
+    """The matches that share a host.
+
+    Attributes:
+        path: the module path of the host.
+        matches: the matches whose nodes all lie inside the host.
+    """
 
     path: str
     matches: list[Match] = field(default_factory=list)
 
     def through(self) -> frozenset[str]:
-        """The modules strictly below the host that own a part of a site, and those above them."""
+        """Return the modules on the way from the host to its sites, the host excluded.
+
+        These own a node of a match, or lie between such a module and the host.
+        """
         paths = set()
-        for owner in {owner for p in self.matches for owner in _owners(p)}:
+        for owner in {owner for match in self.matches for owner in _owners(match)}:
             while owner != self.path:
                 paths.add(owner)
                 owner = owner.rpartition(".")[0]
@@ -42,15 +50,20 @@ class Group:
 
 
 def _owners(match: Match) -> set[str]:
+    """Return the paths of the modules whose forwards made the nodes of a match."""
     return {str(node.meta["owner"]) for node in match.nodes}
 
 
 def groups_of(matches: list[Match], observation: Observation, model: nn.Module) -> list[Group]:
-    """Hosts for all sites; two that overlap become one."""
+    """Choose a host for every match, and join hosts of which one is on the other's way.
+
+    Two hosts one inside the other would each rewrite a forward that the other traces through.
+    """
     groups: dict[str, Group] = {}
     for match in matches:
         path = common([*_owners(match)])
-        # Not a container that is never called itself, nor one that would call what is inserted.
+        # A ModuleList is never called, so it has no forward to rewrite. A Sequential calls all its
+        # children, so it would call the inserted ones, too.
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
         groups.setdefault(path, Group(path)).matches.append(match)
@@ -66,16 +79,22 @@ def groups_of(matches: list[Match], observation: Observation, model: nn.Module) 
 
 
 def _below(path: str, host: str) -> str:
-    """``path`` relative to ``host``; ordinals such as ``#1`` stay."""
+    """Return ``path`` relative to ``host``; a match's number, such as ``#1``, stays."""
     return path.removeprefix(host).removeprefix(".") if host else path
 
 
 def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Site:
-    through = frozenset(_below(p, group.path) for p in group.through())
+    """Describe one match as a site.
+
+    Args:
+        group: the host of the match, and the other matches in it.
+        call: the arguments that the host was called with.
+    """
+    through = frozenset(_below(path, group.path) for path in group.through())
     plan = HostPlan(group.path, through, call.args, call.kwargs)
     ports = match.ports
     tensor = value(ports["output"].node)
-    anchor = _weight(match, model)
+    weight = _weight(match, model)
     options: dict[str, Any] = {}
     if match.kind == "attention":
         heads = value(ports["query_heads"].node)
@@ -99,8 +118,8 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
         key=_below(match.key, group.path),
         kind=match.kind,  # type: ignore[arg-type]
         width=tensor.shape[-1],
-        dtype=anchor.dtype,
-        device=tensor.device,  # of its weights only while it runs, where they are offloaded
+        dtype=weight.dtype,
+        device=tensor.device,  # an offloaded weight is on this device only while its module runs
         host=plan,
         ports=found,
         missing=dict(match.missing),
@@ -110,55 +129,66 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
 
 
 def _port(name: str, port: PortNode, model: nn.Module) -> Port:
-    made = port.projection
-    if made is None:
+    """Describe a port, with the names of the weight and bias that make it."""
+    projection = port.projection
+    if projection is None:
         return Port(name, port.width, None)
-    bias = bias_of(made, model)
+    bias = bias_of(projection, model)
     if isinstance(bias, fx.Node):
         bias = str(bias.target) if bias.op == "get_attr" else ""
     columns = None if port.features is None else tuple(port.features)
-    weight, transposed = weight_of(made, model)
-    return Port(name, port.width, made.in_width, weight, bias or "", transposed, columns)
+    weight, transposed = weight_of(projection, model)
+    return Port(name, port.width, projection.in_width, weight, bias or "", transposed, columns)
 
 
 def _weight(match: Match, model: nn.Module) -> Tensor:
-    """A parameter of the site: what is inserted follows its dtype and device."""
+    """Return a parameter of the site, whose dtype inserted modules follow; else its output."""
     for port in match.ports.values():
         if port.projection is not None and port.projection.module:
             module = model.get_submodule(port.projection.module)
             for parameter in module.parameters():
                 if parameter.is_floating_point():
                     return parameter
-    out: Tensor = value(match.ports["output"].node)
-    return out
+    output: Tensor = value(match.ports["output"].node)
+    return output
 
 
 def _norm(match: Match, model: nn.Module) -> str:
-    """The norm that makes a site's input, unless the residual stream goes through it too."""
+    """Return the path of the norm that makes a site's input; empty if no norm does.
+
+    In a post-norm model the norm's output is the residual stream as well (it is added to the
+    site's output); such a norm does not belong to the site.
+    """
     if "input" not in match.ports:
         return ""
     node = origin(match.ports["input"].node)
     if node.op != "call_module" or any(op_name(user) in ("add", "iadd") for user in node.users):
         return ""
-    own = [p.dim() for p in model.get_submodule(str(node.target)).parameters()]
-    return str(node.target) if own and max(own) == 1 else ""
+    dims = [p.dim() for p in model.get_submodule(str(node.target)).parameters()]
+    return str(node.target) if dims and max(dims) == 1 else ""
 
 
 def _is_cross(match: Match) -> bool:
-    made = [match.ports[n].projection for n in ("query", "key") if n in match.ports]
-    if len(made) < 2 or made[0] is None or made[1] is None:
+    """Whether queries and keys are projected from two different sequences."""
+    projections = [match.ports[n].projection for n in ("query", "key") if n in match.ports]
+    if len(projections) < 2 or projections[0] is None or projections[1] is None:
         return False
-    return made[0].source is not made[1].source and (
-        value(made[0].source).shape[-2] != value(made[1].source).shape[-2]
-        or not _related(made[0].source, made[1].source)
+    return projections[0].source is not projections[1].source and (
+        value(projections[0].source).shape[-2] != value(projections[1].source).shape[-2]
+        or not _related(projections[0].source, projections[1].source)
     )
 
 
 def _related(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes read a common node, or ``b`` reads ``a``."""
     return bool(set(a.all_input_nodes) & set(b.all_input_nodes)) or a in b.all_input_nodes
 
 
 def _is_causal(match: Match) -> bool:
+    """Whether no query sees a later key, from the weights, the mask or the causal flag.
+
+    An additive mask hides a key with -inf or a large negative number: below -1e4 counts as hidden.
+    """
     core, ports = match.core, match.ports
     if "weights" in ports:
         return causal(value(ports["weights"].node))

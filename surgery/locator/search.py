@@ -1,8 +1,25 @@
-"""Locate: the attention and FFN sites of any model, by dataflow.
+"""Find every site of a model by the dataflow of one run.
 
-One run of the model on small example inputs shows every site (patterns/). A site's *host* is
-the smallest module that contains it whole, output projection included; inside it only the modules
-on the way to the site are traced through. Names of modules and classes play no role.
+    model, example inputs
+      |  observation.py      run the model once; record it as one flat graph in which every node
+      |                      knows the module that made it
+      v
+    Observation              the graph, and the arguments that each module was first called with
+      |  patterns/           match attention, FFN and single projections in the graph
+      v
+    list[Match]
+      |  pattern_sites.py    give each match a host; describe it as a Site with its ports
+      |  module_sites.py     add the sites that are one module: norm, position, embedding
+      |  call_sites.py       add the sites that wrap a module's call: block, stack, trunk
+      v
+    Sites
+
+The *host* of a match is the smallest module that contains all of it, output projection included.
+A splice captures and rewrites the host's forward; inside the host it traces through the modules on
+the way to the site and keeps all others whole. Names of modules and classes play no role.
+
+The observation, its graph and its matches live as long as the call of :func:`locate`. A site keeps
+the arguments of its host (``HostPlan``), with which a splice captures the host.
 """
 
 from __future__ import annotations
@@ -34,14 +51,14 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     Args:
         model: any ``nn.Module``. It runs once, in evaluation mode, and is not changed: no hook
             fires, no random number is drawn, no gradient is left behind.
-        example_inputs: what to call it with: a dict of keyword arguments, a tuple of positional
-            ones, or one tensor. For a transformers model it can be left out.
+        example_inputs: the arguments of that run: a dict of keyword arguments, a tuple of
+            positional ones, or one tensor. May be left out for a transformers model.
 
     Returns:
-        the sites, in the order of the computation. ``print`` them.
+        The sites, in the order of the computation; ``print`` shows them.
 
     Raises:
-        SiteError: there is no site, or no example input could be made.
+        SiteError: the run reaches no site, or the model's inputs are unknown.
     """
     args, kwargs = _call(model, example_inputs)
     observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
@@ -62,18 +79,19 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         if match in group.matches
     ]
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
-    whole = [x for x in given if not x.is_floating_point()]
-    others = module_sites(model, observation, whole)
+    ids = [x for x in given if not x.is_floating_point()]
+    others = module_sites(model, observation, ids)
     others += call_sites(model, observation, sites, others)
     return Sites(sites, type(model).__name__, linear + others)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments of the run."""
     if example_inputs is None:
         example_inputs = huggingface.example_inputs(model)
     if example_inputs is None:
         raise SiteError(
-            f"{type(model).__name__} does not tell what its inputs are. Pass example_inputs=: "
+            f"the inputs of {type(model).__name__} are unknown. Pass example_inputs=: "
             "a dict of keyword arguments, a tuple of positional ones, or a tensor."
         )
     if isinstance(example_inputs, Mapping):
@@ -82,8 +100,8 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
 
 
 def _linear(found: list[Match], observation: Observation, model: nn.Module) -> list[Site]:
-    """Linear sites; each projection is the host of its own."""
-    matches = {p.key: p for p in linear_matches(observation.graph, model, found) if p.key}
+    """Return the sites of projections outside attention and FFN; each is its own host."""
+    matches = {m.key: m for m in linear_matches(observation.graph, model, found) if m.key}
     return [
         pattern_site(match, Group(path, [match]), observation.calls[path], model)
         for path, match in matches.items()
@@ -91,12 +109,16 @@ def _linear(found: list[Match], observation: Observation, model: nn.Module) -> l
 
 
 def _unique(matches: list[Match], model: nn.Module) -> list[Match]:
-    """Each site once, however often the model calls it."""
-    found: dict[tuple[str, str], Match] = {}
+    """Keep the first match of each site, however often the model calls it.
+
+    Matches that look like an FFN but join no residual stream are dropped, and so are sites that no
+    token of the example reaches (an expert that the router did not choose, for example).
+    """
+    unique: dict[tuple[str, str], Match] = {}
     for match in matches:
         if match.kind == "ffn" and not joins_residual(match, model):
             continue
-        if not value(match.ports["output"].node).numel():  # no token comes by in this example
+        if not value(match.ports["output"].node).numel():
             continue
-        found.setdefault((match.kind, match.key), match)
-    return list(found.values())
+        unique.setdefault((match.kind, match.key), match)
+    return list(unique.values())

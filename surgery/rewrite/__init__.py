@@ -1,4 +1,4 @@
-"""Carry out the five verbs of a port on the nodes of a graph."""
+"""Apply the edits of methods to the nodes of a captured graph."""
 
 from surgery.rewrite.apply import apply_edit, port_values, require_applied
 from surgery.rewrite.lse import first_of, second_of

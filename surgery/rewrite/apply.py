@@ -1,4 +1,24 @@
-"""Apply: one edit of a method, carried out on the patterns of one graph."""
+"""Apply one edit of a method to the matches of one graph.
+
+    Edit(site, port, verb, child, reads)      the matches of a host's graph
+         |
+         v
+    _read      one node for each name in ``reads``: the value of a port, a projection's source or
+               bias, heads as (B, H, n, d), merged heads as (B, n, H d), the lse
+         |
+         v
+    _edit      insert, add, replace: new nodes after the port's node; whoever read that node reads
+               the last new one
+    _feed      feed: a call of the child between a projection and what it reads
+         |
+         v
+    the ports of the match name the new nodes
+
+``child`` is the name of the inserted module on the host, which is the ``root`` of the graph. The
+edits of a host are data and are applied to each of its graphs, in the order of the splice, so every
+edit sees the ports as the edits before it left them. Matches live until the graph is compiled. The
+verb ``wrap`` edits no graph: the host runs the child around its forward.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +46,13 @@ from surgery.rewrite.nodes import (
 
 
 def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module) -> bool:
-    """Apply one edit to a graph, wherever its site occurs.
+    """Apply one edit to every match of its site.
+
+    Args:
+        child: the name of the inserted module on ``root``, the host.
 
     Returns:
-        False if the port is not computed in this graph (keys that come from a cache).
+        False if this graph does not compute the port, such as keys that come from a cache.
     """
     done = False
     for match in matches:
@@ -41,28 +64,37 @@ def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module
 
 
 def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
+    """Insert, add or replace at a port, and let the match's ports name the new node."""
     port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
     reads = tuple(_read(match, name, root) for name in edit.reads)
-    own = None if port.columns is None else column_functions(port.columns, device_of(port))
+    fused = None if port.columns is None else column_functions(port.columns, device_of(port))
 
     def make(graph: fx.Graph) -> fx.Node:
+        """Build the nodes of the new value; a port with columns changes only these."""
         y: Any = port.node
-        turned = port.sequence_first and edit.batched
-        if edit.verb == "add" and own is None and not turned and _adds(child, reads, y, root):
+        sequence_first = port.sequence_first and edit.batched
+        if (
+            edit.verb == "add"
+            and fused is None
+            and not sequence_first
+            and _takes_onto(child, reads, y, root)
+        ):
             module = graph.get_attr(child)
             with graph.inserting_after(module):
                 return graph.call_function(added, (module, y, *reads))
         if edit.verb == "add":
-            plain = add_sequence_first if turned else add
-            return chain(graph, (child, reads), (own.add if own else plain, (y, ...)))
-        if own is None and edit.batched:
-            return chain(graph, (child, reads), (put_sequence_first if turned else put, (y, ...)))
-        if own is None:
+            plain = add_sequence_first if sequence_first else add
+            return chain(graph, (child, reads), (fused.add if fused else plain, (y, ...)))
+        if fused is None and edit.batched:
+            return chain(
+                graph, (child, reads), (put_sequence_first if sequence_first else put, (y, ...))
+            )
+        if fused is None:
             return chain(graph, (child, reads or (y,)))
         if reads:
-            return chain(graph, (child, reads), (own.put, (y, ...)))
-        return chain(graph, (own.take, (y,)), (child, (...,)), (own.put, (y, ...)))
+            return chain(graph, (child, reads), (fused.put, (y, ...)))
+        return chain(graph, (fused.take, (y,)), (child, (...,)), (fused.put, (y, ...)))
 
     nodes = [node for node in reads if node is not None]
     new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
@@ -77,8 +109,11 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
             other.projection = dataclasses.replace(other.projection, source=new)
 
 
-def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
-    """Does a module add its output to the port itself (``onto``), token by token?"""
+def _takes_onto(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
+    """Whether a module takes the port's value as ``onto`` and returns the sum itself.
+
+    What it reads first and the port must have the same axes before the last.
+    """
     if not reads or not adds_onto(root.get_submodule(child)):
         return False
     x, out = (None if node is None else node.meta.get("value") for node in (reads[0], y))
@@ -86,31 +121,34 @@ def _adds(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Mo
 
 
 def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of the port that an edit is for, wherever its site occurs."""
-    found = [p.ports[edit.port] for p in matches if p.holds(edit.kind, edit.site)
-             and edit.port in p.ports]  # fmt: skip
-    held: list[torch.Tensor] = [value(port.node) for port in found]
+    """Return shape and dtype of an edit's port in every match of its site."""
+    ports = [m.ports[edit.port] for m in matches if m.holds(edit.kind, edit.site)
+             and edit.port in m.ports]  # fmt: skip
+    values: list[torch.Tensor] = [value(port.node) for port in ports]
     return [
         (torch.Size((*v.shape[:-1], len(port.columns))) if port.columns else v.shape, v.dtype)
-        for v, port in zip(held, found, strict=True)
+        for v, port in zip(values, ports, strict=True)
     ]
 
 
 def device_of(port: PortNode) -> torch.device:
-    """Where a port's values are in the call that is captured; one elsewhere has its own graph."""
+    """Return the device of a port's value; a call on another device has another graph."""
     held: torch.Tensor = value(port.node)
     return held.device
 
 
 def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
-    """``P(x)`` becomes ``P(child(x))``; in a fused projection only for the port's own columns."""
+    """Turn the port's projection ``P(x)`` into ``P(child(x))``.
+
+    A fused projection makes other ports, too, so the port first gets a call of its own.
+    """
     port = match.ports[edit.port]
-    made = port.projection
-    assert made is not None  # Port.feed has asked
-    graph = made.node.graph
+    projection = port.projection
+    assert projection is not None  # Port.feed refuses a port that no projection makes
+    graph = projection.node.graph
     if port.own is None and port.features is not None:
         _split_off(match, port)
-    port.own = port.own or caller_of(made.node)
+    port.own = port.own or caller_of(projection.node)
     source = reads_now(port.own)
     with graph.inserting_before(port.own):
         fed = graph.call_module(child, (source,))
@@ -119,10 +157,14 @@ def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
 
 
 def _split_off(match: Match, port: PortNode) -> None:
-    """Give a port inside a fused projection a call of that projection of its own."""
+    """Call a fused projection once more, for the columns of one port alone.
+
+    The columns of the first call are overwritten by those of the second, so readers of the whole
+    still find everything in one tensor.
+    """
     assert port.projection is not None
     assert port.features is not None
-    chosen = column_functions(port.features, device_of(port))
+    fused = column_functions(port.features, device_of(port))
     raw = port.projection.node
     graph = raw.graph
     copies: dict[fx.Node, fx.Node] = {}
@@ -131,12 +173,12 @@ def _split_off(match: Match, port: PortNode) -> None:
         with graph.inserting_after(last):
             copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
     with graph.inserting_after(last):
-        own = graph.call_function(chosen.take, (last,))
+        own = graph.call_function(fused.take, (last,))
     with graph.inserting_after(own):
-        new = graph.call_function(chosen.put, (raw, own))
+        new = graph.call_function(fused.put, (raw, own))
     new.meta.update(raw.meta)
-    kept = {new, *copies.values()}
-    raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
+    keep_raw = {new, *copies.values()}
+    raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep_raw)
     for other in match.ports.values():
         if other.node is raw:
             other.node = new
@@ -144,7 +186,7 @@ def _split_off(match: Match, port: PortNode) -> None:
 
 
 def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
-    """The bias that a port's projection adds, or None."""
+    """Return a node with the bias that a port's projection adds, its own columns only, or None."""
     found = None if port.projection is None else bias_of(port.projection, root)
     if found is None:
         return None
@@ -157,6 +199,7 @@ def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
 
 
 def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
+    """Return the node for one name of ``reads``, in the shape that the legend of sites gives."""
     if name.endswith(".bias"):
         return _bias(match.ports[name.removesuffix(".bias")], root)
     if name == "lse" and "lse" not in match.ports:
@@ -180,25 +223,29 @@ def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
 
 
 def _count_virtual(match: Match) -> None:
-    """Let the lse that is read from now on count what earlier edits have put among the keys."""
+    """Make the lse port count the virtual keys that earlier edits have added to the attention.
+
+    Each such edit left its child and its reads in ``match.totals``; the child's ``total_lse``
+    computes the lse of all keys so far.
+    """
     while match.totals:
         child, reads = match.totals.pop(0)
         graph = reads[0].graph
         order = {node: i for i, node in enumerate(graph.nodes)}
-        host = next(iter(order))  # the first placeholder
+        host = next(iter(order))  # the first placeholder is the host itself
         with graph.inserting_after(max(reads, key=lambda n: order[n])):
             total = chain(graph, (getattr, (host, child)), (total_lse, (..., *reads)))
         match.ports["lse"] = PortNode(total)
 
 
 def total_lse(module: Any, *reads: torch.Tensor) -> torch.Tensor:
-    """What a module that replaced the merged heads makes of their logsumexp."""
+    """Call ``module.total_lse``: the logsumexp of all keys, those of the module included."""
     total: torch.Tensor = module.total_lse(*reads)
     return total
 
 
 def _flat(node: fx.Node, axes: int) -> fx.Node:
-    """Features on one axis."""
+    """Return ``node`` with its last ``axes`` axes flattened into one."""
     if axes == 1:
         return node
     with node.graph.inserting_after(node):
@@ -206,7 +253,7 @@ def _flat(node: fx.Node, axes: int) -> fx.Node:
 
 
 def require_applied(done: bool, edit: Edit, path: str) -> None:
-    """Raise if an edit found no place in the graph that it was made for."""
+    """Raise PortError if an edit found no match in the graph of the splice's example call."""
     if not done:
         raise PortError(
             f"{edit.child!r} at {path}: port {edit.port!r} of site {edit.site!r} is not computed "

@@ -1,4 +1,11 @@
-"""Lse: make the attention in a graph also give the logsumexp of its scores."""
+"""Make the attention in a graph return the logsumexp of its scores, too.
+
+    softmax in the graph     a node ``logsumexp(scores)`` beside the softmax
+    SDPA call                replaced by ``attention``, which returns (context, lse)
+    library's function       replaced by ``with_lse(function)``, likewise
+
+The context stays the same bit for bit. The lse is (B, H, n), in at least float32.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +20,13 @@ from surgery.rewrite.nodes import reorder, rows_like, tokens_like
 
 
 def expose_lse(match: Match) -> fx.Node:
-    """A node with the logsumexp (B, H, n) of a pattern's scores; the context keeps its bits."""
+    """Add the logsumexp of an attention's scores to its graph, and return its node (B, H, n).
+
+    An attention that is computed in chunks of its queries gets the chunks' lse, concatenated.
+    """
     if not match.parts:
-        return _shaped(_of_one(match), match)
-    rows = [_shaped(_of_one(part), part) for part in match.parts]
+        return _with_heads(_expose_one(match), match)
+    rows = [_with_heads(_expose_one(part), part) for part in match.parts]
     graph = rows[0].graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     with graph.inserting_after(max(rows, key=lambda n: order[n])):
@@ -24,7 +34,7 @@ def expose_lse(match: Match) -> fx.Node:
 
 
 def split_heads(heads: fx.Node, match: Match) -> fx.Node:
-    """Heads as (B, H, n, d)."""
+    """Return query heads as (B, H, n, d)."""
     if match.order is not None:
         with heads.graph.inserting_after(heads):
             return heads.graph.call_function(reorder, (heads, match.order))
@@ -35,7 +45,7 @@ def split_heads(heads: fx.Node, match: Match) -> fx.Node:
 
 
 def key_heads(name: str, match: Match) -> fx.Node:
-    """Heads of keys or values as (B, G, m, d)."""
+    """Return the heads of port ``name``, keys or values, as (B, G, m, d)."""
     node = match.ports[name].node
     if name in match.orders:
         with node.graph.inserting_after(node):
@@ -47,7 +57,7 @@ def key_heads(name: str, match: Match) -> fx.Node:
 
 
 def merged_tokens(match: Match) -> fx.Node:
-    """The merged heads as (B, n, H d)."""
+    """Return the merged heads as (B, n, H d)."""
     port = match.ports["merged"]
     heads = split_heads(match.ports["query_heads"].node, match)
     graph = heads.graph
@@ -55,15 +65,15 @@ def merged_tokens(match: Match) -> fx.Node:
         return graph.call_function(tokens_like, (port.node, heads, port.sequence_first))
 
 
-def _shaped(lse: fx.Node, match: Match) -> fx.Node:
-    """lse as (B, H, n)."""
+def _with_heads(lse: fx.Node, match: Match) -> fx.Node:
+    """Return ``lse`` as (B, H, n)."""
     if match.order is not None:
         return lse
     heads = match.ports["query_heads"].node
     graph = lse.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
     rows = lse
-    if not _made_for(heads, lse):
+    if not _has_rows_of(heads, lse):
         with graph.inserting_after(max(lse, heads, key=lambda n: order[n])):
             rows = graph.call_function(rows_like, (lse, heads))
     if heads.meta["value"].dim() != 3 or not match.heads:
@@ -72,31 +82,32 @@ def _shaped(lse: fx.Node, match: Match) -> fx.Node:
         return graph.call_function(_split_lse, (rows, match.heads))
 
 
-def _made_for(heads: fx.Node, lse: fx.Node) -> bool:
-    """Were these very heads the query of the call that gave ``lse``? It has their rows then."""
-    called = lse.args[0]
-    return lse.target is second_of and isinstance(called, fx.Node) and heads in called.args[:2]
+def _has_rows_of(heads: fx.Node, lse: fx.Node) -> bool:
+    """Whether ``heads`` are the query of the very call that gave ``lse``, so their rows agree."""
+    call = lse.args[0]
+    return lse.target is second_of and isinstance(call, fx.Node) and heads in call.args[:2]
 
 
 def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
-    return lse.reshape(-1, n_heads, lse.shape[-1])
+    return lse.reshape(-1, n_heads, lse.shape[-1])  # (B H, n) -> (B, H, n)
 
 
-def _of_one(match: Match) -> fx.Node:
-    """Make the attention of a pattern also give its logsumexp; the context keeps its bits."""
+def _expose_one(match: Match) -> fx.Node:
+    """Add the logsumexp of one attention call's scores to the graph, and return its node."""
     core = match.core
     graph = core.graph
     scores = match.softmax_input
     if scores is not None:
-        if op_name(scores) == "sub" and is_row_maximum(scores.args[1]):  # subtracted for stability
+        if op_name(scores) == "sub" and is_row_maximum(scores.args[1]):
+            # A maximum subtracted for stability is no part of the scores.
             scores = inputs(scores)[0]
         with graph.inserting_after(scores):
             return graph.call_function(logsumexp, (scores,))
     with graph.inserting_after(core):
-        whole = core.meta.get("attention")
+        of_library = core.meta.get("attention")
         both = (
             graph.call_function(with_lse(core.target), core.args, dict(core.kwargs))  # type: ignore[arg-type]
-            if whole
+            if of_library
             else graph.call_function(attention, core.args, dict(core.kwargs))
         )
     with graph.inserting_after(both):
@@ -113,10 +124,10 @@ def _of_one(match: Match) -> fx.Node:
 
 
 def first_of(pair: tuple[Any, Any]) -> Any:
-    """What an attention function itself returned."""
+    """Return what the attention function itself returned."""
     return pair[0]
 
 
 def second_of(pair: tuple[Any, Any]) -> Any:
-    """Its logsumexp."""
+    """Return the logsumexp beside it."""
     return pair[1]

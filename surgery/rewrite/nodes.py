@@ -1,7 +1,8 @@
-"""Edits of a graph: the verbs ``insert``, ``add`` and ``replace`` as pure functions on nodes.
+"""Put new nodes into a graph, and define the functions that these nodes call.
 
-Each takes nodes of one graph, puts new ones behind them, and lets all later readers of the edited
-value read the new one.
+The functions stand in the generated code of a variant. They give a module's output the dtype and
+the axes of the port that it edits: a port may be (n, B, D), (h, w, D) or a part of a fused
+projection's columns, where a module reads and returns (B, n, D).
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ def rewrite(
     make: Callable[[fx.Graph], fx.Node],
     fresh: Collection[fx.Node] = (),
 ) -> fx.Node:
-    """Put what ``make`` builds behind ``node`` and ``reads``; readers of ``node`` read it instead.
+    """Let all readers of ``node`` read what ``make`` builds instead.
 
-    ``fresh`` are nodes that were made for ``reads``: they go on reading ``node`` as it was.
+    The new nodes stand after ``node`` and the last of ``reads``.
+
+    Args:
+        node: the node whose value is edited.
+        reads: the other nodes that the new ones read.
+        make: builds the new nodes and returns the last of them.
+        fresh: nodes that were made for ``reads``; they keep reading ``node`` itself.
 
     Raises:
-        PortError: something reads ``node`` before all of ``reads`` are there.
+        PortError: ``node`` is read before all of ``reads`` are computed.
     """
     graph = node.graph
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -40,22 +47,27 @@ def rewrite(
             f"{(early or [last])[0].name!r} has used {node.name!r}. Read ports that come earlier."
         )
     before = set(graph.nodes) - set(fresh)
-    with graph.inserting_after(_behind(last)):
+    with graph.inserting_after(_after_inputs(last)):
         new = make(graph)
     created = set(graph.nodes) - before
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in created)
     return new
 
 
-def _behind(node: fx.Node) -> fx.Node:
-    """Placeholders stay together at the top, so behind one means behind them all."""
+def _after_inputs(node: fx.Node) -> fx.Node:
+    """Return the last placeholder for a placeholder: they must stay together at the top."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
     return node
 
 
 def chain(graph: fx.Graph, *steps: tuple[Any, tuple[Any, ...]]) -> fx.Node:
-    """Nodes one behind the other; ``...`` among the arguments stands for the step before."""
+    """Add one node per step, and return the last.
+
+    Args:
+        steps: a target (the name of a module, or a function) and its arguments. ``...`` among the
+            arguments stands for the node of the step before.
+    """
     node: Any = None
     for target, args in steps:
         filled = tuple(node if a is ... else a for a in args)
@@ -69,15 +81,18 @@ def chain(graph: fx.Graph, *steps: tuple[Any, tuple[Any, ...]]) -> fx.Node:
 
 
 def add(y: Tensor, delta: Tensor) -> Tensor:
-    """``y + delta``, in the dtype of ``y``.
+    """Return ``y + delta``, in the dtype of ``y``.
 
-    Tokens may lie on another number of axes there: (h, w, D) or (B n, D) against (B, n, D).
+    The tokens of ``y`` may have other axes, (h, w, D) or (B n, D), than delta (B, n, D).
     """
     return y + put(y, delta)
 
 
 def added(module: Any, y: Tensor, *reads: Tensor) -> Tensor:
-    """``y + module(*reads)``, added by the module itself, unless hooks look at what it gives."""
+    """Return ``y + module(*reads)``, summed by the module itself (``onto``).
+
+    A forward hook on the module must see its output without ``y``; then the sum is taken here.
+    """
     if module._forward_hooks or module._forward_pre_hooks:
         return add(y, module(*reads))
     total: Tensor = module(*reads, onto=y)
@@ -85,27 +100,31 @@ def added(module: Any, y: Tensor, *reads: Tensor) -> Tensor:
 
 
 def add_sequence_first(y: Tensor, delta: Tensor) -> Tensor:
-    """``y + delta`` for y (n, B, D), or (n B, D), and delta (B, n, D)."""
+    """Return ``y + delta`` for y (n, B, D) or (n B, D) and delta (B, n, D)."""
     return y + put_sequence_first(y, delta)
 
 
 def put(y: Tensor, new: Tensor) -> Tensor:
-    """``new`` in the place of ``y``, with its dtype and its axes, see :func:`add`."""
+    """Return ``new`` in the dtype and with the axes of ``y``, see :func:`add`."""
     return (new if new.shape == y.shape else new.reshape(y.shape)).to(y.dtype)
 
 
 def put_sequence_first(y: Tensor, new: Tensor) -> Tensor:
-    """``new`` (B, n, D) in the place of y (n, B, D), or (n B, D)."""
+    """Return new (B, n, D) in the dtype and with the axes of y (n, B, D) or (n B, D)."""
     return new.transpose(0, 1).reshape(y.shape).to(y.dtype)
 
 
 def rows_like(lse: Tensor, heads: Tensor) -> Tensor:
-    """``lse`` with one number for each row of ``heads``: (B H, n) -> (B, H, n), say."""
+    """Return ``lse`` with the axes of ``heads`` before the last, as (B H, n) -> (B, H, n)."""
     return lse.reshape(heads.shape[:-1])
 
 
 def tokens_like(y: Tensor, heads: Tensor, sequence_first: bool) -> Tensor:
-    """``y`` as (B, n, D), for heads (B, H, n, d): its tokens may lie on other axes."""
+    """Return ``y`` as (B, n, D), with B and n of heads (B, H, n, d).
+
+    Args:
+        sequence_first: ``y`` is (n, B, D) or (n B, D).
+    """
     batch, _, n, _ = heads.shape
     if sequence_first:
         return y.reshape(n, batch, -1).transpose(0, 1)
@@ -113,12 +132,18 @@ def tokens_like(y: Tensor, heads: Tensor, sequence_first: bool) -> Tensor:
 
 
 def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Heads in the order of an einsum, (n, B, H, d) say, as (B, H, n, d)."""
+    """Return heads as (B, H, n, d), from the axes of an einsum such as (n, B, H, d)."""
     return heads.permute(order)
 
 
 class Columns(NamedTuple):
-    """Functions that a graph can call, for the columns of one port of a fused projection."""
+    """Functions for the columns of one port of a fused projection; a graph can call them.
+
+    Attributes:
+        take: y (..., W) -> its columns (..., C).
+        put: y, new (..., C) -> ``y`` with these columns replaced.
+        add: y, delta (..., C) -> ``y`` with ``delta`` added to these columns.
+    """
 
     take: Callable[[Tensor], Tensor]
     put: Callable[[Tensor, Tensor], Tensor]
@@ -126,14 +151,13 @@ class Columns(NamedTuple):
 
 
 def column_functions(chosen: Sequence[int], device: torch.device) -> Columns:
-    """Functions for some columns of a tensor on a device.
+    """Return the functions for columns ``chosen`` of tensors on one device.
 
-    Returns:
-        take: these columns of ``y``.  put: ``y`` with them replaced.  add: ``y`` with more in them.
+    Columns that lie side by side are read as a slice, which copies nothing; others by an index.
     """
     start, stop = chosen[0], chosen[-1] + 1
     together = list(chosen) == list(range(start, stop))
-    with real_tensors(), torch.inference_mode(False):  # it outlives the call that is captured
+    with real_tensors(), torch.inference_mode(False):  # the index outlives the captured call
         index = torch.tensor(chosen, device=device)
 
     def take_columns(y: Tensor) -> Tensor:
