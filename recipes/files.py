@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
+import http.client
 import io
 import json
 import os
+import tempfile
+import urllib.request
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 from surgery import RecipeError
 
 DATA = "SURGERY_DATA"
+TIMEOUT = 60.0  # seconds without a byte, after which a download is given up
 
 
 def data_folder(path: str, name: str) -> Path | None:
@@ -122,21 +127,36 @@ def require_columns(names: Sequence[str], columns: Iterable[str], where: str) ->
             raise RecipeError(f"{where}: no column {column!r}. Columns: {', '.join(names)}.")
 
 
-def fetch(url: str) -> Path:
-    """A file of the web, which ``datasets`` downloads once and keeps.
+def fetch(url: str, sha256: str) -> Path:
+    """A file of the web, downloaded once and kept below ``~/.cache/surgery``.
+
+    $XDG_CACHE_HOME replaces ``~/.cache``. The file appears there whole or not at all, also if
+    several processes download it at once. Proxies are those of the environment.
 
     Raises:
-        RecipeError: it cannot be had.
+        RecipeError: the file cannot be had, or is not the one with this digest.
     """
-    import datasets
-
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "surgery"
+    kept = cache / sha256 / url.rpartition("/")[2]
+    if kept.is_file():
+        return kept
     try:
-        return Path(str(datasets.DownloadManager().download(url)))
-    except Exception as error:  # of many kinds, from the network
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            content = answer.read()
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise OSError(f"its {len(content)} bytes have the SHA-256 {found}, not {sha256}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            part = Path(folder) / kept.name
+            part.write_bytes(content)
+            part.replace(kept)
+    except (OSError, http.client.HTTPException) as error:
         raise RecipeError(
-            f"{url} cannot be had: {error}. Give local files with data=PATH, or a folder of all "
+            f"{url} cannot be had: {error!r}. Give local files with data=PATH, or a folder of all "
             f"data sets in ${DATA}."
         ) from error
+    return kept
 
 
 def read_hub(name: str, split: str) -> list[dict[str, Any]]:

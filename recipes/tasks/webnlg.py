@@ -19,6 +19,11 @@ WEB = (  # the hub's copy is a script, which datasets no longer runs
     "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/"
     "webnlg_challenge_2017/{}.json"
 )
+SHA256 = {
+    "train": "180edb6011360608c8548d4551366a9d55f140cbf9bc9397fbf4d97f6a89c639",
+    "dev": "50f5a2c24d760bc84ba3e852707cd3b43b0cf2da035b425f87945a2440880488",
+    "test": "2574896b23b5959d1a0cd4bb501ffbeff1a11790a9996c4cb8efed289149ff4f",
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,10 @@ class WebNLG(Generation):
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         folder = data_folder(self.path, "webnlg")
-        file = find_file(folder, (name,), [".json"]) if folder else fetch(WEB.format(name))
+        if folder is None:
+            file = fetch(WEB.format(name), SHA256[name])
+        else:
+            file = find_file(folder, (name,), [".json"])
         content = read_json(file)
         try:
             numbered = [next(iter(entry.items())) for entry in content["entries"]]

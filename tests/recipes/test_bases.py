@@ -9,7 +9,7 @@ import pytest
 import transformers as tr
 
 from surgery.errors import RecipeError
-from surgery_recipes import pretrain_base, unpack_gguf
+from surgery_recipes import pretrain_base
 from tests.recipes import tiny
 
 
@@ -43,10 +43,3 @@ def test_too_little_text_is_refused(root: Path) -> None:
     tokenizer = tr.AutoTokenizer.from_pretrained(tiny.prepared("webnlg", root)[0])
     with pytest.raises(RecipeError, match="are not enough for one block of 9"):
         pretrain_base.blocks(["ab"], tokenizer, 9)
-
-
-def test_a_package_without_a_gguf_file_is_named() -> None:
-    with pytest.raises(RecipeError, match="'nowhere_at_all': not installed"):
-        unpack_gguf.find("nowhere_at_all")
-    with pytest.raises(RecipeError, match="'surgery': 0 GGUF files"):
-        unpack_gguf.find("surgery")

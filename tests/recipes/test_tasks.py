@@ -180,23 +180,6 @@ def test_without_a_path_data_come_from_the_hub(
     assert asked == [hub]
 
 
-def test_without_a_path_webnlg_comes_from_the_web(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, data = tiny.prepared("webnlg", root)
-    download = "datasets.DownloadManager.download"
-    monkeypatch.setattr(download, lambda _, url: str(data / url.rpartition("/")[2]))
-    here = surgery.task("webnlg", path=str(data)).splits()
-    assert surgery.task("webnlg").splits() == here
-
-    def offline(_: Any, url: str) -> str:
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(download, offline)
-    with pytest.raises(RecipeError, match=r"webnlg_challenge_2017/train.json.*offline.*data=PATH"):
-        surgery.task("webnlg").splits()
-
-
 def test_rows_of_the_hub_are_read_like_those_of_files(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
