@@ -91,7 +91,8 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     names_of_ids = [n for n, x in named.items() if is_whole(x) and any(same(x, t) for t in tokens)]
     return Site(
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
-        ids=names_of_ids[0] if names_of_ids else "", call=named, ports={"call": Port("call", like.width, None)},
+        ids=names_of_ids[0] if names_of_ids else "", call=named,
+        ports={"call": Port("call", like.width, None)},
     )  # fmt: skip
 
 
