@@ -1,8 +1,16 @@
-"""Compiled: what a host needs while ``torch.compile`` reads its forward.
+"""Capture a missing graph of a host while ``torch.compile`` reads the host's forward.
 
-Dynamo follows Python symbolically, so a graph that it meets for the first time cannot be captured
-by the code that it reads. It is captured beside it instead, at compile time, on example values of
-the shapes that Dynamo knows; then Dynamo goes on and finds the graph in its place.
+Dynamo follows Python symbolically and cannot follow a capture. So when it reaches a host without a
+graph for the call, the graph is captured beside Dynamo, at compile time:
+
+    Dynamo reads run_graph -> prepare
+      comptime(_start)              empty the list of examples
+      comptime(_note), per leaf     turn Dynamo's fake value into a real example
+      comptime(_finish)             call the capture with these examples
+    Dynamo continues and finds the graph
+
+``comptime`` functions run while Dynamo compiles and leave nothing in the compiled code. The
+examples have the shapes that Dynamo knows, filled with ones.
 """
 
 from __future__ import annotations
@@ -23,7 +31,8 @@ _seen = threading.local()
 def prepare(host: Any, args: Any, kwargs: Any, capture: Callable[[Any, Any, Any], None]) -> None:
     """Call ``capture(host, args, kwargs)`` with real examples, while Dynamo reads this call.
 
-    ``args`` and ``kwargs`` are given as Dynamo sees them; leaf by leaf they become real values.
+    Dynamo hands over ``args`` and ``kwargs`` as it sees them; leaf by leaf they become real values.
+    The local names ``structure`` and ``leaf`` are read by name in the functions below.
     """
     found: list[Any] = []
 
@@ -39,14 +48,18 @@ def prepare(host: Any, args: Any, kwargs: Any, capture: Callable[[Any, Any, Any]
 
 
 def _start(context: ComptimeContext) -> None:
+    """Empty the list of examples."""
     _seen.examples, _seen.made = [], {}
 
 
 def _note(context: ComptimeContext) -> None:
+    """Append an example for the local variable ``leaf``."""
     _seen.examples.append(_example(context.get_local("leaf")))
 
 
 def _finish(context: ComptimeContext) -> None:
+    """Put the examples into the structure of the arguments, and capture."""
+
     def leaf(number: int) -> Any:
         return _seen.examples[number]
 
@@ -56,6 +69,7 @@ def _finish(context: ComptimeContext) -> None:
 
 
 def _example(variable: ComptimeVar) -> Any:
+    """Return a real value for what Dynamo holds; one tensor given twice stays one."""
     if variable.is_python_constant():
         return variable.as_python_constant()
     if not variable.is_proxy():
@@ -67,6 +81,7 @@ def _example(variable: ComptimeVar) -> Any:
 
 
 def _real(fake: Any) -> Any:
+    """Return a tensor of ones with the shape, dtype and device of a fake one."""
     if not isinstance(fake, Tensor):
         return fake.node.hint
     shape = [size if isinstance(size, int) else size.node.hint for size in fake.shape]
@@ -74,6 +89,6 @@ def _real(fake: Any) -> Any:
 
 
 def _value(variable: ComptimeVar) -> Any:
-    """The Python object behind a variable that is neither a tensor nor a constant."""
+    """Return the Python object behind a variable that is neither a tensor nor a constant."""
     tracker: Any = variable._i_will_not_complain_if_bc_breaks_VariableTracker()
     return tracker.get_function() if hasattr(tracker, "get_function") else tracker.value

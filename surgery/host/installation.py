@@ -1,9 +1,9 @@
-"""Host: a module that stays the object it was while its forward runs a rewritten graph.
+"""Make a module a host by swapping its class, and give the class back.
 
-The object keeps its place, parameters, hooks and attributes; its class becomes a generated
-subclass of the same name whose ``forward`` picks the graph for the call at hand. A graph is one
-path through the original forward, so calls of another structure get another *variant*, captured
-when first met. ``uninstall`` puts the class back: bit for bit the module that it was.
+The object keeps its place, parameters, hooks and attributes. Its class becomes a generated
+subclass of the same name whose ``forward`` runs the graph that fits the call
+(host/execution.py). ``uninstall`` puts the original class back: bit for bit the module that it was.
+``torch.nn.utils.parametrize`` and FSDP2's ``fully_shard`` swap classes the same way.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from surgery.plugin import HostPlan
 
 @functools.cache
 def _host_class(original: type[nn.Module]) -> type[nn.Module]:
+    """Generate the host class of a module class, once per process."""
+
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: HostState = self.__dict__[STATE]
@@ -49,15 +51,16 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """Make an empty host for ``copy`` and ``pickle``, which cannot find a generated class."""
     host_class = _host_class(original)  # type: ignore[arg-type]
     return host_class.__new__(host_class)
 
 
 def install(module: nn.Module, plan: HostPlan) -> HostState:
-    """Make ``module`` a host, if it is none yet.
+    """Make ``module`` a host, unless it is one already.
 
     Raises:
-        SpliceError: something else has replaced the module's forward on the instance.
+        SpliceError: something has set a forward on the object itself, which would hide the host's.
     """
     state = state_of(module)
     if state is not None:
@@ -70,7 +73,7 @@ def install(module: nn.Module, plan: HostPlan) -> HostState:
     state = HostState(plan.path, plan.through)
     module.__class__ = _host_class(type(module))  # type: ignore[arg-type]
     vars(module)[STATE] = state
-    if "_old_forward" in vars(module):  # accelerate's hooks call what they found
+    if "_old_forward" in vars(module):  # accelerate's hooks call the forward that they found
         vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
     return state
 

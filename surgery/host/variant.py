@@ -1,4 +1,12 @@
-"""Variant: one captured and edited graph of a host, compiled, with the guards that choose it."""
+"""One captured and edited graph of a host, compiled, with the guards that choose it.
+
+Capture takes one path through the host's forward. Each branch that the path decided by a value is
+a guard. A guard on values that can be evaluated without tensor work or side effects is *early*: it
+is checked before the graph runs, with the other conditions (host/variant_conditions.py). Any other
+guard is *late*: a node of the graph checks it where the branch was decided. A late guard that flips
+raises :class:`GuardFlipped`, and the host tries another graph; once the KV cache has changed that
+is no longer possible, and :class:`FlippedTooLate` reaches the caller.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +28,11 @@ _count = 0
 
 
 class GuardFlipped(ForwardError):
-    """A branch inside a graph would be taken differently; nothing has happened yet."""
+    """A branch inside a graph would go the other way; nothing has changed yet."""
 
 
 class FlippedTooLate(ForwardError):
-    """The same, but the KV cache has changed by now."""
+    """A branch inside a graph would go the other way, and the KV cache has changed already."""
 
 
 class Variant:
@@ -55,24 +63,26 @@ class Variant:
         captured.graph.lint()
         self.run, self.code = compile_graph(captured.graph)
         for node in captured.graph.nodes:
-            node.meta.pop("value", None)  # the example is let go
+            node.meta.pop("value", None)  # free the example values
 
     def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
-        """Is this the graph of what the host's own forward would do with ``inputs`` now?"""
+        """Whether the host's own forward would now take the path of this graph for ``inputs``."""
         return self._conditions.hold(host, inputs)
 
     def recogniser(self, args: Any, kwargs: Any) -> Recogniser | None:
-        """Code that knows a call of this variant again; ``args`` and ``kwargs`` are one."""
+        """Return the recogniser of calls like the one with ``args`` and ``kwargs``."""
         if self._recogniser is None:
             self._recogniser = recogniser(args, kwargs, self._conditions)
         return self._recogniser
 
 
 class Children:
-    """A host's children by name, for a graph that is in a hurry.
+    """Fast attribute access to a host's submodules, skipping ``nn.Module.__getattr__``.
 
-    ``Module.__getattr__`` looks in four places, in Python: as long as a small operation, for each
-    child that a decoded token passes. It keeps no host alive.
+    ``nn.Module.__getattr__`` looks in four dictionaries, in Python, which costs as much as a small
+    operator for each child and decoded token. This object shares the host's dictionary of
+    submodules as its own ``__dict__``, so a look-up is a plain attribute access. It holds the host
+    weakly.
     """
 
     __slots__ = ("__dict__", "_surgery_host")
@@ -85,12 +95,12 @@ class Children:
         return getattr(self._surgery_host(), name)
 
     def belongs_to(self, module: nn.Module) -> bool:
-        """Are these the children of ``module``, or of a host that is gone?"""
+        """Whether these are the children of ``module``, or of a host that no longer exists."""
         return self._surgery_host() in (module, None)
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that look something up in an object that the graph may have changed by then."""
+    """Return nodes that look something up in an object after the graph may have changed it."""
     changed: set[int] = set()
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -104,7 +114,7 @@ def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
-    """Can this be evaluated before the graph runs?"""
+    """Whether the value of ``node`` can be computed before the graph runs."""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
@@ -118,6 +128,7 @@ def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
 
 
 def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., bool] | None:
+    """Compile the early guards into one function of the host and the inputs; None without any."""
     if not guards:
         return None
     small = fx.Graph()
@@ -141,17 +152,17 @@ def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., bool]
     def early(host: nn.Module, inputs: list[Any]) -> bool:
         try:
             return bool(asks(host, host, *inputs))
-        except (AttributeError, TypeError, LookupError):  # a cache without what is asked about
+        except (AttributeError, TypeError, LookupError):  # the inputs lack what a guard reads
             return False
 
     return early
 
 
 def _check_inside(graph: fx.Graph, guard: Guard) -> None:
-    """A branch that depends on tensors: look at it again where it was decided.
+    """Insert a node that checks a late guard where the branch was decided.
 
-    While nothing irreversible has happened the host can still turn to another graph; behind a
-    cache update it cannot, and says so.
+    Before a cache update the host can still turn to another graph; after it the check raises
+    :class:`FlippedTooLate`.
     """
     node = guard.node
     order = list(graph.nodes)
@@ -164,12 +175,13 @@ def _check_inside(graph: fx.Graph, guard: Guard) -> None:
             if touched:
                 raise FlippedTooLate(
                     f"the branch at {guard.where} depends on values that are known only after the "
-                    "KV cache has changed, and it would now be taken differently. Keep the module "
-                    "that branches whole with the is_leaf hook."
+                    "KV cache has changed, and it would now go the other way. Start again with a "
+                    "fresh cache, and keep the module that branches whole with the is_leaf hook."
                 )
             raise GuardFlipped(
-                f"the branch at {guard.where} is taken otherwise now: what is spliced in changes "
-                "the answer. Keep the module that branches whole with the is_leaf hook."
+                f"the branch at {guard.where} goes the other way now: what is spliced in changes "
+                "the value that decides it. Keep the module that branches whole with the is_leaf "
+                "hook."
             )
 
     with graph.inserting_after(node):
@@ -177,6 +189,7 @@ def _check_inside(graph: fx.Graph, guard: Guard) -> None:
 
 
 def _changes_something(node: fx.Node) -> bool:
+    """Whether a node has a side effect on an object or on a tensor of the caller."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op not in ("call_method", "call_function"):
         return False
@@ -190,7 +203,7 @@ def _changes_something(node: fx.Node) -> bool:
 
 
 def _shorten(graph: fx.Graph) -> None:
-    """``x.shape[:-1][0]`` is ``x.shape[0]``; models unpack their shapes so in every layer."""
+    """Replace ``x.shape[:-1][0]`` by ``x.shape[0]``; every layer unpacks shapes this way."""
     for node in graph.find_nodes(op="call_function", target=operator.getitem):
         part, at = node.args
         if isinstance(part, fx.Node) and part.target is operator.getitem and type(at) is int:
@@ -202,7 +215,7 @@ def _shorten(graph: fx.Graph) -> None:
 
 
 def _drop_unused(graph: fx.Graph) -> None:
-    """Remove what was recorded only for an answer in Python (sizes, attributes)."""
+    """Remove nodes that served only an answer in Python, such as sizes and attributes."""
     for node in reversed(list(graph.nodes)):
         unused = not node.users and node.op in ("call_function", "get_attr", "call_method")
         if unused and (
@@ -212,7 +225,7 @@ def _drop_unused(graph: fx.Graph) -> None:
 
 
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
-    """``forward(self, host, *inputs)`` for a graph, with source that tracebacks can show."""
+    """Return ``forward(self, host, *inputs)`` of a graph, and its source, which tracebacks show."""
     global _count
     _count += 1
     generated = graph.python_code("self")

@@ -1,4 +1,4 @@
-"""Assign: which method goes to which site, and what to say where one goes to none."""
+"""Assign methods to the sites that they suit, and explain where a method suits none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from surgery.plugin import Method, Site, Sites
 def assign(
     model: nn.Module, methods: tuple[Method, ...], sites: Sites
 ) -> dict[str, list[tuple[Method, Site]]]:
-    """Each method with the sites that it suits, by host, in the order of the methods.
+    """Return for each host the methods and the sites that they suit, in the methods' order.
 
     Raises:
-        SiteError: a method suits none of the sites, or they are not of this model.
+        SiteError: a method suits none of the sites, or the sites belong to another model.
     """
     todo: dict[str, list[tuple[Method, Site]]] = {}
     for method in methods:
@@ -38,17 +38,18 @@ def assign(
 
 
 def offered(method: Method, sites: Sites) -> list[Site]:
-    """The sites that a method may take: attention and FFN, and others whose kind it names."""
+    """Return the sites offered to a method: attention, FFN, and the other kinds that it names."""
     return [*sites, *(site for site in sites.others if site.kind in method.kinds)]
 
 
 def left_out(method: Method, sites: Sites) -> list[Site]:
-    """Sites of the kinds that a method operates on which lack something that it needs."""
+    """Return sites of the kinds that a method edits which lack a port that it needs."""
     suitable = {id(site): site.kind for site in sites if method.suits(site)}
     return [s for s in sites if s.kind in suitable.values() and id(s) not in suitable]
 
 
 def _nowhere(method: Method, sites: Sites) -> str:
+    """Explain why a method suits none of the sites."""
     there = sorted({site.description for site in sites}) or ["there is none"]
     lacking = dict.fromkeys(f"; no {p}: {why}" for s in sites for p, why in s.missing.items())
     if method.kinds == ("attention",) and not any(s.kind == "attention" for s in sites):

@@ -1,4 +1,14 @@
-"""Operate: what one splice does to one host, built, inserted and verified."""
+"""Build, insert and verify what one splice does to one host.
+
+    for each host:
+      for each method and site:  opened(site) -> method.splice(open site) -> edits
+      insert the modules as children; make the module a host
+      capture the host's graph; apply earlier edits, then these
+      verify the start and that gradients reach every parameter
+
+Sites that wrap a call (trunk, stack, block) come last and need no graph. Each step notes its
+undoing in the transaction first (splicer/transaction.py).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +40,7 @@ from surgery.splicer.verification import verify_reach, verify_start, verify_wrap
 
 
 def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]]) -> None:
-    """Build, insert and verify one host; each change leaves its undoing in ``transaction``."""
+    """Build, insert and verify one host; each change notes its undoing in ``transaction``."""
     module = transaction.model.get_submodule(path)
     around = [pair for pair in pairs if pair[1].kind in CALLS]
     inside = [pair for pair in pairs if pair not in around]
@@ -40,8 +50,8 @@ def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]
             assert plan is not None
             if not plan.args and not plan.kwargs:
                 raise SpliceError(
-                    f"{path}: this site has no example of a call any more, as sites of a report "
-                    "have none. Take it from surgery.locate(model)."
+                    f"{path}: this site holds no example of a call, as sites of a report do not. "
+                    "Take the site from surgery.locate(model)."
                 )
             act(transaction, module, plan, group)
 
@@ -49,12 +59,12 @@ def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]
 def _rewrite(
     transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
-    """What is inserted into the graph of a host."""
+    """Insert modules into the graph of a host."""
     path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
     if known is not None and not known.edited and not known.through >= plan.through:
-        before = known.through  # it was made for what goes around its call
+        before = known.through  # so far only its call was wrapped
         transaction.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
@@ -86,7 +96,7 @@ def _rewrite(
 def _wrap(
     transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> None:
-    """What goes around the call of a host."""
+    """Insert modules around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
     state, inserted = _insert(transaction, module, plan, pairs)
     if any(map(transaction.waits, inserted)):
@@ -99,7 +109,7 @@ def _wrap(
     changes = transaction.report.change
     with _named(_failing(plan.path, transaction.report)):
         change = difference(base, outputs(module, forward, plan.args, plan.kwargs))
-        within = changes.get(plan.path, 0.0)  # of what was put inside the same host
+        within = changes.get(plan.path, 0.0)  # change by edits inside the same host
         changes[plan.path] = None if change is None or within is None else max(change, within)
         verify_wraps(module, state, forward, children, others, plan.args, plan.kwargs)
 
@@ -107,7 +117,7 @@ def _wrap(
 def _insert(
     transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
 ) -> tuple[HostState, list[Inserted]]:
-    """Let each method make its modules, and make ``module`` a host that has them as children."""
+    """Call ``splice`` of each method; make ``module`` a host with the new modules as children."""
     name = transaction.report.name
     made: list[tuple[str, nn.Module]] = []
     inserted: list[Inserted] = []
@@ -118,7 +128,9 @@ def _insert(
         with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
             method.splice(site_now)
         if not site_now.edits:
-            raise SpliceError(f"method {method.name!r} at {plan.path}: it inserted nothing.")
+            raise SpliceError(
+                f"method {method.name!r} at {plan.path}: splice(site) inserted nothing. Edit a port in it."
+            )
         for edit, new in site_now.edits:
             child = _free_name(module, edit.child, name, [c for c, _ in made])
             made.append((child, new))
@@ -144,12 +156,12 @@ def _insert(
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Say what failed, whatever the code of a plugin raises."""
+    """Turn any error of a plugin's code into a SpliceError that says what failed."""
     try:
         yield
     except RefusedError:
         raise
-    except ForwardError as error:  # nothing is left of that forward: the splice is undone
+    except ForwardError as error:  # the forward of a trial: the splice is undone
         raise SpliceError(f"{what}: {error}") from error
     except Exception as error:
         raise SpliceError(
@@ -159,21 +171,25 @@ def _named(what: str) -> Iterator[None]:
 
 
 def _failing(path: str, report: Report) -> str:
+    """Say that the forward of a host fails with these methods."""
     return f"{path}: the forward fails with {', '.join(m.name for m in report.methods)} spliced in"
 
 
 def _child(inserted: Inserted) -> str:
-    """What an inserted module is called on its host."""
+    """Return the name of an inserted module among the children of its host."""
     return inserted.path.rpartition(".")[2]
 
 
 def _shows_in_example(edit: Edit, one_key: set[tuple[str, str]]) -> bool:
-    """Can an edit be heard in the example? A softmax over one key is 1, whatever query and key."""
+    """Whether the example can show this edit's effect.
+
+    With a single key the softmax is 1 whatever the query and key are.
+    """
     return (edit.kind, edit.site) not in one_key or edit.port not in ("query", "key")
 
 
 def _lean(site: Site) -> Site:
-    """The site without its example inputs, to be kept."""
+    """Return the site without its example inputs, for the report."""
     assert site.host is not None
     host = dataclasses.replace(site.host, args=(), kwargs={})
     call = {name: x for name, x in site.call.items() if not isinstance(x, Tensor)}
@@ -181,14 +197,14 @@ def _lean(site: Site) -> Site:
 
 
 def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:
-    """The name of an inserted child: ``lora_query``, with the splice's name unless default."""
+    """Return a free child name: ``lora_query``, or ``NAME_lora_query`` for a named splice."""
     child = child if name == "default" else f"{name}_{child}"
     candidates = [child, *(f"{child}_{i}" for i in range(2, 99))]
     return next(c for c in candidates if c not in taken and not hasattr(module, c))
 
 
 def take_out(module: nn.Module, name: str, children: list[str]) -> None:
-    """Take inserted modules of one splice out of a host; without any it is no host any more."""
+    """Take inserted modules of one splice out of a host; uninstall a host that has none left."""
     for child in children:
         if child in module._modules:
             delattr(module, child)

@@ -1,4 +1,13 @@
-"""Splice methods into a model, remove them, and switch them off: all or nothing, in place."""
+"""Splice methods into a model, remove them, and switch them off: all or nothing, in place.
+
+splice(model, methods, at)
+  check_declared, names             refuse before anything is touched
+  locate, unless ``at`` is given    one run of the model shows its sites
+  assign                            each method to the sites that it suits; method.check(sites)
+  operate, host by host             method.splice(site), insert, verify
+  verify_together, _verify_starts   outputs as declared
+  commit                            or roll back, on any exception
+"""
 
 from __future__ import annotations
 
@@ -28,24 +37,27 @@ def splice(
     example_inputs: Any = None,
     name: str = "default",
 ) -> Report:
-    """Splice methods into a model. It stays the object it is; either all is done or nothing.
+    """Splice methods into a model. The model stays the object it is; all is done or nothing.
 
     Args:
-        model: any ``nn.Module``; it may be spliced already, under other names.
-        methods: one method or a list; a later one sees each port as the earlier ones left it,
+        model: any ``nn.Module``; it may have other splices, under other names.
+        methods: one method or a list; a later method sees each port as the earlier ones left it,
             the lse of virtual tokens included.
-        at: where; by default every site that a method is for.
+        at: the sites; by default every site that a method suits.
         example_inputs: as for :func:`surgery.locate`; not needed if ``at`` is given.
-        name: of this splice, for ``remove``, ``disabled`` and ``save``.
+        name: the name of this splice, for ``remove``, ``disabled`` and ``save``.
 
     Returns:
-        what was inserted where, and the start state as it was verified.
+        a report of what was inserted where, with the verified start state. Print it.
 
     Raises:
-        SpliceError: the name is taken, or what was spliced does not do what its method declares.
-        SiteError: a method is for none of the sites.
+        SpliceError: the name is taken, or a method does not do what it declares.
+        SiteError: a method suits none of the sites.
         PortError: a port is missing.
-        CaptureError: a forward cannot be captured; the line is named.
+        CaptureError: a forward cannot be captured; the message names the line.
+
+    Example:
+        ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
     chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, chosen, name)
@@ -73,6 +85,7 @@ def splice(
 
 
 def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
+    """Raise unless these are methods that declare themselves properly, and the name is free."""
     for method in methods:
         if not isinstance(method, Method):
             raise SpliceError(
@@ -92,7 +105,7 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
 
 
 def _check_below(model: nn.Module, name: str) -> None:
-    """Raise if a part of the model has a splice of which the model does not know."""
+    """Raise if a part of the model has a splice that is not in the model's record."""
     for path, host in hosts(model).items():
         state = state_of(host)
         unknown = [n for n in state.operations if n not in reports(model)] if state else []
@@ -105,6 +118,7 @@ def _check_below(model: nn.Module, name: str) -> None:
 
 
 def _verify_starts(report: Report, trunks: Sequence[str]) -> None:
+    """Raise if a host's output moved although every method there declares that it does not."""
     moving = [i for i in report.inserted if i.method.start == "none"]
     free = {i.site.path for i in moving}
     free |= set(trunks) if any(i.method.together for i in moving) else set()
@@ -120,9 +134,9 @@ def _verify_starts(report: Report, trunks: Sequence[str]) -> None:
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take out one splice, or all: bit for bit the model that it was.
+    """Take out one splice, or all; the model is bit for bit what it was.
 
-    What was trained of the base itself (see ``freeze_base``) stays as trained.
+    Parameters of the base that were trained along (see ``freeze_base``) stay as trained.
 
     Raises:
         SpliceError: nothing is spliced under that name.
@@ -141,7 +155,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
-    """Take the folded modules out of their hosts and of the record."""
+    """Take folded modules out of their hosts and out of the record."""
     gone = [i for i in report.inserted if i.path in folded]
     for host in {i.site.path for i in gone}:
         children = [i.path.rpartition(".")[2] for i in gone if i.site.path == host]
@@ -164,7 +178,11 @@ def _settle(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
-    """Run the model without one splice, or without any, inside a ``with`` block."""
+    """Run the model without one splice, or without any, inside a ``with`` block.
+
+    Raises:
+        SpliceError: nothing is spliced under that name.
+    """
     names = frozenset(reports(model)) if name is None else frozenset({name})
     require_spliced(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
@@ -181,7 +199,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
 
 
 def require_spliced(model: nn.Module, names: list[str]) -> None:
-    """Raise unless there are splices of these names."""
+    """Raise unless the model has splices of these names."""
     there = list(reports(model))
     for name in names or [""]:
         if name not in there:
@@ -193,7 +211,7 @@ def require_spliced(model: nn.Module, names: list[str]) -> None:
 
 
 def variants(model: nn.Module) -> dict[str, list[Variant]]:
-    """The graphs that each host of a model has so far: print their ``code`` or ``graph``."""
+    """Return the graphs that each host has so far; print their ``code`` or ``graph``."""
     return {
         path: [v for group in state.variants.values() for v in group]
         for path, host in hosts(model).items()

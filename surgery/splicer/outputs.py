@@ -1,4 +1,4 @@
-"""Outputs: what a host and its inserted modules give, and how two outputs differ."""
+"""Compute outputs of a host without a trace, check those of inserted modules, and compare two."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from surgery.plugin import Edit
 
 
 def outputs(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What ``forward`` makes of copies of these arguments, without a trace."""
+    """Run ``forward`` on copies of these arguments, without a trace, and return its output."""
     with silenced(module), torch.no_grad():
-        torch.manual_seed(0)  # a forward that draws draws the same each time
+        torch.manual_seed(0)  # a forward that draws random numbers draws the same each time
         given = detached_copy((args, kwargs))
         return forward(*given[0], **given[1])
 
 
 def present_outputs(module: nn.Module, args: Any, kwargs: Any, around: bool = True) -> Any:
-    """What the module gives now, by its own forward or with earlier splices.
+    """Return the module's output as it is now, earlier splices included.
 
-    ``around`` says whether what is wrapped around its call counts, too.
+    ``around`` decides whether modules that wrap the call of the host run too.
     """
     state = state_of(module)
     if state is None or not (state.active if around else state.edited):
@@ -44,19 +44,21 @@ def present_outputs(module: nn.Module, args: Any, kwargs: Any, around: bool = Tr
 
 @dataclass(frozen=True)
 class Result:
-    """What an inserted module must give: the shapes and dtypes that its port has in the graph."""
+    """The shape and dtype that an inserted module must return: those of its port in the graph."""
 
     child: str
     edit: Edit
     port: list[tuple[torch.Size, torch.dtype]]
 
     def check(self, path: str, given: tuple[Any, ...], made: Any) -> None:
-        """Raise unless ``made`` can take its place."""
+        """Raise unless ``made`` can take the place of the port's value."""
         fits = isinstance(made, Tensor)
         wanted = self.port
         if self.edit.verb in ("insert", "feed"):
             wanted = [(given[0].shape, given[0].dtype)]
-        if fits and (self.edit.verb == "add" or self.edit.batched):  # put in its dtype and axes
+        if fits and (
+            self.edit.verb == "add" or self.edit.batched
+        ):  # the graph casts and reshapes it
             fits = made.numel() in [shape.numel() for shape, _ in wanted]
         elif fits:
             fits = (made.shape, made.dtype) in wanted
@@ -64,14 +66,14 @@ class Result:
             got = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else repr(made)
             shape, dtype = wanted[0]
             raise SpliceError(
-                f"{path}: {self.child} gives {got}, where port {self.edit.port!r} has "
+                f"{path}: {self.child} returns {got}, where port {self.edit.port!r} has "
                 f"{tuple(shape)} {dtype}. Return a tensor of the same shape and dtype."
             )
 
 
 @contextmanager
 def checked(module: nn.Module, path: str, results: list[Result]) -> Iterator[None]:
-    """Check what inserted modules give while the host runs."""
+    """Check the outputs of inserted modules while the host runs."""
 
     def checking(result: Result, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run_and_check(*given: Any, **named: Any) -> Any:
@@ -95,9 +97,9 @@ def checked(module: nn.Module, path: str, results: list[Result]) -> Iterator[Non
 
 
 def difference(a: Any, b: Any) -> float | None:
-    """The largest absolute difference of two nested outputs; 0.0 if all bits are equal.
+    """Return the largest absolute difference of two nested outputs; 0.0 if all bits are equal.
 
-    What is not finite and not the same in both is infinitely far off.
+    A value that is not finite and differs counts as infinite. None on the ``meta`` device.
     """
     largest = 0.0
     for x, y in zip(floats(a), floats(b), strict=True):
@@ -114,7 +116,7 @@ def difference(a: Any, b: Any) -> float | None:
 
 
 def floats(structure: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a nested output."""
+    """Yield the floating-point tensors of a nested output."""
     if isinstance(structure, Tensor):
         if structure.is_floating_point():
             yield structure

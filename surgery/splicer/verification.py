@@ -1,11 +1,12 @@
-"""Verify: what a splice did, tried out on one host with the inputs it was seen with.
+"""Verify a splice by running one host with the inputs that it was located with.
 
-    start    outputs of the spliced forward against the original's: equal bits, or how far off
-    reach    with the inserted parameters moved off their start, a gradient reaches every one of
-             them, and every inserted module gets one that is not zero
+    start    compare the outputs of the spliced forward with the original's: equal bits, or how
+             far apart
+    reach    move the inserted parameters off their start and differentiate: a gradient reaches
+             every one of them, and every inserted module gets a gradient that is not zero
 
-It runs before ``surgery.splice`` returns; a splice that does not do what its method declares, or
-does nothing, is undone and reported.
+Verification runs before ``surgery.splice`` returns. A splice that does not do what its method
+declares, or that does nothing, is undone and reported.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from surgery.splicer.record import Report
 
 
 def verify_start(module: nn.Module, variant: Variant, args: Any, kwargs: Any, base: Any) -> Any:
-    """The largest difference that the splice makes to an output: 0.0 means equal bits.
+    """Return the largest change of an output that the splice makes: 0.0 means equal bits.
 
     None where there are no values to compare (the ``meta`` device).
     """
@@ -55,7 +56,8 @@ def verify_reach(
 ) -> None:
     """Raise unless a gradient reaches every inserted parameter of ``children``.
 
-    ``others`` are parameters that they use without owning them: moved off their start, too.
+    ``others`` are parameters that the children use without owning them; they are moved off their
+    start too.
 
     Raises:
         SpliceError: a parameter is not used, or a module cannot change the output.
@@ -76,7 +78,7 @@ def verify_wraps(
     args: Any,
     kwargs: Any,
 ) -> None:
-    """:func:`verify_reach` for any forward."""
+    """Do the same for any forward, such as one that runs modules around the call."""
     named = [
         (child, name, parameter)
         for child in children
@@ -92,7 +94,7 @@ def verify_wraps(
         try:
             with silenced(module):
                 found = gradients(forward, parameters, arguments, far)
-        except (GuardFlipped, FlippedTooLate):  # a branch that depends on what is inserted
+        except (GuardFlipped, FlippedTooLate):  # a branch depends on what is inserted
             if far < 1e-3:
                 raise
             return tried(arguments, far / 10)
@@ -100,8 +102,8 @@ def verify_wraps(
 
     reached = tried((args, kwargs))
     if any(g is not None and not bool((g != 0).any()) for g in reached):
-        # The example may be degenerate (a decoder that starts from zeros): try noise instead.
-        with suppress(GuardFlipped, FlippedTooLate):  # of noise, another branch may be right
+        # The example may be degenerate (a decoder that starts from zeros): try noise.
+        with suppress(GuardFlipped, FlippedTooLate):  # noise may take another branch
             pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
             reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
     for (child, name, _), gradient in zip(named, reached, strict=False):
@@ -122,9 +124,9 @@ def gradients(
     arguments: Any,
     far: float = 0.1,
 ) -> list[Tensor | None] | None:
-    """Gradients at a random point of parameters, about as ``far`` off, which are put back.
+    """Return gradients at a random point about ``far`` away; the parameters are put back.
 
-    None if there are none.
+    None if no output depends on a parameter.
     """
     before = [(p.detach().clone(), p.requires_grad) for p in parameters]
     try:
@@ -148,7 +150,7 @@ def gradients(
 
 
 def _noise(arguments: Any) -> Any:
-    """The arguments with noise added to activations, and with masks open."""
+    """Return the arguments with noise added to activations and with every mask open."""
     moved: dict[int, Tensor] = {}
 
     def noisy(v: Tensor) -> Tensor:
@@ -164,19 +166,21 @@ def _noise(arguments: Any) -> Any:
 
 
 def _raise_no_effect(state: HostState, children: list[str]) -> NoReturn:
+    """Raise the error that inserted modules have no effect."""
     raise SpliceError(
-        f"{state.path}: {', '.join(children)} cannot change the output of this forward, wherever "
-        "its parameters stand. Either the port that it edits is not used here, or what it gives "
-        "does not depend on its parameters."
+        f"no value of the parameters of {', '.join(children)} changes the output of {state.path}. "
+        "Either this forward does not use the edited port, or the output of the inserted module "
+        "does not depend on its parameters. Edit another port, or use the parameters in forward."
     )
 
 
 def _random_sum(tensor: Tensor) -> Tensor:
+    """Return a random linear function of ``tensor``, whose gradient is zero nowhere."""
     return (tensor.float() * torch.randn(tensor.shape, device=tensor.device)).sum()
 
 
 def verify_together(model: nn.Module, report: Report, others: list[Site]) -> None:
-    """Raise unless a gradient reaches every parameter of what works only together."""
+    """Raise unless a gradient reaches every parameter of the methods with ``together``."""
     paths = [i.path for i in report.inserted if i.method.together]
     trunk = next((site for site in others if site.kind == "trunk"), None)
     if not paths or trunk is None or trunk.host is None:
@@ -194,12 +198,13 @@ def verify_together(model: nn.Module, report: Report, others: list[Site]) -> Non
     for (name, _), gradient in zip(named, found or [None] * len(named), strict=True):
         if gradient is None or not bool((gradient != 0).any()):
             raise SpliceError(
-                f"{name}: it cannot change what {trunk.path or 'the model'} gives, wherever its "
-                "parameters stand. Choose other sites with at=."
+                f"no value of {name} changes the output of {trunk.path or 'the model'}. "
+                "Choose other sites with at=."
             )
 
 
 def _plain(module: nn.Module, forward: Callable[..., Any], given: Any) -> Any:
+    """Run ``forward`` on copies of the arguments, without gradients."""
     with torch.no_grad():
         args, kwargs = detached_copy(given)
         return forward(*args, **kwargs)
