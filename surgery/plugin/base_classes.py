@@ -1,4 +1,15 @@
-"""The classes that a plugin's methods and tasks derive from."""
+"""The classes that a plugin's methods and tasks derive from.
+
+What ``surgery.splice`` calls on a method, in this order:
+
+    check_declared()    kinds, start and options are possible           once
+    suits(site)         is this site one for the method?                each offered site
+    check(sites)        the chosen sites, all at once                   once
+    splice(site)        insert modules at ports of the open site        each chosen site
+    start               the declared effect, which is then verified     once
+
+``surgery.save`` calls ``plain()`` and ``options()``.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +33,24 @@ Start = Literal["exact", "gated", "none"]
 class Method:
     """A parameter-efficient method: a frozen dataclass of its hyperparameters.
 
-    A subclass sets ``name``, says which sites it is for, and writes :meth:`splice`:
+    A subclass sets ``name``, chooses sites by ``kinds`` or :meth:`suits`, and writes
+    :meth:`splice`. It checks hyperparameters in ``__post_init__`` with :meth:`require`.
 
-    * ``name``: what ``surgery.method(name, ...)`` and recipes call it.
-    * ``kinds``: the kinds of site that it is for, or :meth:`suits` for a finer choice.
-    * ``needs``: what it says that it needs, where it suits no site.
-    * ``together``: do its modules work only all together? Then what they do is verified in one run
-      of the trunk, not host by host.
-    * :attr:`start`: what a fresh splice does to the model. ``exact`` leaves every output bit
-      (a zero-initialised residual), ``gated`` too, through a gate that starts at zero, ``none``
-      changes outputs. ``surgery.splice`` verifies what is declared.
+    Attributes:
+        name: the name in ``surgery.method(name, ...)`` and in recipes.
+        kinds: the kinds of site that the method edits; :meth:`suits` can choose more finely.
+        needs: for the error where the method suits no site: what a site must have.
+        together: whether its modules work only all together; their effect is then verified in one
+            run of the trunk, not host by host.
 
-    Check hyperparameters in ``__post_init__`` with :meth:`require`.
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class RED(surgery.Method):
+        ...     name = "red"
+        ...     kinds = ("ffn",)
+        ...
+        ...     def splice(self, site: surgery.OpenSite) -> None:
+        ...         site.port("output").insert(Edit(site.width), name=self.name)
     """
 
     name: ClassVar[str] = ""
@@ -43,21 +60,25 @@ class Method:
 
     @property
     def start(self) -> Start:
-        """What a fresh splice does to the outputs: ``exact``, ``gated`` or ``none``."""
+        """The declared effect of a fresh splice, which ``surgery.splice`` verifies.
+
+        ``exact`` leaves every output bit (a zero-initialised residual); ``gated`` does too, by a
+        gate that starts at zero; ``none`` changes outputs.
+        """
         return "exact"
 
     def suits(self, site: Site) -> bool:
-        """Is this method for that site?"""
+        """Whether the method can be spliced at this site."""
         return site.kind in self.kinds
 
     def check(self, sites: list[Site]) -> None:
-        """Look at all sites that it is about to be spliced at; raise if one is missing."""
+        """Look at all chosen sites at once; raise if one is missing."""
 
     def plain(self) -> Method:
-        """The method whose modules hold what is left of this one's after training.
+        """Return the method to store: the same outputs, with only the tensors inference needs.
 
-        A module whose own parameters are not what it leaves (a reparametrised prefix) has
-        ``plain_state()``: the ``state_dict`` of the module that ``plain()`` would insert there.
+        A module whose trained parameters differ from those (a reparametrised prefix) offers
+        ``plain_state()``, the ``state_dict`` of the module that ``plain()`` would insert.
         """
         return self
 
@@ -74,10 +95,10 @@ class Method:
             )
 
     def check_declared(self) -> None:
-        """Raise if what the class declares, or an option, is nothing that a splice can work with.
+        """Raise unless what the class declares, and every option, is possible.
 
         Raises:
-            MethodError: an unknown kind or start, or an option that no JSON can hold.
+            MethodError: an unknown kind or start, or an option that JSON cannot hold.
         """
         who = f"method {self.name!r}"
         for kind in self.kinds:
@@ -95,12 +116,12 @@ class Method:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
                 raise MethodError(
-                    f"{who}: {option}={value!r} is nothing that JSON can hold ({error}), so an "
-                    "adapter with it could not be saved. Take a name or numbers instead."
+                    f"{who}: {option}={value!r} cannot be written as JSON ({error}), so an adapter "
+                    "with it could not be saved. Pass a name or numbers instead."
                 ) from error
 
     def options(self) -> dict[str, Any]:
-        """The hyperparameters, as plain data for a saved adapter."""
+        """Return the hyperparameters as plain data, for a saved adapter."""
         return dataclasses.asdict(self)
 
 
@@ -117,12 +138,14 @@ Features = dict[str, Any]
 class Task:
     """What to learn and how to score it: a frozen dataclass of its data options.
 
-    A subclass sets these and writes the methods below; the recipe's ``data:`` are its fields.
+    A subclass sets the attributes and writes the methods below. Its fields are the recipe's
+    ``data:``.
 
-    * ``name``: what recipes call it.
-    * ``kind``: the model it needs. A ``classifier`` is given a new head with :attr:`labels` classes
-      and answers with a class; a ``decoder`` goes on writing after :meth:`prompt`.
-    * ``metric``: the score that closing tables show, a key of what :meth:`score` gives.
+    Attributes:
+        name: the name in recipes.
+        kind: the model that the task needs. A ``classifier`` gets a new head with :attr:`labels`
+            classes and answers with a class; a ``decoder`` continues the text of :meth:`prompt`.
+        metric: the score that closing tables show, a key of the result of :meth:`score`.
     """
 
     name: ClassVar[str] = ""
@@ -136,21 +159,21 @@ class Task:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Tokens that the vocabulary needs besides its own; only their embeddings are trained."""
+        """Tokens to add to the vocabulary; of the embeddings, only theirs are trained."""
         return ()
 
     @property
     def segments(self) -> bool:
-        """Do features have ``token_type_ids`` that are tokens of the vocabulary?"""
+        """Whether features have ``token_type_ids`` that are tokens of the vocabulary."""
         return False
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Of a decoder: ``max_new_tokens``, ``num_beams`` and so on, for ``generate``."""
+        """Options of ``generate`` for a decoder, such as ``max_new_tokens`` and ``num_beams``."""
         return {}
 
     def splits(self) -> dict[str, list[Example]]:
-        """The examples: ``train``, ``validation``, and the sets to score, by name.
+        """Return the examples: ``train``, ``validation``, and the sets to score, by name.
 
         Raises:
             RecipeError: a file or a column is missing, or an example is empty.
@@ -158,37 +181,37 @@ class Task:
         raise self.missing("splits()")
 
     def encode(self, example: Example, tokenizer: Any) -> Features:
-        """What the model reads in training: ``input_ids``, ``labels``, maybe segments."""
+        """Return the features of one example for training: ``input_ids``, ``labels``, segments."""
         raise self.missing("encode(example, tokenizer)")
 
     def prompt(self, example: Example, tokenizer: Any) -> Features:
-        """What the model reads when it is to answer: :meth:`encode` without the answer."""
+        """Return the features of one example for inference: :meth:`encode` without the answer."""
         return {k: v for k, v in self.encode(example, tokenizer).items() if k != "labels"}
 
     def stop(self, tokenizer: Any) -> list[int]:
-        """Ids of the tokens at which a decoder stops."""
+        """Return the ids of the tokens at which a decoder stops."""
         return [tokenizer.eos_token_id]
 
     def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Scores of the answers (class numbers, or texts) to the examples of one set."""
+        """Score the answers (class numbers or texts) to the examples of one set."""
         raise self.missing("score(answers, examples)")
 
     def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
-        """The score called :attr:`metric` alone, for many small sets; NaN if a set has none."""
+        """Return the score called :attr:`metric` alone; NaN if the set has no such score."""
         return self.score(answers, examples).get(self.metric, float("nan"))
 
     def notes(self) -> dict[str, str]:
-        """How scores are computed, by name: signatures, versions, or why one is not there."""
+        """Return how scores are computed, by name: signatures, versions, reasons of absence."""
         return {}
 
     def source(self, example: Example) -> str:
-        """The input, for people."""
+        """Return the input of an example as text for people."""
         raise self.missing("source(example)")
 
     def references(self, example: Example) -> list[str]:
-        """Right answers, for people."""
+        """Return the right answers to an example as text for people."""
         raise self.missing("references(example)")
 
     def missing(self, what: str) -> RecipeError:
-        """The error that a subclass has not written ``what``."""
+        """Return the error that a subclass does not implement ``what``."""
         return RecipeError(f"task {type(self).__name__} does not implement {what}.")

@@ -1,7 +1,7 @@
-"""Frozen: parts of the base, and modules registered elsewhere, for use inside an inserted module.
+"""Use a module of the base, or one registered elsewhere, inside an inserted module.
 
-What is assigned to an attribute of an ``nn.Module`` becomes a child of it, and would be moved,
-counted, trained and saved with it. These hold a module without owning it.
+A module that is assigned to an attribute of an ``nn.Module`` becomes its child, and is moved,
+counted, trained and saved with it. The classes here hold a module without owning it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 
 class Reference:
-    """A module that is registered elsewhere, called as if it were here."""
+    """A module that is registered elsewhere, to be called like a child."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -24,7 +24,7 @@ class Reference:
 
 
 class FrozenModule(Reference):
-    """A module of the base, such as a norm; no gradient reaches its parameters."""
+    """A module of the base, such as a norm, whose parameters get no gradient."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frozen = {name: p.detach() for name, p in self.module.named_parameters()}
@@ -32,7 +32,9 @@ class FrozenModule(Reference):
 
 
 class FrozenProjection:
-    """``x W + b``, a projection of the base, or the columns of it that belong to one port.
+    """A projection of the base, ``x W + b``, or the columns of it that belong to one port.
+
+    The weight and bias are read from the base at each call; no gradient reaches them.
 
     Shape: (..., in_width) -> (..., width)
     """
@@ -45,21 +47,21 @@ class FrozenProjection:
         self.transposed, self.columns = transposed, columns
 
     def tensors(self) -> list[Tensor]:
-        """The weight, and the bias if there is one, as the base has them now."""
+        """Return the weight, and the bias if there is one, as the base has them now."""
         places = [self._weight, *filter(None, [self._bias])]
         return [getattr(owner, name) for owner, name in places]
 
     def reads(self, parameter: Tensor) -> bool:
-        """Is this its weight or its bias?"""
+        """Whether ``parameter`` is the weight or the bias."""
         return any(own is parameter for own in self.tensors())
 
     def matrix(self) -> Tensor:
-        """W (in_width, width), as the base has it now."""
+        """Return W (in_width, width) as the base has it now."""
         weight: Tensor = getattr(*self._weight).detach()
         return (weight.T if self.transposed else weight)[:, self._chosen()]
 
     def bias(self) -> Tensor | None:
-        """b (width,), or None."""
+        """Return b (width,), or None."""
         return None if self._bias is None else getattr(*self._bias).detach()[self._chosen()]
 
     def _chosen(self) -> Any:
@@ -71,21 +73,23 @@ class FrozenProjection:
 
 
 def frozen_inside(module: nn.Module) -> Iterator[FrozenProjection]:
-    """The projections of the base that a module and its parts use."""
+    """Yield the projections of the base that a module and its parts use."""
     return (held for held in _held(module) if isinstance(held, FrozenProjection))
 
 
 def referred(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that a module and its parts refer to."""
+    """Yield the modules that a module and its parts refer to."""
     return (held.module for held in _held(module) if isinstance(held, Reference))
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
+    """Yield the plain attributes of a module and its parts, and the items of lists among them."""
     for part in module.modules():
         for held in vars(part).values():
             yield from held if isinstance(held, (list, tuple)) else [held]
 
 
 def _place(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter, and the name there."""
     path, _, name = parameter.rpartition(".")
     return model.get_submodule(path), name

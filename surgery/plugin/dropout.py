@@ -1,7 +1,7 @@
-"""Dropout for inserted modules, drawn from a stream of its own.
+"""Draw dropout masks of inserted modules from a random stream of their own.
 
-The base model's random draws stay what they were, so a zero-initialised adapter leaves the base
-model's *training* outputs unchanged under one seed.
+The base model's random draws stay as they were. So a zero-initialised adapter leaves the base
+model's *training* outputs unchanged under the same seed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _salts = itertools.count(1)
 class Dropout(nn.Module):
     """``x * mask / (1 - p)`` in training, ``x`` otherwise, without touching the global stream.
 
-    A mask is seeded by the global random state (so a seeded run is reproducible), by which dropout
-    this is, and by how many masks it has drawn while that state stood still. When gradient
-    checkpointing runs a forward a second time, in the backward pass and under the random state of
-    the first time, the mask of the first time comes again.
+    A mask is seeded by the global random state, so a seeded run is reproducible; by the name of
+    this dropout; and by the number of masks that it has drawn under that state. When gradient
+    checkpointing runs a forward again in the backward pass, under the random state of the first
+    run, the mask of the first run comes again.
 
     Args:
         p: probability of a zero, 0 <= p < 1.
@@ -35,8 +35,10 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
         self.salt = next(_salts)
-        self._drawn: deque[tuple[int, Tensor, int]] = deque(maxlen=256)  # (state, probe, seed)
-        self._state, self._times = -1, 0  # the state last seen, masks drawn since it changed
+        self._drawn: deque[tuple[int, Tensor, int]] = deque(
+            maxlen=256
+        )  # (state, first inputs, seed)
+        self._state, self._times = -1, 0  # the last state, and masks drawn under it
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.is_meta:
@@ -49,6 +51,7 @@ class Dropout(nn.Module):
         return x * keep / (1 - self.p)
 
     def _seed(self, x: Tensor) -> int:
+        """Return the seed of the next mask, or in a recomputed forward that of the first mask."""
         state, probe = _fingerprint(x.device), x.detach().flatten()[:16].clone()
         recomputing = torch._C._current_graph_task_id() != -1  # inside a backward pass
         if recomputing:
@@ -68,8 +71,9 @@ class Dropout(nn.Module):
 
 
 def draw_by_name(module: nn.Module, path: str) -> None:
-    """Let each dropout in ``module``, which is at ``path``, draw by its name: the same model draws
-    the same masks, whatever else this process has made before.
+    """Seed each dropout in ``module`` (at ``path``) by its name.
+
+    The same model then draws the same masks, whatever this process has made before.
     """
     for name, inner in module.named_modules():
         if isinstance(inner, Dropout):
@@ -77,6 +81,7 @@ def draw_by_name(module: nn.Module, path: str) -> None:
 
 
 def _fingerprint(device: torch.device) -> int:
+    """Return a number that identifies the global random state, without drawing from it."""
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]
         return zlib.crc32(f"{generator.initial_seed()} {generator.get_offset()}".encode())

@@ -45,7 +45,7 @@ def register_tasks(register: RegisterTask) -> None:
 
 @hookspec(firstresult=True)
 def is_leaf(module: nn.Module, path: str) -> bool | None:
-    """Say whether capture keeps ``module`` whole. Stops at the first non-None result.
+    """Say whether capture keeps ``module`` whole. pluggy stops at the first result but None.
 
     :param module: a submodule of a host.
     :param path: its path below the host.

@@ -1,7 +1,10 @@
-"""Registry: finds plugins under the entry-point group ``surgery``; hands out methods and tasks.
+"""Find plugins under the entry-point group ``surgery``, and make their methods and tasks by name.
 
-Those that come with the package are listed in its own entry points: they use this same door.
-Entry points load one by one; one that fails, or repeats a name, is reported and the others go on.
+    entry points -> Registry.load -> Registry.add, per plugin -> methods() and tasks() by name
+
+The plugins that come with the package are entry points too; there is no other door. Entry points
+load one by one: one that fails, or repeats a name, is reported, and the others still load. The
+registry of the process is filled on first use and lives as long as the process.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from surgery.plugin.base_classes import Method, Task
 
 @dataclasses.dataclass(frozen=True)
 class _Offer:
-    """A kind of thing that plugins offer: its hook, its base class, and how errors speak of it."""
+    """A kind of thing that plugins offer: its hook, its base class, and its words in errors."""
 
     what: str
     option: str
@@ -35,7 +38,7 @@ class _Offer:
     def check(self, cls: Any, plugin: str) -> None:
         if not isinstance(cls, type):
             raise self.error(
-                f"plugin {plugin!r} offers {cls!r}, which is no class. Call register(MyClass)."
+                f"plugin {plugin!r} offers {cls!r}, which is not a class. Call register(MyClass)."
             )
         new = {n for n, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
         plain = new and "__dataclass_params__" not in vars(cls)
@@ -67,7 +70,7 @@ class Registry:
         self._offered: dict[str, dict[str, tuple[type[Any], str]]] = {k.what: {} for k in _OFFERS}
 
     def load(self, found: list[EntryPoint]) -> None:
-        """Load entry points, one by one."""
+        """Load entry points one by one."""
         taken: dict[str, str] = {}
         for point in found:
             if point.name in taken and taken[point.name] != point.value:
@@ -97,8 +100,8 @@ class Registry:
         """Register one plugin: a module or object with ``hookimpl`` functions.
 
         Raises:
-            MethodError, RecipeError: a method or task of it has no name, or a name that another
-                plugin's has. Nothing of the plugin is registered then.
+            MethodError, RecipeError: one of its methods or tasks has no name, or the name of
+                another plugin's. Nothing of the plugin is registered then.
         """
         accepted: dict[str, dict[str, tuple[type[Any], str]]] = {}
         for kind in _OFFERS:
@@ -140,20 +143,20 @@ class Registry:
             self._offered[what].update(new)
 
     def methods(self) -> dict[str, type[Method]]:
-        """Every method, by name."""
+        """Return every method, by name."""
         return {name: cls for name, (cls, _) in sorted(self._offered["method"].items())}
 
     def tasks(self) -> dict[str, type[Task]]:
-        """Every task, by name."""
+        """Return every task, by name."""
         return {name: cls for name, (cls, _) in sorted(self._offered["task"].items())}
 
     def method(self, name: str, options: dict[str, Any]) -> Method:
-        """An instance of the method of that name."""
+        """Return an instance of the method of that name."""
         made: Method = self._make(_METHODS, name, options)
         return made
 
     def task(self, name: str, options: dict[str, Any]) -> Task:
-        """An instance of the task of that name."""
+        """Return an instance of the task of that name."""
         made: Task = self._make(_TASKS, name, options)
         return made
 
@@ -191,21 +194,21 @@ class Registry:
             ) from error
 
     def is_leaf(self, module: nn.Module, path: str) -> bool | None:
-        """What the plugins say about keeping a module whole."""
+        """Return the plugins' answer whether to keep a module whole."""
         answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)
         return answer
 
 
 @functools.cache
 def registry() -> Registry:
-    """The registry of this process, filled on first use."""
+    """Return the registry of this process, filled on first use."""
     made = Registry()
     made.load(in_order(entry_points(group="surgery")))
     return made
 
 
 def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
-    """Entry points by name, those that come with this package first: no other takes their place."""
+    """Sort entry points by name, this package's own first, so none can take their place."""
 
     def place(point: EntryPoint) -> tuple[bool, str, str]:
         package = point.value.partition(".")[0]
@@ -215,33 +218,33 @@ def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
 
 
 def is_leaf(module: nn.Module, path: str) -> bool | None:
-    """What the installed plugins say about keeping ``module`` whole, see ``hookspecs.is_leaf``."""
+    """Return the installed plugins' answer whether to keep a module whole (hookspecs.is_leaf)."""
     return registry().is_leaf(module, path)
 
 
 def method(name: str, **options: Any) -> Method:
-    """A method by its registered name: ``surgery.method("lora", rank=8)``.
+    """Return a method by its registered name: ``surgery.method("lora", rank=8)``.
 
     Raises:
-        MethodError: no such method or option, or a value that is not possible.
+        MethodError: no such method or option, or an impossible value.
     """
     return registry().method(name, options)
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every installed method, by name."""
+    """Return every installed method, by name."""
     return registry().methods()
 
 
 def task(name: str, **options: Any) -> Task:
-    """A task by its registered name: ``surgery.task("sst2", path="data/sst2")``.
+    """Return a task by its registered name: ``surgery.task("sst2", path="data/sst2")``.
 
     Raises:
-        RecipeError: no such task or option, or a value that is not possible.
+        RecipeError: no such task or option, or an impossible value.
     """
     return registry().task(name, options)
 
 
 def tasks() -> dict[str, type[Task]]:
-    """Every installed task, by name."""
+    """Return every installed task, by name."""
     return registry().tasks()

@@ -1,4 +1,4 @@
-"""Selection: the sites of a model, to be chosen from."""
+"""Choose among the sites of a model; each choice is a selection again."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from surgery.plugin.site import Site
 class Sites:
     """The sites of a model, in the order of its computation. Selections are Sites again.
 
-    Iterated over are attention and FFN. ``others`` are sites of the other kinds; a method that
-    names their kind in ``kinds`` is offered those of them that the selection still has.
+    Iteration and length cover attention and FFN. ``others`` holds the sites of the other kinds; a
+    method that names such a kind in ``kinds`` is offered those that the selection still holds.
+
+    Example:
+        ``surgery.locate(model).attention.layers(0, 12).expect(12)``
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Sites:
 
     @property
     def linear(self) -> Sites:
-        """Projections of no attention and no FFN (a state space's, a head); not iterated over."""
+        """Projections outside attention and FFN (a state space's, a head); not iterated over."""
         return self._other("linear")
 
     @property
@@ -60,30 +63,30 @@ class Sites:
 
     @property
     def position(self) -> Sites:
-        """Where the positions of tokens are encoded; not iterated over."""
+        """Modules that encode the positions of tokens; not iterated over."""
         return self._other("position")
 
     def _other(self, kind: str) -> Sites:
         return Sites([site for site in self.others if site.kind == kind], self._model)
 
     def layers(self, start: int, stop: int) -> Sites:
-        """The sites whose layer number is in ``range(start, stop)``."""
+        """Return the sites whose layer number is in ``range(start, stop)``."""
         return self.where(lambda site: site.layer is not None and start <= site.layer < stop)
 
     def matching(self, regex: str) -> Sites:
-        """The sites whose path matches ``regex`` somewhere."""
+        """Return the sites with a match of ``regex`` somewhere in their path."""
         return self.where(lambda site: re.search(regex, site.path) is not None)
 
     def where(self, keep: Any) -> Sites:
-        """The sites for which ``keep(site)`` is true."""
+        """Return the sites for which ``keep(site)`` is true."""
         others = [site for site in self.others if keep(site)]
         return Sites([site for site in self if keep(site)], self._model, others)
 
     def expect(self, n: int) -> Sites:
-        """These sites, if there are ``n`` of them.
+        """Return these sites if there are ``n`` of them.
 
         Raises:
-            SiteError: there are more, or fewer; it lists what there is.
+            SiteError: there are more or fewer; the message lists them.
         """
         if len(self) != n:
             raise SiteError(f"expected {n} sites in {self._model}, found {len(self)}:\n{self}")

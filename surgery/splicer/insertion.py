@@ -129,7 +129,8 @@ def _insert(
             method.splice(site_now)
         if not site_now.edits:
             raise SpliceError(
-                f"method {method.name!r} at {plan.path}: splice(site) inserted nothing. Edit a port in it."
+                f"method {method.name!r} at {plan.path}: splice(site) inserted nothing. "
+                "Edit a port in it."
             )
         for edit, new in site_now.edits:
             child = _free_name(module, edit.child, name, [c for c, _ in made])

@@ -47,7 +47,7 @@ def test_what_a_class_declares_is_checked() -> None:
     for method, what in (
         (Kinds(), "no kind of site 'blocks'. Did you mean 'block'"),
         (Custom(None, "exakt"), "start='exakt' must be one of exact, gated, none"),
-        (Options(), "options': act=.* is nothing that JSON can hold"),
+        (Options(), "options': act=.* cannot be written as JSON"),
     ):
         with pytest.raises(surgery.MethodError, match=what):
             surgery.splice(model, method)
