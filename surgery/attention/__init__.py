@@ -1,4 +1,4 @@
-"""Compute attention as ``(context, lse)``, and all that follows from the two."""
+"""Compute attention together with the logsumexp of its scores, and add virtual tokens to it."""
 
 from surgery.attention.library_functions import with_lse
 from surgery.attention.sdpa import attention, logsumexp

@@ -1,4 +1,7 @@
-"""Fused: a kernel's context and logsumexp as one differentiable function."""
+"""Call a fused kernel for its context and logsumexp, and differentiate both.
+
+The mask is converted first (masks.py). A query that sees no key gets the logsumexp -inf.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,21 @@ from surgery.attention.masks import kernel_mask
 
 
 class Fused(torch.autograd.Function):
-    """A kernel's context and logsumexp, both differentiable."""
+    """A kernel's context and logsumexp as one node of autograd.
+
+    ``blind`` marks the queries that see no key; the other arguments are those of a
+    :class:`Kernel`. Gradients go to query, key and value.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         blind: Tensor | None, dropout: float, is_causal: bool, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        context, lse, more = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
+        context, lse, state = kernel.forward(query, key, value, mask, dropout, is_causal, scale)
         ctx.save_for_backward(query, key, value, mask, context, lse)
-        ctx.kernel, ctx.more, ctx.options = kernel, more, (dropout, is_causal, scale)
-        return context, _of_nothing(lse, blind)
+        ctx.kernel, ctx.state, ctx.options = kernel, state, (dropout, is_causal, scale)
+        return context, _blind_to_minus_inf(lse, blind)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,10 +46,10 @@ class Fused(torch.autograd.Function):
 
         def run(*tensors: Tensor) -> Grads:
             grad, query, key, value, context = tensors
-            made: Grads = ctx.kernel.backward(
-                grad, query, key, value, mask, context, lse, ctx.more, *ctx.options
+            result: Grads = ctx.kernel.backward(
+                grad, query, key, value, mask, context, lse, ctx.state, *ctx.options
             )
-            return made
+            return result
 
         q, k, v = with_lse_gradient(run, grad, grad_lse, query, key, value, context)
         if repeat:
@@ -50,40 +57,49 @@ class Fused(torch.autograd.Function):
         return None, q, k, v, None, None, None, None, None
 
 
-def fused(
+def fused_attention(
     kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     dropout: float, is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Context and logsumexp."""
+    """Compute context and logsumexp by a kernel, with gradients where they are enabled.
+
+    Shape: query (B, H, n, d), key (B, G, m, d), value (B, G, m, d)
+        -> context (B, H, n, d), lse (B, H, n) in at least float32
+    """
     mask, is_causal, blind = kernel_mask(mask, is_causal, query)
     options = (dropout, is_causal, scale)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        made: tuple[Tensor, Tensor] = Fused.apply(  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, Tensor] = Fused.apply(  # type: ignore[no-untyped-call]
             kernel, query, key, value, mask, blind, *options
         )
-        return made
+        return outputs
     context, lse, _ = kernel.forward(query, key, value, mask, *options)
-    return context, _of_nothing(lse, blind)
+    return context, _blind_to_minus_inf(lse, blind)
 
 
-def flash_on_cpu(
+def flash_inference_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: Any
 ) -> tuple[Tensor, Tensor]:
-    """The same by the CPU's kernel, without gradients, in as few steps as can be."""
+    """Compute context and logsumexp by the CPU's kernel, without gradients, in the fewest steps."""
     mask, is_causal, blind = kernel_mask(mask, is_causal, query)
     context, lse = kernels.flash_on_cpu(
         query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
     )
-    return context, _of_nothing(lse, blind)
+    return context, _blind_to_minus_inf(lse, blind)
 
 
-def _of_nothing(lse: Tensor, blind: Tensor | None) -> Tensor:
-    """Some kernels call the logsumexp of no score at all 0."""
+def _blind_to_minus_inf(lse: Tensor, blind: Tensor | None) -> Tensor:
+    """Set the logsumexp of blind queries to -inf; some kernels return 0 for them."""
     return lse if blind is None else lse.masked_fill(blind, float("-inf"))
 
 
 def usable(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, mask: Any, p: float) -> bool:
-    """May this kernel take the place of SDPA's call of it, for these tensors?"""
+    """Whether calling this kernel ourselves gives what SDPA's call of it gives, with gradients.
+
+    Args:
+        mask: as SDPA takes it; its gradient would be lost.
+        p: the dropout probability; on a CPU none is supported.
+    """
     if key.shape[-3] != query.shape[-3] and not kernel.grouped:
         return False
     width = query.shape[-1]

@@ -1,15 +1,21 @@
-"""Kernels: the fused attention kernels behind SDPA, with the logsumexp that it keeps to itself.
+"""Call the fused attention kernels behind SDPA, and give their logsumexp a gradient.
 
-Each is a pair of aten operators. With P = softmax(S), the gradient that reaches the scores is
+Each kernel is a pair of aten operators, forward and backward. The forward returns the logsumexp
+lse of the scores S; the backward knows no gradient for it. With P = softmax(S), the context O and
+the gradients dO and dlse, the gradient of the scores is
 
     dS = P o (dO V^T - rowsum(dO o O) + dlse)
 
-and a fused backward computes rowsum(dO o O) from the O that it is given, and uses O for nothing
-else. So it is given another: O - dlse dO / |dO|^2, whose product with dO is less by dlse. Where dO
-is near zero and dlse is not, or to look would cost a synchronisation, a column is appended instead:
--1 to O, dlse to dO, zeros to Q, K and V; cutting it off again leaves the same exact gradients.
+A fused backward computes rowsum(dO o O) from the O that it is given, and uses O for nothing else.
+So another O makes the same kernel compute the term with dlse. There are two such O:
 
-That holds for a kernel that computes what it should from what it is given: kernel_trial.py tries.
+1. O - dlse dO / |dO|^2. Its product with dO is rowsum(dO o O) - dlse. It fails where dO is near
+   zero and dlse is not, and testing for that would make the CPU wait for a GPU.
+2. O with one more column: -1 in O, dlse in dO, and zeros in Q, K and V. The gradients without
+   their last column are the exact ones. It always works; the kernel runs on a greater width.
+
+:func:`with_lse_gradient` takes the first on a CPU where it holds, else the second. Either fails if
+a backward uses O in another way, which kernel_trial.py tests on GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from torch.nn.attention import SDPBackend
 _aten = torch.ops.aten
 
 
-# Not the operator of ``torch.ops``: to call that one takes a third longer for a single query.
+# Not the operator of ``torch.ops``: calling that takes a third longer for a single query.
 flash_on_cpu = torch._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -35,15 +41,17 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fused forward and backward.
+    """A fused forward and its backward.
 
     Attributes:
-        forward: (query, key, value, mask, dropout, is_causal, scale) -> (context, lse, more)
-        backward: (grad, query, key, value, mask, context, lse, more, dropout, is_causal, scale)
+        name: for warnings.
+        forward: (query, key, value, mask, dropout, is_causal, scale) -> (context, lse, state);
+            ``state`` is what else the backward needs, such as the seed of dropout.
+        backward: (grad, query, key, value, mask, context, lse, state, dropout, is_causal, scale)
             -> gradients of query, key and value
-        grouped: does it take fewer heads of keys than of queries?
-        masks: does it take an additive mask?
-        multiple: what the width of a head must be a multiple of.
+        grouped: whether it takes fewer key heads than query heads (G < H).
+        masks: whether it takes an additive mask.
+        multiple: the number that must divide the width of a head.
     """
 
     name: str
@@ -55,12 +63,12 @@ class Kernel:
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
-    made = flash_on_cpu(q, k, v, p, causal, attn_mask=mask, scale=scale)
-    return *made, None
+    outputs = flash_on_cpu(q, k, v, p, causal, attn_mask=mask, scale=scale)
+    return *outputs, None
 
 
-def _cpu_back(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, state: Any,
     p: float, causal: bool, scale: float,
 ) -> Grads:  # fmt: skip
     grads: Grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -70,15 +78,15 @@ def _cpu_back(
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
-    o, lse, *more = _aten._scaled_dot_product_flash_attention(q, k, v, p, causal, scale=scale)
-    return o, lse, more
+    o, lse, *state = _aten._scaled_dot_product_flash_attention(q, k, v, p, causal, scale=scale)
+    return o, lse, state
 
 
-def _flash_back(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, state: Any,
     p: float, causal: bool, scale: float,
 ) -> Grads:  # fmt: skip
-    cum_q, cum_k, max_q, max_k, seed, offset, *_ = more
+    cum_q, cum_k, max_q, max_k, seed, offset, *_ = state
     grads: Grads = _aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, o, lse, cum_q, cum_k, max_q, max_k, p, causal, seed, offset, scale=scale
     )
@@ -92,42 +100,42 @@ def _efficient(
     o, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
         q, k, v, bias, True, p, causal, scale=scale
     )
-    return o, lse[..., : q.shape[-2]], (lse, seed, offset)  # its rows are padded to a multiple
+    return o, lse[..., : q.shape[-2]], (lse, seed, offset)  # the kernel pads the rows of lse
 
 
-def _efficient_back(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, state: Any,
     p: float, causal: bool, scale: float,
 ) -> Grads:  # fmt: skip
-    whole, seed, offset = more
+    padded, seed, offset = state
     wanted = [True, True, True, False]
     grads = _aten._scaled_dot_product_efficient_attention_backward(
-        grad, q, k, v, _aligned(mask, q, k), o, whole, seed, offset, p, wanted, causal, scale=scale
+        grad, q, k, v, _aligned(mask, q, k), o, padded, seed, offset, p, wanted, causal, scale=scale
     )
     return grads[0], grads[1], grads[2]
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, causal: bool, scale: float) -> Any:
-    o, lse, *more = _aten._scaled_dot_product_cudnn_attention(
+    o, lse, *state = _aten._scaled_dot_product_cudnn_attention(
         q, k, v, mask, True, p, causal, False, scale=scale
     )
-    return o, lse.reshape(q.shape[:-1]), (lse, *more)
+    return o, lse.reshape(q.shape[:-1]), (lse, *state)
 
 
-def _cudnn_back(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, more: Any,
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Any, o: Tensor, lse: Tensor, state: Any,
     p: float, causal: bool, scale: float,
 ) -> Grads:  # fmt: skip
-    whole, cum_q, cum_k, max_q, max_k, seed, offset, *_ = more
+    raw_lse, cum_q, cum_k, max_q, max_k, seed, offset, *_ = state
     grads: Grads = _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, o, whole, seed, offset, mask, cum_q, cum_k, max_q, max_k, p, causal,
+        grad, q, k, v, o, raw_lse, seed, offset, mask, cum_q, cum_k, max_q, max_k, p, causal,
         scale=scale,
     )  # fmt: skip
     return grads
 
 
 def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """A mask for every head, with rows that begin at multiples of 16, as the kernel wants them."""
+    """Expand a mask to every head, and align its rows to 16 elements, as the kernel requires."""
     if mask is None:
         return None
     n, m = q.shape[-2], k.shape[-2]
@@ -136,16 +144,16 @@ def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return mask.expand(*q.shape[:-2], n, m)
 
 
-CPU = Kernel("flash on the CPU", _cpu, _cpu_back, grouped=True)
+CPU = Kernel("flash on the CPU", _cpu, _cpu_backward, grouped=True)
 
 
 ON_CPU = {SDPBackend.FLASH_ATTENTION.value: CPU}
 
 
 CUDA = {
-    SDPBackend.FLASH_ATTENTION.value: Kernel("flash", _flash, _flash_back, True, masks=False),
-    SDPBackend.EFFICIENT_ATTENTION.value: Kernel("efficient", _efficient, _efficient_back),
-    SDPBackend.CUDNN_ATTENTION.value: Kernel("cuDNN", _cudnn, _cudnn_back, grouped=True),
+    SDPBackend.FLASH_ATTENTION.value: Kernel("flash", _flash, _flash_backward, True, masks=False),
+    SDPBackend.EFFICIENT_ATTENTION.value: Kernel("efficient", _efficient, _efficient_backward),
+    SDPBackend.CUDNN_ATTENTION.value: Kernel("cuDNN", _cudnn, _cudnn_backward, grouped=True),
 }
 
 
@@ -158,19 +166,27 @@ def with_lse_gradient(
     value: Tensor,
     context: Tensor,
 ) -> Grads:
-    """Gradients of query, key and value by a backward that knows only the context's."""
-    if query.device.type == "cpu":
+    """Return the gradients of query, key and value for gradients of both context and lse.
+
+    Args:
+        run: (grad, query, key, value, context) -> gradients; a backward for the context alone.
+        grad: gradient of the context (B, H, n, d).
+        grad_lse: gradient of lse (B, H, n).
+
+    The two ways are numbered in the docstring of this module.
+    """
+    if query.device.type == "cpu":  # way 1
         wide = torch.promote_types(grad.dtype, torch.float32)
         norm = torch.linalg.vector_norm(grad, dim=-1, dtype=wide)  # (B, H, n)
-        most = torch.finfo(context.dtype).max ** 0.5
-        far = (norm < 1e-15) | (grad_lse.abs() > most * norm)
-        if not bool((far & (grad_lse != 0)).any()):
-            share = (grad_lse / norm.clamp(min=1e-15).square()).unsqueeze(-1)
-            seen = torch.addcmul(context.to(wide), share, grad.to(wide), value=-1)
-            whole = grad if grad.stride(-1) == 1 else grad.contiguous()
-            return run(whole, query, key, value, seen.to(context.dtype))
-    width = query.shape[-1]
-    extra = 8 - width % 8  # one column would do; the kernels like widths that 8 divides
+        largest = torch.finfo(context.dtype).max ** 0.5
+        unsafe = (norm < 1e-15) | (grad_lse.abs() > largest * norm)
+        if not bool((unsafe & (grad_lse != 0)).any()):
+            shift = (grad_lse / norm.clamp(min=1e-15).square()).unsqueeze(-1)
+            shifted = torch.addcmul(context.to(wide), shift, grad.to(wide), value=-1)
+            rows = grad if grad.stride(-1) == 1 else grad.contiguous()
+            return run(rows, query, key, value, shifted.to(context.dtype))
+    width = query.shape[-1]  # way 2
+    extra = 8 - width % 8  # one column is needed; CUDA kernels take widths that 8 divides
     query, key, value = (F.pad(x, (0, extra)) for x in (query, key, value))  # (B, H, ., d + e)
     context = F.pad(context, (0, extra), value=-1.0)
     column = grad_lse.to(grad.dtype).unsqueeze(-1)

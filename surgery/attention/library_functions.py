@@ -1,8 +1,15 @@
-"""Kept whole: an attention function that a graph calls as it is, and the logsumexp of its scores.
+"""Wrap a library's attention function so that it also returns the logsumexp of its scores.
 
-Such a function (transformers' own, or one that a user has registered) branches on what it is given,
-so a graph calls it instead of following it. Where it calls SDPA by name, that name leads to our
-core; elsewhere its operations are watched for a softmax.
+Such a function (one of transformers, or one that a user has registered) branches on its arguments,
+so a captured graph calls it as one node instead of tracing into it. There are two ways to its lse:
+
+1. Rebind. If its code names SDPA, a copy of the function is made in whose globals SDPA is
+   :func:`surgery.attention.attention`. Nothing is patched, so other callers are unaffected.
+2. Watch. Else it runs under a mode that sees each torch function. The mode computes the logsumexp
+   of the scores that the first softmax normalises, at the cost of a Python call per operation.
+
+The first way fails if the function reaches SDPA through another function; then no lse is recorded,
+and the second way takes over. Under torch.compile only the second is used.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ _SDPA = "scaled_dot_product_attention"
 
 
 class _Namespace:
-    """A module, but for some of its attributes."""
+    """A view of a module with some of its attributes replaced."""
 
     def __init__(self, module: Any, **others: Any) -> None:
         self.__dict__.update(others)
@@ -34,32 +41,41 @@ class _Namespace:
         return getattr(self._module, name)
 
 
-def names_of(function: Callable[..., Any]) -> tuple[int, ...]:
-    """A function's code, and what the global names in it lead to now, by identity."""
+def _code_and_globals(function: Callable[..., Any]) -> tuple[int, ...]:
+    """Return the ids of a function's code and of the globals that it names, as a cache key."""
     if not isinstance(function, types.FunctionType):
         return ()
     code, known = function.__code__, function.__globals__
     return id(code), *(id(known.get(name)) for name in code.co_names)
 
 
-def rebound(function: Callable[..., Any], sdpa: Callable[..., Tensor]) -> Callable[..., Any] | None:
-    """``function``, which calls SDPA by its name, calling ``sdpa`` instead.
+def _rebound(
+    function: Callable[..., Any], sdpa: Callable[..., Tensor]
+) -> Callable[..., Any] | None:
+    """Return a copy of ``function`` that calls ``sdpa`` where the original calls SDPA.
 
-    None if the function does not call SDPA itself.
+    The copy has globals of its own, in which ``torch``, ``torch.nn``, ``torch.nn.functional`` and
+    SDPA are replaced. The result is None if the code of ``function`` does not name SDPA.
     """
     if not isinstance(function, types.FunctionType) or _SDPA not in function.__code__.co_names:
         return None
     functional = _Namespace(F, scaled_dot_product_attention=sdpa)
     layers = _Namespace(nn, functional=functional)
-    instead: dict[int, Any] = {
+    replaced: dict[int, Any] = {
         id(torch): _Namespace(torch, nn=layers),
         id(nn): layers,
         id(F): functional,
     }
-    instead[id(F.scaled_dot_product_attention)] = sdpa
-    own = {name: instead.get(id(value), value) for name, value in function.__globals__.items()}
+    replaced[id(F.scaled_dot_product_attention)] = sdpa
+    new_globals = {
+        name: replaced.get(id(value), value) for name, value in function.__globals__.items()
+    }
     copy = types.FunctionType(
-        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        new_globals,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
@@ -69,9 +85,10 @@ _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
 class _ReadLse(TorchFunctionMode):
-    """While active, an SDPA call, or the first softmax, inside leaves its logsumexp in ``lse``.
+    """While active, record in ``lse`` the logsumexp of an SDPA call or of the first softmax.
 
-    Scores that had their row maximum subtracted first, for stability, count as they were before.
+    Some functions subtract the row maximum from the scores before their softmax, for stability.
+    Then the logsumexp is that of the scores before the subtraction.
     """
 
     def __init__(self) -> None:
@@ -89,14 +106,15 @@ class _ReadLse(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() != self._grad:  # inside an autograd function: no gradient here
+        # Inside an autograd function gradients are off, and lse would have none.
+        if torch.is_grad_enabled() != self._grad:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             context, self.lse = attention(*args, **kwargs)
             return context
         if func in _SOFTMAX and self.lse is None:
-            before = [scores for shifted, scores in self._shifted if shifted is args[0]]
-            self.lse = logsumexp(before[0] if before else args[0])
+            unshifted = [scores for shifted, scores in self._shifted if shifted is args[0]]
+            self.lse = logsumexp(unshifted[0] if unshifted else args[0])
         result = func(*args, **kwargs)
         name = func.__name__
         if name in ("max", "amax"):
@@ -107,55 +125,62 @@ class _ReadLse(TorchFunctionMode):
 
 
 def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
-    """An attention function that also returns the logsumexp of the scores it normalised.
+    """Wrap an attention function so that it also returns the logsumexp of its scores.
 
-    ``function(module, query, key, value, mask, ...)`` may use SDPA or a softmax of its own; a
-    learned sink that it appends to its scores counts, as it takes part in the softmax.
+    ``function(module, query, key, value, mask, ...)`` may use SDPA or a softmax of its own. A
+    learned sink that it appends to its scores is part of the softmax and so of the logsumexp.
 
     Returns:
-        a function that returns what ``function`` does, and lse (B, H, n).
-    """
-    direct, seen = _direct(function, names_of(function))
+        a function that returns the result of ``function`` and lse (B, H, n).
 
-    def both(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal direct
+    Raises:
+        RuntimeError: in a call that shows neither an SDPA call nor a softmax.
+    """
+    rebound_function, slot = _rebound_to_attention(function, _code_and_globals(function))
+
+    def call_with_lse(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rebound_function
         lse = None
-        now = direct
-        if now is not None and not torch.compiler.is_compiling():
-            seen.lse = None
-            result = now(module, query, *args, **kwargs)
-            lse, seen.lse = seen.lse, None  # it may carry history
-            if lse is None:  # a branch of it calls no SDPA: from now on it is watched
-                direct = None
+        call_rebound = rebound_function
+        if call_rebound is not None and not torch.compiler.is_compiling():
+            slot.lse = None
+            result = call_rebound(module, query, *args, **kwargs)
+            lse, slot.lse = slot.lse, None  # lse may hold an autograd graph alive
+            if lse is None:  # this call did not reach SDPA: watch the function from now on
+                rebound_function = None
         if lse is None:
-            watch = _ReadLse()
-            with watch:
+            watcher = _ReadLse()
+            with watcher:
                 result = function(module, query, *args, **kwargs)
-            lse = watch.lse
+            lse = watcher.lse
         if lse is None:
             raise RuntimeError(
                 f"{name} shows neither a softmax nor an SDPA call, so its logsumexp cannot be had. "
                 "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
                 "do not read 'lse' (lora, FFN adapters)."
             )
-        rows = query.shape[:-1]  # some wrappers fold a group of heads into the query axis
+        rows = query.shape[:-1]  # some functions fold a group of heads into the query axis
         return result, lse if lse.shape == rows else lse.reshape(rows)
 
     name = getattr(function, "__name__", "attention")
-    both.__name__ = f"{name}_with_lse"
-    return both
+    call_with_lse.__name__ = f"{name}_with_lse"
+    return call_with_lse
 
 
-@functools.lru_cache(maxsize=64)  # one for all layers: what was just used is near
-def _direct(
+@functools.lru_cache(maxsize=64)  # layers share a copy, whose code then stays in the CPU's cache
+def _rebound_to_attention(
     function: Callable[..., Any], names: tuple[int, ...]
 ) -> tuple[Callable[..., Any] | None, threading.local]:
-    """``function`` with our core for SDPA, and where that leaves its logsumexp."""
-    seen = threading.local()
+    """Return ``function`` rebound to :func:`attention`, and the slot in which that leaves lse.
+
+    The slot is per thread, so that threads that run one function do not mix their logsumexps.
+    ``names`` is part of the cache key: a global that is replaced later makes another copy.
+    """
+    slot = threading.local()
 
     def sdpa(*args: Any, **kwargs: Any) -> Tensor:
-        made: tuple[Tensor, Tensor] = attention(*args, **kwargs)
-        seen.lse = made[1]
-        return made[0]
+        outputs: tuple[Tensor, Tensor] = attention(*args, **kwargs)
+        slot.lse = outputs[1]
+        return outputs[0]
 
-    return rebound(function, sdpa), seen
+    return _rebound(function, sdpa), slot

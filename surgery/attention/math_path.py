@@ -1,9 +1,12 @@
-"""Unfused: SDPA's plain path, operation by operation, so that its scores are there to be read.
+"""Repeat the operations of SDPA's unfused math path, and take the logsumexp from its scores.
 
-Where SDPA has no fused kernel (dropout on a CPU, a mask that needs gradient) it multiplies queries
-and keys, adds the mask, and normalises. Doing the same here gives the same bits and the same random
-draws, and the logsumexp of the scores beside them, for one pass over the scores instead of a second
-product. That it is the same is tried out before it is used the first time.
+Where SDPA has no fused kernel (dropout on a CPU, a mask that needs a gradient), it multiplies
+queries and keys, adds the mask, and normalises. The same operations here give the same bits and
+draw the same random numbers. The scores are at hand, so the logsumexp costs one pass over them
+instead of a second product.
+
+A release of torch may change its math path. Therefore :func:`math_path_agrees` compares the two on
+a small problem, once per process and kind of call, before :func:`math_path` is used.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class _Normalised(torch.autograd.Function):
-    """Softmax and logsumexp of scores, with one gradient for both.
+    """Softmax and logsumexp of scores, with one backward for both.
 
-    The largest weight of a row is ``exp(largest score - lse)``, so no exponential is taken again;
-    the gradient of the logsumexp is the softmax.
+    The largest weight of a row is ``exp(largest score - lse)``, so lse follows from the softmax
+    without another exponential per score. The gradient of the logsumexp is the softmax.
     """
 
     @staticmethod
@@ -39,21 +42,21 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         (weights,) = ctx.saved_tensors
-        of_weights, of_lse = grads
-        if of_weights is None:
-            return None if of_lse is None else weights * of_lse.unsqueeze(-1), None
-        made: Tensor = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        return made if of_lse is None else made.addcmul_(weights, of_lse.unsqueeze(-1)), None
+        grad_weights, grad_lse = grads
+        if grad_weights is None:
+            return None if grad_lse is None else weights * grad_lse.unsqueeze(-1), None
+        grad: Tensor = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        return grad if grad_lse is None else grad.addcmul_(weights, grad_lse.unsqueeze(-1)), None
 
 
 def normalised(scores: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
-    """Softmax (..., m) of scores (..., m), and their logsumexp (...).
+    """Return the softmax (..., m) of scores (..., m), and their logsumexp (...).
 
-    Where all scores are -inf, the softmax is 0 and the logsumexp -inf; ``finite`` scores need no
-    look for such rows.
+    In a row in which every score is -inf, the softmax is 0 and the logsumexp -inf. ``finite``
+    promises that there is no such row, which saves the search for one.
     """
-    made: tuple[Tensor, Tensor] = _Normalised.apply(scores, finite)  # type: ignore[no-untyped-call]
-    return made
+    result: tuple[Tensor, Tensor] = _Normalised.apply(scores, finite)  # type: ignore[no-untyped-call]
+    return result
 
 
 def math_path(
@@ -65,18 +68,23 @@ def math_path(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Context and logsumexp; the arguments are SDPA's, with as many heads of keys as of queries."""
-    # The scores have no name here: their memory is free, and near, when the dropout wants some.
+    """Compute context and logsumexp; the arguments are SDPA's, with G = H.
+
+    Shape: query (B, H, n, d), key (B, H, m, d), value (B, H, m, d_v)
+        -> context (B, H, n, d_v), lse (B, H, n)
+    Cost: O(n m) memory per head.
+    """
+    # No local variable holds the scores, so dropout can reuse their memory while it is in cache.
     weights, lse = normalised(_scores(query, key, mask, is_causal, math.sqrt(scale)))
     dropped = F.dropout(weights, dropout) if dropout > 0 else weights
     return dropped @ value, lse
 
 
 def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, root: float
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, root_scale: float
 ) -> Tensor:
-    """(B, H, n, m), masked."""
-    scores = (query * root) @ (key.transpose(-2, -1) * root)
+    """Return the masked scores (B, H, n, m); each side is scaled by ``root_scale``, as in SDPA."""
+    scores = (query * root_scale) @ (key.transpose(-2, -1) * root_scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None and mask.dtype == torch.bool:
@@ -86,17 +94,19 @@ def _scores(
 
 @functools.cache
 def math_path_agrees(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
-    """Does :func:`unfused` give the bits of SDPA's plain path, and leave the same random state?"""
-    with _disable_current_modes():  # it may be asked while torch.compile looks on
-        return _same(dtype, dropout, masked, is_causal)
+    """Whether :func:`math_path` gives the bits of SDPA's, and leaves the same random state."""
+    with _disable_current_modes():  # real tensors, also under torch.compile
+        return _agrees_on_a_small_problem(dtype, dropout, masked, is_causal)
 
 
-def _same(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
+def _agrees_on_a_small_problem(
+    dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool
+) -> bool:
     wave = torch.arange(2 * 3 * 5 * 8, dtype=torch.float32)
     q, k, v = ((wave * a).sin().reshape(2, 3, 5, 8).to(dtype) for a in (0.7, 1.3, 0.3))
     mask = torch.zeros(5, 5, dtype=dtype).masked_fill(torch.ones(5, 5).triu(2) > 0, float("-inf"))
     options = (mask if masked else None, 0.5 if dropout else 0.0, is_causal)
-    found = []
+    results = []
     with torch.random.fork_rng([]), torch.no_grad():
         for ours in (True, False):
             torch.manual_seed(0)
@@ -105,5 +115,5 @@ def _same(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> b
             else:
                 with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                     context = F.scaled_dot_product_attention(q, k, v, *options)
-            found.append((context, torch.rand(1)))
-    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            results.append((context, torch.rand(1)))
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,15 +1,30 @@
-"""The attention core: one call that gives ``(context, lse)``, both with exact gradients.
+"""Compute attention and the logsumexp of its scores in one call, both with exact gradients.
 
     S = scale * Q K^T + M        context = softmax(S) V        lse = logsumexp(S, -1)
 
 The prefix and inducer families need nothing else of an attention call (Chen et al. 2022,
-arXiv:2210.14469, eqs 7-9). PyTorch's ``scaled_dot_product_attention`` (SDPA) keeps ``lse`` to
-itself, so where SDPA would run a fused kernel we call that very kernel, which returns it, with
-exact gradients for both (kernels.py, fused.py).
+arXiv:2210.14469, eqs 7-9). PyTorch's ``scaled_dot_product_attention`` (SDPA) computes ``lse`` in
+its fused kernels but does not return it. :func:`attention` takes SDPA's arguments and returns both.
+It asks SDPA which kernel it would choose, then takes the first of three ways that serves the call:
 
-Where no fused kernel serves (float64 on CUDA, a mask that needs gradient, widths that differ) the
-context comes from SDPA itself, so its bits and its random draws stay those of the base model, and
-``lse`` from the scores, densely.
+    attention(query, key, value, attn_mask, ...)
+        |   SDPA would choose
+        +-- a fused kernel ----> fused.py         calls the same kernel, which returns lse
+        |                          masks.py         converts the mask, once for all layers
+        |                          kernels.py       has the aten operators and the gradient of lse
+        |                          kernel_trial.py  tries a GPU kernel before its first use
+        +-- no kernel, on CPU -> math_path.py     repeats SDPA's operations; lse from the scores
+        +-- anything else -----> SDPA for the context, dense_lse() for lse
+
+On each way the context has the bits of SDPA's result, and dropout draws the base model's random
+numbers. The ways differ in cost: the third multiplies queries and keys twice. On CUDA the third
+serves float64, a mask that needs a gradient, and heads of different widths.
+
+A call keeps converted masks for as long as the mask lives, and outcomes of trials for as long as
+the process does. Nothing else outlives it.
+
+Two files build on this call: library_functions.py makes a library's attention function return
+``lse`` too, and virtual.py adds keys and values to a ``(context, lse)`` that is already computed.
 """
 
 from __future__ import annotations
@@ -23,7 +38,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend
 
-from surgery.attention.fused import flash_on_cpu, fused, usable
+from surgery.attention.fused import flash_inference_on_cpu, fused_attention, usable
 from surgery.attention.kernels import CPU, CUDA, ON_CPU, Kernel
 from surgery.attention.math_path import math_path, math_path_agrees
 
@@ -39,32 +54,35 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention that also returns its logsumexp.
+    """Compute scaled dot-product attention and the logsumexp of its scores.
 
-    The arguments are those of ``torch.nn.functional.scaled_dot_product_attention``, and so are
-    the bits of the context.
+    The arguments are those of ``torch.nn.functional.scaled_dot_product_attention``. The context
+    has the same bits as that function's result.
 
     Shape:
         query (B, H, n, d), key (B, G, m, d), value (B, G, m, d), G = H unless ``enable_gqa``
         -> context (B, H, n, d) in the dtype of query, lse (B, H, n) in at least float32
-    Cost: a fused kernel call; densely, one more product of queries and keys.
+    Cost: that of SDPA, if a fused kernel or the math path serves the call; else one more product
+        of queries and keys, and O(n m) memory per head.
     """
-    if _at_once(query, key, value, attn_mask, dropout_p):
+    if _plain_inference_on_cpu(query, key, value, attn_mask, dropout_p):
         choice = torch._fused_sdp_choice(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
         if choice == SDPBackend.FLASH_ATTENTION.value:
-            return flash_on_cpu(query, key, value, attn_mask, is_causal, scale)
-    if _autocast(query):
-        query, key, value, attn_mask = _cast(query, key, value, attn_mask)
-    own = query.dtype == key.dtype == value.dtype and (query.is_cpu or query.is_cuda)
+            return flash_inference_on_cpu(query, key, value, attn_mask, is_causal, scale)
+    if _autocast_enabled(query):
+        query, key, value, attn_mask = _cast_as_autocast(query, key, value, attn_mask)
+    supported = query.dtype == key.dtype == value.dtype and (query.is_cpu or query.is_cuda)
     kernel = None
-    if own:
-        kernel = _kernel(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if supported:
+        kernel = _fused_kernel(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     if kernel is not None:
         options = (dropout_p, is_causal, _scale(query, scale))
-        return fused(kernel, query, key, value, attn_mask, *options)
-    if own and _plain_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
+        return fused_attention(kernel, query, key, value, attn_mask, *options)
+    if supported and _takes_math_path(query, key, value, attn_mask, dropout_p, is_causal):
         return math_path(query, key, value, attn_mask, dropout_p, is_causal, _scale(query, scale))
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -72,14 +90,20 @@ def attention(
     return context, dense_lse(query, key, attn_mask, is_causal, scale)
 
 
-def _at_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float) -> bool:
-    """Is this a plain call without gradients on a CPU, for which nothing else need be asked?"""
+def _plain_inference_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float
+) -> bool:
+    """Whether plain tensors on a CPU are called without gradients, dropout and autocast.
+
+    Decoding makes one such call per layer and token. It skips the slower checks of
+    :func:`attention`.
+    """
     if p or torch.is_grad_enabled() or type(query) is not Tensor:
         return False
     if mask is not None and (type(mask) is not Tensor or mask.requires_grad):
         return False
-    alike = query.dtype == key.dtype == value.dtype
-    return alike and query.is_cpu and not torch.is_autocast_enabled("cpu")
+    same_shape = query.dtype == key.dtype == value.dtype
+    return same_shape and query.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def dense_lse(
@@ -89,12 +113,12 @@ def dense_lse(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """``logsumexp(scale * Q K^T + M, -1)`` from the scores themselves, in at least float32.
+    """Compute ``logsumexp(scale * Q K^T + M, -1)`` from all the scores, in at least float32.
 
     Shape: query (B, H, n, d), key (B, G, m, d) with G dividing H -> (B, H, n)
     Cost: memory and time O(n m) per head.
     """
-    if _autocast(query):  # it would take the products in its own dtype
+    if _autocast_enabled(query):  # autocast would compute the product in its lower dtype
         with torch.autocast(query.device.type, enabled=False):
             return _dense_lse(query, key, attn_mask, is_causal, scale)
     return _dense_lse(query, key, attn_mask, is_causal, scale)
@@ -108,7 +132,7 @@ def _dense_lse(
     queries = torch.unflatten(query.to(wide), -3, (key.shape[-3], groups))  # (B, G, H/G, n, d)
     scores = queries @ key.to(wide).unsqueeze(-3).mT * _scale(query, scale)  # (B, G, H/G, n, m)
     scores = scores.flatten(-4, -3)  # (B, H, n, m)
-    if is_causal:  # aligned to the upper left corner, as SDPA does it
+    if is_causal:  # aligned to the upper left corner, as in SDPA
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(allowed.logical_not(), float("-inf"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -119,7 +143,10 @@ def _dense_lse(
 
 
 def logsumexp(scores: Tensor) -> Tensor:
-    """Logsumexp over the last axis in at least float32; -inf, without NaN gradients, if all are.
+    """Compute the logsumexp over the last axis, in at least float32.
+
+    A row in which every score is -inf gives -inf. Its gradient is 0, where that of
+    ``torch.logsumexp`` is NaN.
 
     Shape: (..., n, m) -> (..., n)
     """
@@ -130,19 +157,19 @@ def logsumexp(scores: Tensor) -> Tensor:
 
 
 def _scale(query: Tensor, scale: float | None) -> float:
-    # Not ``** -0.5``: in float64 its last bit differs from the one that SDPA uses.
+    # Not ``** -0.5``: in float64 its last bit differs from that of SDPA's default.
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
-def _autocast(x: Tensor) -> bool:
-    if x.is_cpu:  # not every device has one, and to ask takes as long as a small operation
+def _autocast_enabled(x: Tensor) -> bool:
+    if x.is_cpu:  # has autocast for certain; asking whether a device has it costs a small operator
         return torch.is_autocast_enabled("cpu")
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _cast(*given: Tensor | None) -> tuple[Any, ...]:
-    """What SDPA makes of its arguments under autocast: the lower dtype, but of float64."""
+def _cast_as_autocast(*given: Tensor | None) -> tuple[Any, ...]:
+    """Cast SDPA's arguments as autocast does: floating-point ones to its dtype, except float64."""
 
     def cast(x: Tensor | None) -> Tensor | None:
         if x is None or not x.is_floating_point() or x.dtype == torch.float64:
@@ -152,7 +179,7 @@ def _cast(*given: Tensor | None) -> tuple[Any, ...]:
     return tuple(map(cast, given))
 
 
-def _kernel(
+def _fused_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -162,7 +189,7 @@ def _kernel(
     scale: float | None,
     enable_gqa: bool,
 ) -> Kernel | None:
-    """The fused kernel that SDPA would run for this call, if it gives us its logsumexp."""
+    """Return the fused kernel that SDPA would run for this call, or None if we cannot use one."""
     if isinstance(query, FakeTensor):
         plain = key.shape[-3] == query.shape[-3] and query.device.type == "cpu"
         fits = plain and _compiles_to_flash(query, key, value, attn_mask, dropout_p)
@@ -170,21 +197,21 @@ def _kernel(
     choice = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    known = CUDA if query.is_cuda else ON_CPU
-    kernel = known.get(choice)
+    kernels = CUDA if query.is_cuda else ON_CPU
+    kernel = kernels.get(choice)
     fits = kernel is not None and usable(kernel, query, key, value, attn_mask, dropout_p)
     return kernel if fits else None
 
 
-def _plain_on_cpu(
+def _takes_math_path(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
 ) -> bool:
-    """Would SDPA go its plain way here, which we know to go too?"""
+    """Whether SDPA would take its math path here, and :func:`math_path` gives the same bits."""
     if query.device.type != "cpu" or isinstance(query, FakeTensor):
         return False
     wide = query.dtype in (torch.float32, torch.float64)
-    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() == 4
-    if not (wide and alike) or (causal and mask is not None):
+    same_shape = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.dim() == 4
+    if not (wide and same_shape) or (causal and mask is not None):
         return False
     choice = torch._fused_sdp_choice(query, key, value, mask, dropout, causal)
     if choice != SDPBackend.MATH.value:
@@ -195,10 +222,13 @@ def _plain_on_cpu(
 def _compiles_to_flash(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
 ) -> bool:
-    """The same question while torch.compile looks on: SDPA itself gives no answer then."""
+    """Whether SDPA would run flash attention on a CPU, decided from the shapes alone.
+
+    Under torch.compile the tensors are fake, and ``_fused_sdp_choice`` gives no answer for them.
+    """
     plain = query.dim() == key.dim() == value.dim() == 4
     same = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.dtype == key.dtype
-    some = query.shape[-2] > 0 and key.shape[-2] > 0
-    needs = attn_mask is not None and attn_mask.requires_grad
+    nonempty = query.shape[-2] > 0 and key.shape[-2] > 0
+    mask_needs_grad = attn_mask is not None and attn_mask.requires_grad
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]  # any device
-    return enabled and plain and same and some and not needs and dropout_p == 0.0
+    return enabled and plain and same and nonempty and not mask_needs_grad and dropout_p == 0.0
