@@ -46,10 +46,10 @@ class Fused(torch.autograd.Function):
 
         def run(*tensors: Tensor) -> Grads:
             grad, query, key, value, context = tensors
-            grads: Grads = ctx.kernel.backward(
+            result: Grads = ctx.kernel.backward(
                 grad, query, key, value, mask, context, lse, ctx.state, *ctx.options
             )
-            return grads
+            return result
 
         q, k, v = with_lse_gradient(run, grad, grad_lse, query, key, value, context)
         if repeat:

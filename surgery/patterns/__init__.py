@@ -1,4 +1,4 @@
-"""Recognise attention and FFN by dataflow in a captured graph."""
+"""Recognise attention, FFN and projections by the dataflow of a captured graph."""
 
 from surgery.patterns.dataflow import (
     PRODUCTS,

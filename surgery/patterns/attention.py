@@ -1,4 +1,16 @@
-"""The attention pattern: Q K^T -> ... -> softmax -> ... -> (softmax) V, or one call for it all."""
+"""Recognise an attention by its softmax, or by one call that contains the softmax.
+
+    Q K^T -> ... -> softmax -> ... -> (softmax) V
+
+A call of SDPA, or of an attention function that capture keeps whole (``meta["attention"]``), has
+query, key, value and mask among its arguments. Elsewhere the walk starts at a softmax: back to the
+product of queries and keys, and on to the product with the values.
+
+A product of two activations around a softmax need not be attention over tokens. Channel attention
+contracts tokens instead of features, and a softmax may normalise an axis other than the
+summed one. Labels that are propagated through the graph (layout.py) show both; neither
+gives a match.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.patterns.attention_ports import assemble, on_the_way
+from surgery.patterns.attention_ports import assemble, may_precede_heads
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     PRODUCTS,
@@ -20,14 +32,15 @@ from surgery.patterns.dataflow import (
     normalises,
     op_name,
     value,
-    walk_on,
+    walk_forward,
 )
-from surgery.patterns.layout import features, trace, turned, varies
+from surgery.patterns.layout import features, is_transposed, propagate_labels, varies
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import einsum_letters, projection, walk_back
 from surgery.patterns.scores import scalars_between
 
-# What may stand between scores and softmax, and between softmax and its product with the values.
+# Operations allowed between the scores and the softmax, and between the softmax and its product
+# with the values.
 _SCORE_OPS = (
     VIEWS
     | ARITHMETIC
@@ -39,21 +52,22 @@ _SCORE_OPS = (
 
 
 def attention_pattern(node: fx.Node, root: nn.Module) -> Match | None:
+    """Return the attention whose core (a softmax, or a call that contains it) is ``node``."""
     if node.meta.get("attention"):
         return _from_call(node, root, first=1)
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return _from_call(node, root, first=0)
-    if name == "apply" and normalises(value(node)):  # a softmax that an autograd function does
+    if name == "apply" and normalises(value(node)):  # a softmax as an autograd function
         found = _from_softmax(node, root)
         if found is not None:
             found.missing["lse"] = "its softmax is inside an autograd function of its own"
         return found
-    return _from_softmax(node, root) if name == "softmax" or _by_hand(node) else None
+    return _from_softmax(node, root) if name == "softmax" or _written_by_hand(node) else None
 
 
-def _by_hand(node: fx.Node) -> bool:
-    """``exp(x - logsumexp(x))``: a softmax as well."""
+def _written_by_hand(node: fx.Node) -> bool:
+    """Whether a node is ``exp(x - logsumexp(x))``, a softmax written by hand."""
     shifted = node.args[0] if op_name(node) == "exp" and node.args else None
     if not isinstance(shifted, fx.Node) or op_name(shifted) != "sub":
         return False
@@ -61,6 +75,11 @@ def _by_hand(node: fx.Node) -> bool:
 
 
 def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
+    """Return the attention of one call, whose query is argument number ``first``.
+
+    With ``first = 1`` it is a library's ``(module, query, key, value, attention_mask, ...)``, which
+    returns (context, weights); with ``first = 0`` it is SDPA.
+    """
     names = ("query", "key", "value", "attention_mask" if first else "attn_mask")
     given: dict[str, Any] = dict(zip(names, node.args[first:], strict=False)) | dict(node.kwargs)
     heads = [given.get(n) for n in names[:3]]
@@ -80,14 +99,15 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
     query, key, val = (h for h in heads if isinstance(h, fx.Node))
     if not _contracts_features(query, root):
         return None
-    found = assemble(node, root, query, key, val, context, ports, _number(scale))
+    found = assemble(node, root, query, key, val, context, ports, _float(scale))
     if found is not None:
-        found.softcap, window = _number(given.get("softcap")), _number(given.get("sliding_window"))
+        found.softcap, window = _float(given.get("softcap")), _float(given.get("sliding_window"))
         found.window = None if window is None else int(window)
     return found
 
 
 def _from_softmax(node: fx.Node, root: nn.Module) -> Match | None:
+    """Return the attention around a softmax, or None if it is not one."""
     scores = next((n for n in node.all_input_nodes if is_activation(n)), None)
     if scores is None or value(scores).dim() < 3:
         return None
@@ -97,95 +117,107 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> Match | None:
     operands = [n for n in product.all_input_nodes if is_activation(n)]
     if op_name(product) == "baddbmm":
         operands = operands[-2:]
-    later = [node, *walk_on(node, lambda n: op_name(n) in _SCORE_OPS)]
-    mixed = next((n for n in later if op_name(n) in PRODUCTS), None)
-    if mixed is None:
+    later = [node, *walk_forward(node, lambda n: op_name(n) in _SCORE_OPS)]
+    weighted_sum = next((n for n in later if op_name(n) in PRODUCTS), None)
+    if weighted_sum is None:
         return None
-    others = [n for n in mixed.all_input_nodes if is_activation(n) and n not in later]
-    if not others:
+    values = [n for n in weighted_sum.all_input_nodes if is_activation(n) and n not in later]
+    if not values:
         return None
     query, key = operands[0], _untransposed(operands[1], operands[0])
-    if turned(product, scores):
+    if is_transposed(product, scores):
         query, key = _untransposed(operands[1], operands[0]), operands[0]
     if op_name(product) != "einsum" and not _contracts_features(query, root):
         return None
-    weights = next(n for n in mixed.all_input_nodes if n in later)
-    if not _mixes_what_is_normalised(node, weights, mixed):
+    weights = next(n for n in weighted_sum.all_input_nodes if n in later)
+    if not _sums_over_normalised_axis(node, weights, weighted_sum):
         return None
     order = _einsum_order(product, query)
     found = assemble(
-        node, root, query, key, others[0], mixed, {"weights": PortNode(weights)},
+        node, root, query, key, values[0], weighted_sum, {"weights": PortNode(weights)},
         scalars_between(flow(product, scores)), order,
     )  # fmt: skip
     if found is None:
         return None
     found.softmax_input = scores
-    _set_orders(found, product, mixed, key is operands[1])
-    bends = [n for n in flow(product, scores) if op_name(n) == "tanh"]
-    found.softcap = scalars_between(flow(bends[-1], scores)) if bends else None
-    found.nodes += [*flow(product, node), *flow(node, mixed)]
+    _set_orders(found, product, weighted_sum, key is operands[1])
+    caps = [n for n in flow(product, scores) if op_name(n) == "tanh"]
+    found.softcap = scalars_between(flow(caps[-1], scores)) if caps else None
+    found.nodes += [*flow(product, node), *flow(node, weighted_sum)]
     rows = value(query).permute(order) if order else value(query)
     if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():
         found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
 
 
-def _set_orders(found: Match, product: fx.Node, mixed: fx.Node, turned: bool) -> None:
-    """How keys and values lie, where not (..., m, d); ``turned``: as the right of a product."""
+def _set_orders(found: Match, product: fx.Node, weighted_sum: fx.Node, transposed: bool) -> None:
+    """Note the axis orders of keys and values that are not (..., m, d).
+
+    ``transposed``: the key node itself is the right operand of the product, (..., d, m).
+    """
     key, val = (found.ports[name].node for name in ("key_heads", "value_heads"))
     axes = tuple(range(value(key).dim()))
     orders: dict[str, tuple[int, ...] | None] = {}
     if op_name(product) == "einsum":
         orders["key_heads"] = _einsum_order(product, key)
-    elif turned:  # made like that, and never otherwise
+    elif transposed:  # the graph has no node in which the keys are (..., m, d)
         orders["key_heads"] = (*axes[:-2], axes[-1], axes[-2])
-        if len(axes) == 3:  # one key head for each of the query
+        if len(axes) == 3:  # (B H, d, m): one key head for each query head
             found.kv_heads = found.heads
-    if op_name(mixed) == "einsum" and einsum_letters(mixed)[0]:
-        last = _einsum_order(mixed, val) or tuple(range(value(val).dim()))  # summed axis at the end
+    if op_name(weighted_sum) == "einsum" and einsum_letters(weighted_sum)[0]:
+        # The order puts the summed axis, the m keys, at the end.
+        last = _einsum_order(weighted_sum, val) or tuple(range(value(val).dim()))
         orders["value_heads"] = (*last[:-2], last[-1], last[-2])
     found.orders = {name: order for name, order in orders.items() if order is not None}
 
 
-def _mixes_what_is_normalised(softmax: fx.Node, weights: fx.Node, mixed: fx.Node) -> bool:
-    """Does the product with the values sum over the axis that the softmax normalised?"""
+def _sums_over_normalised_axis(softmax: fx.Node, weights: fx.Node, weighted_sum: fx.Node) -> bool:
+    """Whether the product with the values sums over the axis that the softmax normalised."""
     given = [a for a in (*softmax.args[1:2], softmax.kwargs.get("dim")) if isinstance(a, int)]
-    if not given or op_name(mixed) == "einsum" or op_name(softmax) != "softmax":
+    if not given or op_name(weighted_sum) == "einsum" or op_name(softmax) != "softmax":
         return True
     shape = value(softmax).shape
     numbers = torch.arange(shape[given[0]], dtype=torch.int32)
     numbers = numbers.reshape([-1 if i == given[0] % len(shape) else 1 for i in range(len(shape))])
-    found = trace(softmax, numbers.expand(shape), weights)
-    operands = [n for n in mixed.all_input_nodes if is_activation(n)]
+    found = propagate_labels(softmax, numbers.expand(shape), weights)
+    operands = [n for n in weighted_sum.all_input_nodes if is_activation(n)]
     axis = -1 if weights is operands[-2] else -2
     return found is None or found.shape[axis] < 2 or varies(found, axis)
 
 
 def _einsum_order(product: fx.Node, query: fx.Node) -> tuple[int, ...] | None:
-    """The order of axes that makes the query heads of an einsum (..., n, d), as in its scores."""
+    """Return the order of axes that makes an operand of an einsum (..., n, d), or None.
+
+    The axes that the scores keep come first, in the order of the scores; the summed one is last.
+    """
     if op_name(product) != "einsum":
         return None
-    given, made = einsum_letters(product)
+    operand_letters, result = einsum_letters(product)
     operands = [n for n in product.args[1:] if isinstance(n, fx.Node)]
-    if not given or query not in operands:
+    if not operand_letters or query not in operands:
         return None
-    letters = given[operands.index(query)]
-    wanted = "".join(x for x in made if x in letters) + "".join(x for x in letters if x not in made)
+    letters = operand_letters[operands.index(query)]
+    wanted = "".join(x for x in result if x in letters) + "".join(
+        x for x in letters if x not in result
+    )
     order = tuple(letters.index(x) for x in wanted)
     return None if order == tuple(range(len(order))) else order
 
 
 def _contracts_features(query: fx.Node, root: nn.Module) -> bool:
-    """Are features on the last axis of the heads, not tokens (as where channels attend)?"""
-    ends, _, _ = walk_back(query, root, partial(on_the_way, root))
+    """Whether the last axis of the query heads has features; in channel attention it has tokens."""
+    ends, _, _ = walk_back(query, root, partial(may_precede_heads, root))
     if not ends:
         return True
-    found = trace(ends[0].node, features(ends[0]), query)
+    found = propagate_labels(ends[0].node, features(ends[0]), query)
     return found is None or found.shape[-1] < 2 or varies(found, -1)
 
 
 def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The product of two activations that the scores come from."""
+    """Return the product of two activations from which scores are computed, or None.
+
+    The first one in the graph's order counts. Others, as of relative positions, add to the scores.
+    """
     queue, seen = [scores], {scores}
     found: list[fx.Node] = []
     while queue:
@@ -197,31 +229,33 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
             continue
         if op_name(node) not in _SCORE_OPS or projection(node, root):
             continue
-        for before in inputs(node):
-            if _carries(before) and before not in seen:
-                seen.add(before)
-                queue.append(before)
+        for source in inputs(node):
+            if _carries_scores(source) and source not in seen:
+                seen.add(source)
+                queue.append(source)
     if not found:
         return None
     order = {n: i for i, n in enumerate(scores.graph.nodes)}
     return min(found, key=lambda n: order[n])
 
 
-def _carries(node: fx.Node) -> bool:
+def _carries_scores(node: fx.Node) -> bool:
+    """Whether scores may come through a node: an activation, or a tuple that holds one."""
     return is_activation(node) or isinstance(value(node), tuple)
 
 
 def _untransposed(key: fx.Node, query: fx.Node) -> fx.Node:
-    """The key heads before the transposition that the product needs."""
+    """Return the key heads (..., m, d) before the transposition that the product needs."""
     if op_name(key) in ("transpose", "permute", "mT", "swapaxes"):
         before = key.all_input_nodes[0]
-        again = value(key).mT  # a permutation may do more than that: (B, m, G, d) to (B, G, d, m)
+        again = value(key).mT  # a permutation may do more: (B, m, G, d) to (B, G, d, m)
         same = again.shape == value(before).shape and again.stride() == value(before).stride()
         if same and again.shape[-1] == value(query).shape[-1]:
             return before
     return key
 
 
-def _number(x: Any) -> float | None:
+def _float(x: Any) -> float | None:
+    """Return an argument or a node's value as a float, None if it is not a number."""
     x = value(x) if isinstance(x, fx.Node) else x
     return float(x) if isinstance(x, (int, float)) else None

@@ -1,7 +1,13 @@
-"""Walks over the dataflow of a captured graph: what an operation is, and what lies behind it.
+"""Walk over the dataflow of a captured graph, and classify its operations.
 
-Every function here reads nodes that carry ``meta["value"]``; none changes a graph. Operations are
-known by what torch calls them, modules by what they own; names of a model's parts play no role.
+Every function here reads nodes that carry ``meta["value"]``; none changes a graph. An operation is
+known by its name in torch, and a module by the parameters that it owns. The names of a model's
+parts play no role.
+
+Dataflow is not the same as the arguments of nodes. A capture inlines modules, so values pass
+through tuples (the hooks at a module's border, the ``update`` of a cache) that hold other values
+too. :func:`inputs` and :func:`readers` look through such tuples item by item; every walk is built
+on the two. Sizes and other numbers are not dataflow.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ ARITHMETIC = frozenset(
 ELEMENTWISE = ARITHMETIC | {"module", "layer_norm", "rms_norm", "clamp", "tanh"}
 
 
+# Targets of ``x[a] = y``, which write into a tensor that other nodes read.
 _ASSIGNS = (operator.setitem, Tensor.__setitem__)
 
 
@@ -49,7 +56,10 @@ ACTIVATIONS = frozenset(
 
 
 def op_name(node: fx.Node) -> str:
-    """What torch calls the operation of a node: ``matmul`` for each way of writing one."""
+    """Return torch's name of a node's operation, such as ``matmul`` for ``@`` and ``torch.matmul``.
+
+    A call of a module is ``module``; an attribute read is the name of the attribute.
+    """
     if node.op == "call_module":
         return "module"
     if node.op in ("placeholder", "get_attr", "output"):
@@ -63,47 +73,47 @@ def op_name(node: fx.Node) -> str:
 
 
 def value(node: Any) -> Any:
-    """The example value of a node."""
+    """Return the example value of a node, None for anything that is not a node."""
     return node.meta.get("value") if isinstance(node, fx.Node) else None
 
 
 def is_activation(node: Any) -> bool:
-    """Is this a floating-point tensor that is not a parameter?"""
+    """Whether a node is a floating-point tensor other than a parameter."""
     v = value(node)
     return isinstance(v, Tensor) and v.is_floating_point() and not is_parameter(node)
 
 
 def is_parameter(node: Any) -> bool:
-    """A parameter or buffer, maybe seen through a transposition or a cast."""
+    """Whether a node is a parameter or buffer, possibly rearranged or cast."""
     while isinstance(node, fx.Node) and op_name(node) in VIEWS and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def from_parameters(node: fx.Node) -> bool:
-    """Is this computed from parameters and numbers alone (``1 + weight``)?
+    """Whether a node is computed from parameters and numbers alone, such as ``1 + weight``.
 
-    So is what a module gives that is called with nothing at all: a parametrization.
+    A module that is called without arguments (a parametrization) counts as a parameter.
     """
     if node.op == "placeholder":
         return False
     ends = [n for n in ancestors(node) if not inputs(n)]
-    return all(n.op == "get_attr" or _parametrization(n) for n in ends)
+    return all(n.op == "get_attr" or _is_parametrization(n) for n in ends)
 
 
-def _parametrization(node: fx.Node) -> bool:
+def _is_parametrization(node: fx.Node) -> bool:
     return node.op == "call_module" and not node.args and not node.kwargs
 
 
 def is_row_maximum(node: Any) -> bool:
-    """Is this the maximum over the last axis, as ``max(-1, keepdim=True).values`` or ``amax``?"""
+    """Whether a node is a row maximum: ``max(-1, keepdim=True).values`` or ``amax``."""
     while isinstance(node, fx.Node) and op_name(node) in (*VIEWS, "values"):
         node = node.args[0]
     return isinstance(node, fx.Node) and op_name(node) in ("max", "amax")
 
 
 def normalises(out: Any) -> bool:
-    """Do the rows of ``out`` sum to one, each (or to nothing, where all is masked)?"""
+    """Whether each row of ``out`` sums to one, or to zero as in a fully masked row."""
     if type(out) is not Tensor or not out.is_floating_point() or out.is_meta or out.dim() < 3:
         return False
     total = out.sum(-1)
@@ -111,26 +121,26 @@ def normalises(out: Any) -> bool:
 
 
 def inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose tensors flow into a node, in order.
+    """Return the nodes whose tensors flow into a node, in the order of its arguments.
 
-    An item of a tuple is followed to what it was made from, where the tuple only hands it on: a
-    cache's ``update(key, value)``, or the arguments and outputs at the border of a module.
+    An item of a tuple that only forwards values (see :func:`forwarded`) has one input: the node
+    that was put into the tuple.
     """
-    origin = handed_on(node)
-    if origin is not None:
-        return [origin]
+    source = forwarded(node)
+    if source is not None:
+        return [source]
     found = [n for n in node.all_input_nodes if holds_tensors(value(n))]
-    return found + [new for n in found for new in _written(n, node)]
+    return found + [new for n in found for new in _assigned(n, node)]
 
 
-def _written(target: fx.Node, reader: fx.Node) -> list[fx.Node]:
-    """What has been assigned to parts of a tensor (``x[a] = y``) before ``reader`` reads it."""
+def _assigned(target: fx.Node, reader: fx.Node) -> list[fx.Node]:
+    """Return the nodes assigned to parts of a tensor (``x[a] = y``) before ``reader`` reads it."""
     writes = [u for u in target.users if u.target in _ASSIGNS and u.args[0] is target]
     return [u.args[2] for u in writes if u < reader and isinstance(u.args[2], fx.Node)]
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that ``node`` flows into: the other way round than :func:`inputs`."""
+    """Yield the nodes that ``node`` flows into: those that have it among their :func:`inputs`."""
     stack, seen = list(node.users), set(node.users)
     while stack:
         user = stack.pop(0)
@@ -138,36 +148,45 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
             yield user
         if user.target in _ASSIGNS:
             stack += [u for u in user.args[0].users if u not in seen and user < u]  # type: ignore[union-attr]
-        elif not isinstance(value(user), Tensor):  # a tuple that hands it on
+        elif not isinstance(value(user), Tensor):  # a tuple that forwards it
             stack += [u for u in user.users if u not in seen]
         seen.update(stack)
 
 
-def handed_on(node: fx.Node) -> fx.Node | None:
+def forwarded(node: fx.Node) -> fx.Node | None:
+    """Return the node whose value ``node`` forwards unchanged, or None if it computes something.
+
+    Values are forwarded at the border of an inlined module (:func:`run_pre_hooks` and
+    :func:`run_forward_hooks`), and by a cache's ``update(key, value)``, whose results count as the
+    key and the value that it was given.
+    """
     path: list[Any] = []
     base: Any = node
-    while isinstance(base, fx.Node) and (step := _step(base)) is not None:
+    while isinstance(base, fx.Node) and (step := _item_taken(base)) is not None:
         path.insert(0, step)
         base = base.args[0]
-    content: Any
+    items: Any
     if base.target is run_pre_hooks:
-        content = base.args[1:]
+        items = base.args[1:]
     elif base.target is run_forward_hooks:
-        content = base.args[2]
+        items = base.args[2]
     elif op_name(base) == "update" and len(path) == 1:
-        content = [n for n in base.args[1:] if isinstance(n, fx.Node) and holds_tensors(value(n))]
+        items = [n for n in base.args[1:] if isinstance(n, fx.Node) and holds_tensors(value(n))]
     else:
         return None
     for index in path:
         try:
-            content = content[index]
+            items = items[index]
         except (KeyError, IndexError, TypeError):
             return None
-    return content if isinstance(content, fx.Node) and content is not node else None
+    return items if isinstance(items, fx.Node) and items is not node else None
 
 
-def _step(node: fx.Node) -> Any:
-    """Which item of a tuple a node takes, by number or by name; None if it takes none."""
+def _item_taken(node: fx.Node) -> Any:
+    """Return which item of a tuple or dict a node takes; None if it takes none.
+
+    A field of a named tuple counts by its number.
+    """
     if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
         return node.args[1]
     fields = getattr(value(node.args[0]), "_fields", ()) if node.target is getattr else ()
@@ -175,13 +194,17 @@ def _step(node: fx.Node) -> Any:
 
 
 def origin(node: fx.Node) -> fx.Node:
-    """Where a value comes from, through the borders of modules."""
-    before_it = handed_on(node)
-    return node if before_it is None else origin(before_it)
+    """Return the node that computed a value, looking through all nodes that forward it."""
+    source = forwarded(node)
+    return node if source is None else origin(source)
 
 
-def walk_on(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The nodes that ``start`` flows into, breadth first; it goes on behind those that pass."""
+def walk_forward(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Return the nodes that ``start`` flows into, breadth first.
+
+    The walk continues through nodes for which ``passes`` is true, and ends at the others, which
+    are part of the result.
+    """
     reached: list[fx.Node] = []
     queue, seen = [start], {start}
     while queue:
@@ -189,37 +212,38 @@ def walk_on(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.Node]:
             if user not in seen:
                 seen.add(user)
                 reached.append(user)
-                if passes(user) or handed_on(user):
+                if passes(user) or forwarded(user):
                     queue.append(user)
     return reached
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Every node whose tensor flows into ``node``, itself included. Sizes are no flow."""
+    """Return every node whose tensor flows into ``node``, and ``node`` itself."""
     found, stack = {node}, [node]
     while stack:
-        for origin in inputs(stack.pop()):
-            if origin not in found:
-                found.add(origin)
-                stack.append(origin)
+        for source in inputs(stack.pop()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
     return found
 
 
 def flow(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The nodes through which ``start`` flows into ``end``, both included, in graph order."""
-    behind, stack = {end}, [end]
+    """Return the nodes through which ``start`` flows into ``end``, with both, in graph order."""
+    upstream, stack = {end}, [end]
     while stack:
-        fresh = [n for n in inputs(stack.pop()) if n not in behind and start < n]
-        behind.update(fresh)
+        fresh = [n for n in inputs(stack.pop()) if n not in upstream and start < n]
+        upstream.update(fresh)
         stack += fresh
-    reached = {start: None}  # in order
-    for node in sorted(behind - {start}):
+    reached = {start: None}  # a dict, to keep the order
+    for node in sorted(upstream - {start}):
         if any(n in reached for n in inputs(node)):
             reached[node] = None
     return list(reached)
 
 
 def holds_tensors(v: Any) -> bool:
+    """Whether a value is a tensor, or a tuple or list with a tensor in it."""
     return isinstance(v, Tensor) or (
         isinstance(v, (tuple, list)) and any(isinstance(x, Tensor) for x in v)
     )

@@ -1,4 +1,11 @@
-"""The FFN pattern: projection -> nonlinearity (-> times another projection) -> projection."""
+"""Recognise a feed-forward network (FFN) by its last projection.
+
+    projection -> nonlinearity (-> times another projection) -> projection
+
+The walk starts at a projection and goes back, through nonlinearities and elementwise operations, to
+one or two projections of a common source. A block of experts, which is one module with stacked
+weights, counts as an FFN as it is.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from surgery.patterns.dataflow import (
     op_name,
     origin,
     value,
-    walk_on,
+    walk_forward,
 )
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection, stacks_weights, walk_back
@@ -33,13 +40,14 @@ _RESIDUAL_OPS = VIEWS | frozenset(
 
 
 def ffn_pattern(down: Projection, root: nn.Module) -> Match | None:
-    ends, between, loose = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
-    if not ends or loose or not any(_nonlinear(n, root) for n in between):
+    """Return the FFN whose last projection is ``down``, or None if there is none."""
+    ends, between, others = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
+    if not ends or others or not any(_is_nonlinear(n, root) for n in between):
         return None
     sources = {origin(end.source) for end in ends}
-    if len(sources) == 2:  # a low-rank update beside a projection is no second source
-        low = [end for end in ends if _follows(end, sources, root)]
-        ends = [end for end in ends if end not in low] if len(low) < len(ends) else ends
+    if len(sources) == 2:  # of a low-rank update, the second factor reads the first
+        low_rank = [end for end in ends if _reads_a_projection(end, sources, root)]
+        ends = [end for end in ends if end not in low_rank] if len(low_rank) < len(ends) else ends
         sources = {origin(end.source) for end in ends}
     if len(sources) != 1 or ends[0].in_width != down.width:
         return None
@@ -49,23 +57,26 @@ def ffn_pattern(down: Projection, root: nn.Module) -> Match | None:
         "output": PortNode(down.node, down),
     }
     gated = len(ends) == 2
-    if gated:  # the gate is the one that goes through the nonlinearity
-        ends = sorted(ends, key=lambda e: not _bends(e.node, down.source, root))
+    if gated:  # the gate is the projection that goes through the nonlinearity
+        ends = sorted(ends, key=lambda e: not _passes_nonlinearity(e.node, down.source, root))
     for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
         ports[name] = PortNode(end.node, end)
     nodes = [down.node, *(end.node for end in ends), *between]
-    where = down.module or str(down.node.meta["owner"])
-    return Match("ffn", where, down.node, ports, nodes)
+    key = down.module or str(down.node.meta["owner"])
+    return Match("ffn", key, down.node, ports, nodes)
 
 
-def _follows(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
-    """Is what a projection reads projected itself, from one of these?"""
+def _reads_a_projection(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
+    """Whether a projection reads another projection, of one of ``sources`` (a low-rank pair)."""
     first = projection(origin(end.source), root)
     return first is not None and origin(first.source) in sources
 
 
 def experts_pattern(node: fx.Node, root: nn.Module) -> Match | None:
-    """A block of experts: a module whose weights are stacked, (experts, in, out), as one FFN."""
+    """Return a block of experts as an FFN: a module whose weights are stacked, (experts, in, out).
+
+    Its output must have as many elements, and the same width, as its input.
+    """
     if node.op != "call_module":
         return None
     module, out = root.get_submodule(str(node.target)), value(node)
@@ -80,11 +91,16 @@ def experts_pattern(node: fx.Node, root: nn.Module) -> Match | None:
     return Match("ffn", str(node.target), node, ports, [node])
 
 
-def _bends(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
-    return any(_nonlinear(node, root) for node in flow(start, end)[1:])
+def _passes_nonlinearity(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
+    """Whether a nonlinearity lies between two nodes."""
+    return any(_is_nonlinear(node, root) for node in flow(start, end)[1:])
 
 
-def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
+def _is_nonlinear(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is an activation function, or a module that acts like one.
+
+    Such a module has no parameters, or is elementwise (a learned activation).
+    """
     if op_name(node) in ACTIVATIONS:
         return True
     if node.op != "call_module":
@@ -92,11 +108,15 @@ def _nonlinear(node: fx.Node, root: nn.Module) -> bool:
     module = root.get_submodule(str(node.target))
     if isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten)):
         return False
-    return not any(True for _ in module.parameters()) or _elementwise(module, node)
+    return not any(True for _ in module.parameters()) or _is_elementwise(module, node)
 
 
-def _elementwise(module: nn.Module, node: fx.Node) -> bool:
-    """Does each output depend on one input only? (A norm has parameters too.)"""
+def _is_elementwise(module: nn.Module, node: fx.Node) -> bool:
+    """Whether each output element of a module depends on one input element only.
+
+    A norm has parameters of one axis too, but mixes the features. The test changes one feature of
+    the example and runs the module: no other feature of the output may change.
+    """
     sources = inputs(node)
     x = value(sources[0]) if sources else None
     if not isinstance(x, Tensor) or x.is_meta or any(p.dim() > 1 for p in module.parameters()):
@@ -109,13 +129,16 @@ def _elementwise(module: nn.Module, node: fx.Node) -> bool:
 
 
 def joins_residual(match: Match, root: nn.Module) -> bool:
-    """Is the output of an FFN added to something? (To be asked of a flat graph.)"""
+    """Whether the output of an FFN is added to something, as to the residual stream.
+
+    The graph must be the flat one of a model: in that of a host, the sum may lie outside.
+    """
     start = match.ports["output"].node
-    onward = walk_on(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
-    return any(op_name(n) in ("add", "iadd", "radd") or _adds_inside(n) for n in onward)
+    later = walk_forward(start, lambda n: op_name(n) in _RESIDUAL_OPS and not projection(n, root))
+    return any(op_name(n) in ("add", "iadd", "radd") or _adds_inside(n) for n in later)
 
 
 def _adds_inside(node: fx.Node) -> bool:
-    """Does a module take in two activations of one shape (one of them is the residual stream)?"""
+    """Whether a module takes two activations of one shape, of which one is the residual stream."""
     shapes = [value(n).shape for n in node.all_input_nodes if is_activation(n)]
     return node.op == "call_module" and len(shapes) > 1 and shapes[0] == shapes[1]

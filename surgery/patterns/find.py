@@ -1,10 +1,29 @@
-"""The two patterns: attention and feed-forward (FFN), found by dataflow in a captured graph.
+"""Find every attention and feed-forward network (FFN) of a graph by its dataflow.
 
-    attention   Q K^T -> ... -> softmax -> ... -> (softmax) V, or one call that does it all
+    attention   Q K^T -> ... -> softmax -> ... -> (softmax) V, or one call for all of this
     FFN         projection -> nonlinearity (-> times another projection) -> projection
 
-Read on the flat graph of a model they say where the sites are; read on the graph of a host they
-name its ports. A pattern's ``key`` is the same in both, so a site is found again in any variant.
+What flows in is an ``fx.Graph`` whose nodes carry an example value (``meta["value"]``) and the path
+of the module that ran them (``meta["owner"]``). What comes out is a list of :class:`Match`, each
+with the nodes of its ports. The graph is read, never changed:
+
+    find_matches(graph, root)
+        for each node
+        +-- softmax, attention call -> attention.py        finds queries, keys, values and context
+        |                              attention_ports.py  finds their projections and the output
+        |                              layout.py           says which columns and tokens they are
+        |                              scores.py           says how queries and keys are scored
+        +-- projection -------------> ffn.py               walks back to an earlier projection
+        +-- stacked experts --------> ffn.py
+        then join the parts of one attention, and number matches that share a key
+
+dataflow.py has the walks over a graph, projection.py recognises a learned linear map, and match.py
+defines the result.
+
+Two graphs are read this way. The flat graph of a whole model says where its sites are (locator/).
+The graph of one host names the ports of a site in one variant (host/). A match has the same ``key``
+in both, so a site that is found once is found again in any variant. A match lives as long as the
+graph that it points into; edits of that graph update its ports.
 """
 
 from __future__ import annotations
@@ -25,78 +44,98 @@ from surgery.patterns.scores import before_rotation
 
 
 def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
-    """Every attention and FFN of a graph, in the order of the computation."""
+    """Return every attention and FFN of a graph, in the order of the computation.
+
+    A graph with neither, and without calls of modules, is that of a single linear layer. It gives
+    its projections instead, of kind ``linear``.
+
+    Args:
+        graph: a captured graph, or the flat graph of an observation.
+        root: the module that the targets of the graph's nodes refer to.
+    """
     with real_tensors():
-        return _numbered(_attentions_and_ffns(graph, root), graph)
+        return _number_keys(_attentions_and_ffns(graph, root), graph)
 
 
 def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
-    attention = _joined(
-        [p for node in graph.nodes if (p := attention_pattern(node, root)) is not None]
+    """Return the matches of a graph, unnumbered; a projection of an attention ends no FFN."""
+    attention = _join_parts(
+        [match for node in graph.nodes if (match := attention_pattern(node, root)) is not None]
     )
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
-        p
+        match
         for node in graph.nodes
-        if (found := projection(node, root)) and node not in taken
-        if (p := ffn_pattern(found, root)) is not None
+        if (down := projection(node, root)) and node not in taken
+        if (match := ffn_pattern(down, root)) is not None
     ]
     ffn += [
-        p
+        match
         for node in graph.nodes
         if is_activation(node) and not projection(node, root)
-        if (p := experts_pattern(node, root)) is not None
+        if (match := experts_pattern(node, root)) is not None
     ]
-    if attention or ffn or not _is_projection(graph):
+    if attention or ffn or not _calls_no_module(graph):
         return attention + ffn
     return linear_matches(graph, root, [])
 
 
 def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> list[Match]:
-    """The projections that belong to none of the other patterns."""
+    """Return the projections that are not part of any of the ``others``, of kind ``linear``."""
     taken = {p.projection.node for other in others for p in other.ports.values() if p.projection}
     inside = {node for other in others for node in other.nodes}
-    found = [made for node in graph.nodes if (made := projection(node, root))]
+    found = [proj for node in graph.nodes if (proj := projection(node, root))]
     return [
         Match(
             "linear",
-            made.module,
-            made.node,
-            {"input": PortNode(made.source), "output": PortNode(made.node, made)},
+            proj.module,
+            proj.node,
+            {"input": PortNode(proj.source), "output": PortNode(proj.node, proj)},
         )
-        for made in found
-        if made.node not in taken and made.node not in inside
+        for proj in found
+        if proj.node not in taken and proj.node not in inside
     ]
 
 
-def _is_projection(graph: fx.Graph) -> bool:
-    """Is this the graph of one projection, and nothing else?"""
+def _calls_no_module(graph: fx.Graph) -> bool:
+    """Whether no submodule is called in a graph, as in that of a single linear layer."""
     return not any(node.op == "call_module" for node in graph.nodes)
 
 
-def _numbered(found: list[Match], graph: fx.Graph) -> list[Match]:
+def _number_keys(found: list[Match], graph: fx.Graph) -> list[Match]:
+    """Sort matches by their cores, and make their keys unique.
+
+    Several matches of one kind in one call of a module get ``#1``, ``#2`` after the first. Matches
+    in different calls of a module keep one key: they are one site.
+    """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    matches = sorted(found, key=lambda p: order[p.core])
+    matches = sorted(found, key=lambda match: order[match.core])
     count: dict[tuple[Any, ...], int] = {}
-    for p in matches:  # several of one kind in one call of one module are told apart by number
-        place = (p.kind, p.key, p.core.meta.get("call", 0))
+    for match in matches:
+        place = (match.kind, match.key, match.core.meta.get("call", 0))
         count[place] = count.get(place, -1) + 1
         if count[place]:
-            p.key += f"#{count[place]}"
+            match.key += f"#{count[place]}"
     return matches
 
 
-def _joined(matches: list[Match]) -> list[Match]:
-    """Attention calls on chunks of one sequence, whose outputs are concatenated, as one pattern."""
+def _join_parts(matches: list[Match]) -> list[Match]:
+    """Join attention calls that make one output together.
+
+    Calls on chunks of one sequence become one match with these calls as its ``parts``. Calls with
+    the same queries and keys, each on a part of the values, become one match of the first core.
+    """
     groups: dict[fx.Node, list[Match]] = {}
-    for p in matches:
-        groups.setdefault(p.ports["output"].node, []).append(p)
+    for match in matches:
+        groups.setdefault(match.ports["output"].node, []).append(match)
     joined: list[Match] = []
     for parts in groups.values():
-        if len(parts) > 1 and _same_scores(parts):
-            joined.append(_one_score(parts))
+        if len(parts) > 1 and _share_scores(parts):
+            joined.append(_join_values(parts))
             continue
-        whole = {n: _whole(parts, n) for n in ("query_heads", "key_heads", "value_heads")}
+        whole = {
+            n: _tensor_before_split(parts, n) for n in ("query_heads", "key_heads", "value_heads")
+        }
         if len(parts) == 1 or None in whole.values():
             joined += parts
             continue
@@ -104,8 +143,8 @@ def _joined(matches: list[Match]) -> list[Match]:
         ports = dict(first.ports)
         ports |= {name: PortNode(node) for name, node in whole.items() if node is not None}
         query = ports["query_heads"].node
-        made = ports["query"].projection if "query" in ports else None
-        ports["query_unrotated"] = PortNode(before_rotation(made.node, query) if made else query)
+        proj = ports["query"].projection if "query" in ports else None
+        ports["query_unrotated"] = PortNode(before_rotation(proj.node, query) if proj else query)
         nodes = [node for part in parts for node in part.nodes]
         found = dataclasses.replace(first, ports=ports, nodes=nodes, parts=parts, missing={})
         set_rows(found)
@@ -113,19 +152,20 @@ def _joined(matches: list[Match]) -> list[Match]:
     return joined
 
 
-def _same_scores(parts: list[Match]) -> bool:
-    """Are these calls with the same queries and keys, each on a part of the values?"""
+def _share_scores(parts: list[Match]) -> bool:
+    """Whether calls have the same queries and keys, so that they differ in their values only."""
     first = parts[0].ports
     names = ("query_heads", "key_heads")
-    return all(p.ports[n].node is first[n].node for p in parts for n in names)
+    return all(part.ports[n].node is first[n].node for part in parts for n in names)
 
 
-def _one_score(parts: list[Match]) -> Match:
+def _join_values(parts: list[Match]) -> Match:
+    """Join calls with the same scores: the value port gets the columns of all of them."""
     ports = dict(parts[0].ports)
     value = ports.get("value")
     if value is not None and value.projection is not None:
-        made = [p.ports["value"] for p in parts if "value" in p.ports]
-        chosen = {column for port in made for column in port.columns or ()}
+        each = [part.ports["value"] for part in parts if "value" in part.ports]
+        chosen = {column for port in each for column in port.columns or ()}
         whole = len(chosen) == value.projection.width
         columns = None if whole or not chosen else sorted(chosen)
         ports["value"] = PortNode(value.projection.node, value.projection, columns, columns)
@@ -133,8 +173,8 @@ def _one_score(parts: list[Match]) -> Match:
     return dataclasses.replace(parts[0], ports=ports, nodes=nodes)
 
 
-def _whole(parts: list[Match], name: str) -> fx.Node | None:
-    """What the chunks of all parts were split from, if it is one tensor, in their order."""
+def _tensor_before_split(parts: list[Match], name: str) -> fx.Node | None:
+    """Return the tensor that was split into the heads of all parts, in their order, or None."""
     chunks = [part.ports[name].node for part in parts]
     splits: list[Any] = [c.args[0] for c in chunks if op_name(c) == "getitem"]
     ordered = [c.args[1] for c in chunks if op_name(c) == "getitem"] == list(range(len(chunks)))
@@ -147,7 +187,11 @@ def _whole(parts: list[Match], name: str) -> fx.Node | None:
 
 
 def module_match(graph: fx.Graph) -> list[Match]:
-    """The ports of a host that is such a module."""
+    """Return the ports of a host that is one whole module: a norm, an embedding or a position.
+
+    The first floating-point input is ``input``; the first input of whole numbers is ``ids`` and
+    ``positions``. The result has no match if the graph has neither inputs nor an output.
+    """
     nodes = list(graph.nodes)
     given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
     floats = [n for n in given if value(n).is_floating_point() and value(n).dim()]
@@ -157,7 +201,7 @@ def module_match(graph: fx.Graph) -> list[Match]:
         ports["positions"] = ports["ids"] = PortNode(whole[0])
     elif floats:
         ports["input"] = PortNode(floats[0])
-    made: Any = nodes[-1].args[0]
-    if isinstance(made, fx.Node) and isinstance(value(made), Tensor):
-        ports["output"] = PortNode(made)
+    result: Any = nodes[-1].args[0]
+    if isinstance(result, fx.Node) and isinstance(value(result), Tensor):
+        ports["output"] = PortNode(result)
     return [Match("module", "", nodes[-1], ports, nodes)] if ports else []

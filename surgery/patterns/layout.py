@@ -1,4 +1,13 @@
-"""Layout: which columns and tokens of a projection reach a head."""
+"""Find out which columns and tokens of a projection reach the heads, by propagating labels.
+
+A graph rearranges a projection's output in many ways: views, splits, chunks, interleaved heads.
+Instead of interpreting each, the functions here run the graph's own rearrangements on a tensor of
+labels, the number of each column or token. The labels that arrive are the answer, in their order.
+
+Elementwise operations keep labels in place. Other operations lose them, and every caller has an
+answer for that case. Labels are int32 tensors in the shape of the example, so the cost is that of
+the rearrangements.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,7 @@ from surgery.patterns.dataflow import (
     ELEMENTWISE,
     VIEWS,
     flow,
-    handed_on,
+    forwarded,
     inputs,
     op_name,
     value,
@@ -19,29 +28,29 @@ from surgery.patterns.dataflow import (
 from surgery.patterns.projection import Projection
 
 
-def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
-    """Which columns of a projection's output flow into ``end``, whatever the layout.
+def columns(proj: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
+    """Return which columns of a projection's output flow into ``end``, in any layout.
 
-    Labels go through the rearrangements instead of numbers, so a split, a chunk or an interleaved
-    view all show which features they pick.
+    Where labels are lost, all columns that reach that place count.
 
     Returns:
-        a node of shape (..., width) that holds just these columns if the graph has one, else that
-        of the projection; and the columns, in the order of that node, sorted if it has more.
+        a node and the columns. If the graph has a node (..., columns) with just these columns, it
+        is that node, and the columns are in its order. Else it is the node of the projection, and
+        the columns are sorted.
     """
-    start, width = made.node, made.width
-    if _only(start, end):
+    start, width = proj.node, proj.width
+    if _keeps_all_elements(start, end):
         return start, list(range(width))
-    labels: dict[fx.Node, Any] = {start: features(made)}
+    labels: dict[fx.Node, Any] = {start: features(proj)}
     reached: set[int] = set()
     for node in flow(start, end)[1:]:
         if not any(n in labels for n in inputs(node)):
             continue
-        origin = handed_on(node)
-        if origin is not None:
-            labels[node] = labels.get(origin)
+        source = forwarded(node)
+        if source is not None:
+            labels[node] = labels.get(source)
         elif op_name(node) in VIEWS:
-            labels[node] = _relabel(node, labels)
+            labels[node] = _rearrange_labels(node, labels)
         if labels.get(node) is None:
             labels.pop(node, None)
             sources = [n for n in inputs(node) if isinstance(labels.get(n), Tensor)]
@@ -51,7 +60,7 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     chosen = sorted(reached) or list(range(width))
     if len(chosen) == width:
         return start, chosen
-    shape = (*value(start).shape[: -made.axes], len(chosen))
+    shape = (*value(start).shape[: -proj.axes], len(chosen))
     for node, label in labels.items():
         if isinstance(label, Tensor) and tuple(label.shape) == shape:
             if torch.unique(label).tolist() == chosen:
@@ -59,15 +68,15 @@ def columns(made: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     return start, chosen
 
 
-def features(made: Projection) -> Tensor:
-    """The output of a projection with each feature's number for a value."""
-    shape = value(made.node).shape
-    numbers = torch.arange(made.width, dtype=torch.int32).reshape(shape[-made.axes :])
+def features(proj: Projection) -> Tensor:
+    """Return labels for the output of a projection: each feature's number, in its shape."""
+    shape = value(proj.node).shape
+    numbers = torch.arange(proj.width, dtype=torch.int32).reshape(shape[-proj.axes :])
     return numbers.expand(shape)
 
 
-def _only(start: fx.Node, end: fx.Node) -> bool:
-    """Does every element flow on, so that there is nothing to choose?"""
+def _keeps_all_elements(start: fx.Node, end: fx.Node) -> bool:
+    """Whether all elements of ``start`` flow into ``end``, once each, so no columns are chosen."""
     sizes = {v.numel() for n in flow(start, end) if isinstance(v := value(n), Tensor)}
     if sizes != {value(start).numel()}:
         return False
@@ -75,17 +84,18 @@ def _only(start: fx.Node, end: fx.Node) -> bool:
     return not any(op_name(node) in copies for node in flow(start, end))
 
 
-def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+def _rearrange_labels(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+    """Run one rearrangement on the labels of its input; None if that is impossible."""
     if not inputs(node) or labels.get(inputs(node)[0]) is None:
-        return None  # the labels come in as a mere example (of a dtype, of a shape)
+        return None  # the labelled tensor gives only its dtype or shape, as in view_as(other)
 
-    def held(n: fx.Node) -> Any:
+    def label_or_value(n: fx.Node) -> Any:
         return value(n) if labels.get(n) is None else labels[n]
 
     if op_name(node) in ("to", "type", "float", "half", "bfloat16", "type_as", "requires_grad_"):
-        return held(node.all_input_nodes[0])
-    args = fx.node.map_arg(node.args, held)
-    kwargs = fx.node.map_arg(node.kwargs, held)
+        return label_or_value(node.all_input_nodes[0])
+    args = fx.node.map_arg(node.args, label_or_value)
+    kwargs = fx.node.map_arg(node.kwargs, label_or_value)
     try:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -94,19 +104,19 @@ def _relabel(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         return None
 
 
-def trace(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | None:
-    """What becomes of the elements of ``start``, given as a tensor of labels, on the way to
-    ``end``: rearrangements move them, elementwise operations keep them in place.
+def propagate_labels(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | None:
+    """Propagate a tensor of labels from ``start`` to ``end``.
 
-    None where they get lost in between.
+    Rearrangements move labels, and elementwise operations keep them in place. The result is None
+    if another operation loses them in between.
     """
     labels: dict[fx.Node, Any] = {start: label}
     for node in flow(start, end)[1:]:
-        origin = handed_on(node)
-        if origin is not None:
-            labels[node] = labels.get(origin)
+        source = forwarded(node)
+        if source is not None:
+            labels[node] = labels.get(source)
         elif op_name(node) in VIEWS:
-            labels[node] = _relabel(node, labels)
+            labels[node] = _rearrange_labels(node, labels)
         elif op_name(node) in ELEMENTWISE:
             shape = getattr(value(node), "shape", None)
             known = [labels[n] for n in inputs(node) if isinstance(labels.get(n), Tensor)]
@@ -115,50 +125,57 @@ def trace(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def turned(product: fx.Node, scores: fx.Node) -> bool:
-    """Are the scores the transposition of the product (one product, read from both sides)?"""
-    columns = torch.arange(value(product).shape[-1], dtype=torch.int32).expand(value(product).shape)
-    found = trace(product, columns, scores)
+def is_transposed(product: fx.Node, scores: fx.Node) -> bool:
+    """Whether scores are the transpose of a product.
+
+    Some models compute one product and attend in both directions; then the product's second
+    operand has the queries of the transposed scores.
+    """
+    numbers = torch.arange(value(product).shape[-1], dtype=torch.int32).expand(value(product).shape)
+    found = propagate_labels(product, numbers, scores)
     return found is not None and found.shape[-2] > 1 and varies(found, -2)
 
 
-def token_order(made: Projection, heads: fx.Node, split: Any, output: Tensor) -> str:
-    """How rows of query heads belong to tokens of the output: which axis of it is the batch.
+def token_order(proj: Projection, heads: fx.Node, split: Any, output: Tensor) -> str:
+    """Return how the rows of query heads belong to the tokens of the output.
 
     Args:
-        made: the query projection; its tokens lie as those of ``output`` do.
+        proj: the query projection; its tokens are laid out as those of ``output``.
         heads: the query heads; ``split`` makes them (B, H, n, d).
+        output: the value of the output, with the width as its last axis.
 
     Returns:
-        ``batch first``, ``sequence first``, or "" where (B, H, n) rows are not its tokens.
+        ``batch first`` for an output (B, n, D), ``sequence first`` for (n, B, D), and "" if rows
+        (B, H, n) are not the tokens of the output.
     """
-    tokens = value(made.node).shape[: -made.axes]
+    tokens = value(proj.node).shape[: -proj.axes]
     if output.shape[:-1].numel() != tokens.numel():
         return ""
-    numbers = torch.arange(tokens.numel(), dtype=torch.int32).reshape(*tokens, *[1] * made.axes)
-    rows = trace(made.node, numbers.expand(value(made.node).shape), heads)
-    if rows is None:  # lost in between: then by the shapes alone
+    numbers = torch.arange(tokens.numel(), dtype=torch.int32).reshape(*tokens, *[1] * proj.axes)
+    rows = propagate_labels(proj.node, numbers.expand(value(proj.node).shape), heads)
+    if rows is None:  # the labels are lost in between: decide by the shapes alone
         rows = value(heads)
-        return "batch first" if _rows(split(rows), tokens.numel()) else ""
+        return "batch first" if _has_rows_of_tokens(split(rows), tokens.numel()) else ""
     rows = split(rows)
-    if not _rows(rows, tokens.numel()) or varies(rows, 1) or varies(rows, 3):
+    if not _has_rows_of_tokens(rows, tokens.numel()) or varies(rows, 1) or varies(rows, 3):
         return ""
-    order = rows[:, 0, :, 0]  # (B, n)
-    if torch.equal(order.flatten(), numbers.flatten()):
+    tokens_of_rows = rows[:, 0, :, 0]  # (B, n)
+    if torch.equal(tokens_of_rows.flatten(), numbers.flatten()):
         return "batch first"
-    behind = torch.equal(order.t().flatten(), numbers.flatten())
-    return "sequence first" if behind and output.dim() in (2, 3) else ""
+    transposed = torch.equal(tokens_of_rows.t().flatten(), numbers.flatten())
+    return "sequence first" if transposed and output.dim() in (2, 3) else ""
 
 
-def _rows(heads: Tensor, tokens: int) -> bool:
+def _has_rows_of_tokens(heads: Tensor, tokens: int) -> bool:
+    """Whether heads are (B, H, n, d) with B n tokens."""
     return heads.dim() == 4 and heads.shape[0] * heads.shape[2] == tokens
 
 
 def varies(x: Tensor, axis: int) -> bool:
-    """Do labels change along an axis?"""
+    """Whether labels change along an axis."""
     return bool((x != x.narrow(axis, 0, 1)).any())
 
 
 def split_rows(heads: Tensor, n_heads: int) -> Tensor:
-    """(B H, n, d) -> (B, H, n, d)."""
+    """Split the rows of heads, (B H, n, d) -> (B, H, n, d)."""
     return heads.reshape(-1, n_heads, *heads.shape[-2:])

@@ -1,4 +1,4 @@
-"""Match: one attention or FFN as it stands in one graph, with the nodes of its ports."""
+"""Describe one occurrence of a site in a graph by the nodes of its ports."""
 
 from __future__ import annotations
 
@@ -14,19 +14,27 @@ from surgery.patterns.projection import Projection
 class PortNode:
     """A port in one graph: the node that holds its value, and the projection that makes it.
 
-    ``columns`` are the port's columns of ``node``, ``features`` those of its projection; None is
-    all of them.
+    Edits of the graph update it, so that each edit starts where the last one ended.
+
+    Attributes:
+        node: the node whose value is the port's, or contains it as ``columns``.
+        projection: the port's own projection; None if no projection makes it.
+        columns: the port's columns of ``node``; None is all of them.
+        features: the port's columns of its projection's output; None is all of them.
+        sequence_first: ``node`` is (n, B, D), where everything else has the batch first.
+        own: once the port has been fed, the call of its projection that only this port reads.
     """
 
     node: fx.Node
     projection: Projection | None = None
     columns: list[int] | None = None
     features: list[int] | None = None
-    sequence_first: bool = False  # (n, B, D), where everything else has the batch first
-    own: fx.Node | None = None  # the call of its projection that only this port reads, once fed
+    sequence_first: bool = False
+    own: fx.Node | None = None
 
     @property
     def width(self) -> int:
+        """The number of features of the port."""
         if self.columns:
             return len(self.columns)
         whole = self.projection is not None and self.node is self.projection.node
@@ -35,7 +43,26 @@ class PortNode:
 
 @dataclass
 class Match:
-    """One attention or FFN in a graph."""
+    """One occurrence of a site in a graph.
+
+    Attributes:
+        kind: ``attention``, ``ffn``, ``linear``, or ``module`` for a host that is one whole module.
+        key: the path of the module that runs the core; ``#1``, ``#2`` tell several sites apart.
+        core: an attention's softmax, or the call that contains it; else the last projection.
+        ports: by name, see the legend in ``help(surgery.Site)``.
+        nodes: the nodes from its projections to its output, all inside the host.
+        scale: the factor of the scores; None if it could not be read.
+        softcap: scores s become softcap tanh(s / softcap); None if they do not.
+        window: how many of the last keys a query sees, if the call says so.
+        softmax_input: what the softmax reads; None if one call contains it.
+        heads, kv_heads: H and G; 0 if unknown.
+        parts: the attention calls on chunks of one sequence that this match joins.
+        order: the order of axes that makes the query heads (B, H, n, d); None if they are.
+        orders: likewise for ``key_heads`` and ``value_heads``, (B, G, m, d).
+        totals: for each inserted module with a ``total_lse`` that the lse does not count yet, its
+            name in the host and the nodes that it reads.
+        missing: ports that the site lacks, and why.
+    """
 
     kind: str
     key: str
@@ -43,24 +70,27 @@ class Match:
     ports: dict[str, PortNode]
     nodes: list[fx.Node] = field(default_factory=list)
     scale: float | None = None
-    softcap: float | None = None  # scores s become softcap tanh(s / softcap)
-    window: int | None = None  # how many of the last keys a query sees, where the call says so
+    softcap: float | None = None
+    window: int | None = None
     softmax_input: fx.Node | None = None
     heads: int = 0
     kv_heads: int = 0
-    parts: list[Match] = field(default_factory=list)  # attention calls on chunks of one sequence
-    order: tuple[int, ...] | None = None  # of axes, that makes its query heads (B, H, n, d)
-    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)  # so of keys and values
+    parts: list[Match] = field(default_factory=list)
+    order: tuple[int, ...] | None = None
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     totals: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)  # ports that it has not, and why
+    missing: dict[str, str] = field(default_factory=dict)
 
     def holds(self, kind: str, key: str) -> bool:
-        """Is this the site of that kind and key? Sites of one module are of several kinds."""
+        """Whether this is the site of a kind and key.
+
+        A whole module has one match, of kind ``module``, for its sites of every kind.
+        """
         return self.key == key and self.kind in (kind, "module")
 
     @property
     def one_key(self) -> bool:
-        """Is there but one key to attend to, in the example?"""
+        """Whether the example has a single key, so that the softmax is 1 whatever the query."""
         if "key_heads" not in self.ports:
             return False
         shape = value(self.ports["key_heads"].node).shape

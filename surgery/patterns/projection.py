@@ -1,4 +1,10 @@
-"""Projections: where a graph has a learned map of the last axis, however it is written."""
+"""Recognise a learned linear map of the last axis in a graph, however it is written.
+
+A projection is a childless module with one matrix (``nn.Linear``, a quantised layer, one with its
+own low-rank update), or a product with a weight: ``linear``, ``matmul``, ``addmm`` or ``einsum``.
+Classes and names play no role. A module's matrix is recognised by its shape; whether the module
+computes ``x W + b`` and nothing else is checked on the example values (:func:`weight_of`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
+    forwarded,
     from_parameters,
-    handed_on,
     inputs,
     is_parameter,
     op_name,
@@ -20,13 +26,15 @@ from surgery.patterns.dataflow import (
 
 @dataclass(frozen=True)
 class Projection:
-    """A learned map of the last axis: a linear layer in any guise.
+    """A learned map of the last axis, such as a linear layer.
 
     Attributes:
-        node, source: what it gives and what it reads.
-        in_width, width: number of features of each.
-        in_axes, axes: on how many last axes they lie; (n, d) instead of one in some einsums.
-        module: the module that does it; empty if the weight is used directly.
+        node, source: the nodes of its output and of its input.
+        in_width, width: the number of features of the input and of the output.
+        in_axes, axes: how many last axes hold the features of the input and of the output; an
+            einsum may have two, (heads, d).
+        module: the path of the module that computes it; empty if the forward uses the weight
+            itself.
     """
 
     node: fx.Node
@@ -39,28 +47,28 @@ class Projection:
 
 
 def projection(node: fx.Node, root: nn.Module) -> Projection | None:
-    """The projection that a node computes, or None."""
+    """Return the projection whose output is ``node``, or None."""
     out = value(node)
     if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() < 2:
         return None
     caller = caller_of(node)
     if caller.op == "call_module":
         module = root.get_submodule(str(caller.target))
-        source = next((n for n in caller.all_input_nodes if _floats(n)), None)
+        source = next((n for n in caller.all_input_nodes if _is_float(n)), None)
         if source is None or not value(source).dim():
             return None
         if not _maps_last_axis(module, value(source).shape[-1], out.shape[-1]):
             return None
         return _as_projection(node, source, str(caller.target))
-    found = _functional(node)
+    found = _input_of_product(node)
     if found is None:
         return None
     axes = _einsum_axes(node, found) if op_name(node) == "einsum" else (1, 1)
     return _as_projection(node, found, "", *axes)
 
 
-def _functional(node: fx.Node) -> fx.Node | None:
-    """What a product with a weight reads, where a forward computes it itself."""
+def _input_of_product(node: fx.Node) -> fx.Node | None:
+    """Return the input of a product with a weight, or None if the node is another operation."""
     tensors = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
     name = op_name(node)
     if name == "addmm":  # (bias, x, weight)
@@ -70,62 +78,69 @@ def _functional(node: fx.Node) -> fx.Node | None:
     first, second = tensors[:2]
     if name in ("matmul", "einsum") and is_weight(first) and not is_weight(second):
         first, second = second, first
-    return first if is_weight(second) and value(second).dim() >= 2 and _floats(first) else None
+    return first if is_weight(second) and value(second).dim() >= 2 and _is_float(first) else None
 
 
 def is_weight(node: fx.Node) -> bool:
-    """A parameter, or something made of parameters alone."""
+    """Whether a node is a parameter, or computed from parameters alone."""
     return is_parameter(node) or from_parameters(node)
 
 
-def _floats(node: fx.Node) -> bool:
+def _is_float(node: fx.Node) -> bool:
+    """Whether the value of a node is a floating-point tensor."""
     return isinstance(value(node), Tensor) and bool(value(node).is_floating_point())
 
 
-def bias_of(made: Projection, root: nn.Module) -> str | fx.Node | None:
-    """The bias that a projection adds: a parameter's name, or the node that has it."""
-    if made.module:
-        bias = getattr(root.get_submodule(made.module), "bias", None)
-        plain = isinstance(bias, Tensor) and bias.shape == (made.width,)
-        return f"{made.module}.bias" if plain else None
-    name, args = op_name(made.node), made.node.args
+def bias_of(proj: Projection, root: nn.Module) -> str | fx.Node | None:
+    """Return the bias that a projection adds, None if there is none.
+
+    Returns:
+        the name of a parameter of a module, or the node of a bias that the forward uses itself.
+    """
+    if proj.module:
+        bias = getattr(root.get_submodule(proj.module), "bias", None)
+        plain = isinstance(bias, Tensor) and bias.shape == (proj.width,)
+        return f"{proj.module}.bias" if plain else None
+    name, args = op_name(proj.node), proj.node.args
     found: object = None
     if name == "linear":
-        found = args[2] if len(args) > 2 else made.node.kwargs.get("bias")
+        found = args[2] if len(args) > 2 else proj.node.kwargs.get("bias")
     elif name == "addmm":
         found = args[0]
     return found if isinstance(found, fx.Node) and is_weight(found) else None
 
 
-def weight_of(made: Projection, root: nn.Module) -> tuple[str, bool]:
-    """The name of a projection's matrix, and whether it is (out, in).
+def weight_of(proj: Projection, root: nn.Module) -> tuple[str, bool]:
+    """Return the name of a projection's matrix, and whether that is (out, in).
 
-    The name is empty unless the projection is ``x W + b`` with one matrix of floating point: the
-    values that it was seen with are the proof.
+    The name is empty unless the projection is ``x W + b`` with one floating-point matrix W. The
+    shape of a matrix does not show this: a module may scale its output, or add a low-rank update,
+    and a square matrix may be used either way. So up to 16 features of one token are computed again
+    in float64 and compared with the example's output. On the meta device only the shape counts.
     """
-    if made.module:
-        own = root.get_submodule(made.module).named_parameters(recurse=False)
-        names = [f"{made.module}.{name}" for name, p in own if p.dim() == 2]
+    if proj.module:
+        own = root.get_submodule(proj.module).named_parameters(recurse=False)
+        names = [f"{proj.module}.{name}" for name, p in own if p.dim() == 2]
     else:
-        weights = [n for n in made.node.all_input_nodes if n.op == "get_attr"]
+        weights = [n for n in proj.node.all_input_nodes if n.op == "get_attr"]
         names = [str(n.target) for n in weights if value(n).dim() == 2]
-    widths = (made.in_width, made.width)
-    if len(names) != 1 or made.in_axes != 1 or made.axes != 1:
+    widths = (proj.in_width, proj.width)
+    if len(names) != 1 or proj.in_axes != 1 or proj.axes != 1:
         return "", False
     weight = _attribute(root, names[0])
     fits = [t for t in (False, True) if tuple(weight.shape)[:: -1 if t else 1] == widths]
     if not weight.is_floating_point() or not fits:
         return "", False
-    x, y = value(made.source), value(made.node)
-    if x.is_meta:  # no values, but it may be clear from the shapes
+    x, y = value(proj.source), value(proj.node)
+    if x.is_meta:  # no values: only a matrix that is not square is clear
         return (names[0], fits[0]) if len(fits) == 1 else ("", False)
     if weight.device != x.device or not x.numel():
         return "", False
-    bias = bias_of(made, root)
+    bias = bias_of(proj, root)
     shift = _attribute(root, bias) if isinstance(bias, str) else value(bias) if bias else None
     bound = 0.05 if y.dtype.itemsize == 2 else 5e-3  # bfloat16, TF32
     x, y = x.detach().flatten(0, -2)[0].double(), y.detach().flatten(0, -2)[0].double()
-    some = slice(0, 16)  # features are enough to tell
+    some = slice(0, 16)  # the first features
     added = 0.0 if shift is None else shift.detach()[some].double()
     for transposed in fits:
         matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
@@ -136,18 +151,19 @@ def weight_of(made: Projection, root: nn.Module) -> tuple[str, bool]:
 
 
 def _attribute(root: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer by its dotted name; a parametrized one is computed."""
     owner, _, last = name.rpartition(".")
     found: Tensor = getattr(root.get_submodule(owner), last)
     return found
 
 
 def reads_now(call: fx.Node) -> fx.Node:
-    """What a projection's call reads, as edits have left it."""
-    return next(n for n in call.all_input_nodes if _floats(n) and not is_weight(n))
+    """Return the input of a projection's call, as earlier edits have left it."""
+    return next(n for n in call.all_input_nodes if _is_float(n) and not is_weight(n))
 
 
 def caller_of(node: fx.Node) -> fx.Node:
-    """The module call that a node is the first output of; the node itself if it is none."""
+    """Return the module call whose first output is ``node``; otherwise ``node`` itself."""
     if op_name(node) == "getitem" and node.args[1] == 0:
         base = node.args[0]
         if isinstance(base, fx.Node) and base.op == "call_module":
@@ -158,41 +174,49 @@ def caller_of(node: fx.Node) -> fx.Node:
 def _as_projection(
     node: fx.Node, source: fx.Node | None, module: str, in_axes: int = 1, axes: int = 1
 ) -> Projection | None:
+    """Return the projection from ``source`` to ``node``, None if their other axes differ."""
     if source is None or not in_axes or not axes:
         return None
-    given, made = value(source).shape, value(node).shape
-    if given[:-in_axes] != made[:-axes]:
+    in_shape, out_shape = value(source).shape, value(node).shape
+    if in_shape[:-in_axes] != out_shape[:-axes]:
         return None
-    widths = math.prod(given[-in_axes:]), math.prod(made[-axes:])
+    widths = math.prod(in_shape[-in_axes:]), math.prod(out_shape[-axes:])
     return Projection(node, source, *widths, in_axes, axes, module)
 
 
 def einsum_letters(node: fx.Node) -> tuple[list[str], str]:
-    """The letters of an einsum: of each operand, and of the result; empty if not plain."""
+    """Return the letters of an einsum's operands and of its result.
+
+    Both are empty if the equation has an ellipsis, has no arrow, or is not a string.
+    """
     equation = node.args[0] if node.args else ""
     if not isinstance(equation, str) or "->" not in equation or "." in equation:
         return [], ""
-    given, made = equation.replace(" ", "").split("->")
-    return given.split(","), made
+    operand_letters, result = equation.replace(" ", "").split("->")
+    return operand_letters.split(","), result
 
 
 def _einsum_axes(node: fx.Node, source: fx.Node) -> tuple[int, int]:
-    """How many last axes an einsum contracts, and how many it makes; 0 if it moves others."""
-    given, made = einsum_letters(node)
+    """Return how many last axes of its source an einsum contracts, and how many it makes.
+
+    Both are 0 unless the axes that it keeps come first, in one order, on both sides.
+    """
+    operand_letters, result = einsum_letters(node)
     operands = node.all_input_nodes
-    if source not in operands or len(operands) != len(given):
+    if source not in operands or len(operands) != len(operand_letters):
         return 1, 1
-    letters = given[operands.index(source)]
-    kept = [x for x in letters if x in made]
-    lost, new = len(letters) - len(kept), len(made) - len(kept)
-    plain = letters.startswith("".join(kept)) and made.startswith("".join(kept))
+    letters = operand_letters[operands.index(source)]
+    kept = [x for x in letters if x in result]
+    lost, new = len(letters) - len(kept), len(result) - len(kept)
+    plain = letters.startswith("".join(kept)) and result.startswith("".join(kept))
     return (lost, new) if plain else (0, 0)
 
 
 def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
-    """Does a childless module own a matrix (in, out), or a chain of them? (No convolution.)
+    """Whether a childless module other than a convolution owns a matrix between two widths.
 
-    A quantised matrix may be packed in any shape; then a module without convolution will do.
+    Several matrices count if one has the input's width and one the output's: a low-rank pair. A
+    quantised matrix is an integer tensor packed in any shape, so its shape is not compared.
     """
     if any(True for _ in module.children()) or isinstance(module, nn.modules.conv._ConvNd):
         return False
@@ -208,22 +232,24 @@ def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
 
 
 def stacks_weights(module: nn.Module) -> bool:
-    """Does a module own weights (experts, in, out), as a block of experts does?"""
+    """Whether a module owns a stack of weights (experts, in, out), as a block of experts does."""
     return any(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
 def walk_back(
     start: fx.Node, root: nn.Module, passes: Callable[[fx.Node], bool]
 ) -> tuple[list[Projection], list[fx.Node], list[fx.Node]]:
-    """Walk from ``start`` against the dataflow, through nodes that ``passes`` allows.
+    """Walk from ``start`` against the dataflow, breadth first, while ``passes`` is true.
+
+    A branch of the walk ends at a projection, a parameter, or a node that does not pass.
 
     Returns:
-        the projections that it ended at (nearest first), the nodes in between, and the tensors
-        that it ended at which are neither projections nor parameters.
+        the projections at which it ended (nearest first), the nodes in between, and the other nodes
+        at which it ended, parameters excepted.
     """
     ends: list[Projection] = []
     between: list[fx.Node] = []
-    loose: list[fx.Node] = []
+    others: list[fx.Node] = []
     queue, seen = [start], {start}
     while queue:
         node = queue.pop(0)
@@ -232,12 +258,12 @@ def walk_back(
             ends.append(found)
         elif node.op == "get_attr":
             continue
-        elif node.op == "placeholder" or not (passes(node) or handed_on(node)):
-            loose.append(node)
+        elif node.op == "placeholder" or not (passes(node) or forwarded(node)):
+            others.append(node)
         else:
             between.append(node)
-            for origin in inputs(node):
-                if origin not in seen:
-                    seen.add(origin)
-                    queue.append(origin)
-    return ends, between, loose
+            for before in inputs(node):
+                if before not in seen:
+                    seen.add(before)
+                    queue.append(before)
+    return ends, between, others

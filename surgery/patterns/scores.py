@@ -1,4 +1,4 @@
-"""What is done to queries and keys on the way to their scores: rotation, scale, causality."""
+"""Read how a model scores queries and keys: rotary encoding, scale and causality."""
 
 from __future__ import annotations
 
@@ -19,52 +19,60 @@ from surgery.patterns.dataflow import (
 
 
 def before_rotation(start: fx.Node, end: fx.Node) -> fx.Node:
-    """The query heads before a rotary encoding: the last waist of the flow before it is mixed.
+    """Return the query heads before a rotary encoding, or ``end`` if there is none.
 
-    Between the projection ``start`` and the heads ``end``, a rotary encoding is the first place
-    that brings in a tensor which is neither a parameter nor made from the projection. A waist is a
-    node through which everything flows. Without a rotation this is ``end`` itself.
+    Between the projection ``start`` and the heads ``end``, a rotary encoding begins at the first
+    operation with a tensor that is neither a parameter nor computed from the projection: the
+    cosines. The heads before it are the last *waist* in front of that operation: a node through
+    which everything flows, in the shape of the heads and the dtype of the projection. A rotation
+    may split the heads before the cosines come in; the halves are not waists.
     """
     region = flow(start, end)
     position = {node: i for i, node in enumerate(region)}
-    mixing = next(
-        (i for i, n in enumerate(region) if i and _mixes(n, position)),
+    first_mixing = next(
+        (i for i, n in enumerate(region) if i and _brings_in_activation(n, position)),
         None,
     )
-    if mixing is None:
+    if first_mixing is None:
         return end
     furthest, waist, dtype = 0, start, value(start).dtype
-    for i, node in enumerate(region[:mixing]):
-        given = value(node)
-        if furthest <= i and _like_heads(given, value(end)) and given.dtype == dtype:
-            waist = node  # some cast to float32 only to rotate
+    for i, node in enumerate(region[:first_mixing]):
+        example = value(node)
+        if furthest <= i and _like_heads(example, value(end)) and example.dtype == dtype:
+            waist = node  # a cast to float32 belongs to the rotation
         furthest = max([furthest, *(position[u] for u in node.users if u in position)])
     return waist if _like_heads(value(waist), value(end)) else end
 
 
 def stretch(before: Tensor, after: Tensor) -> tuple[float, ...]:
-    """By what a rotary encoding multiplies the products of each feature, (d,); empty if by 1.
+    """Return the factor of each feature's products under a rotary encoding, (d,); empty if all 1.
 
-    A rotation leaves them as they are. Some encodings stretch what they rotate, queries and keys
-    alike (YaRN; Peng et al. 2023, arXiv:2309.00071, eq. 22).
+    A rotation keeps the length of a query. Some encodings also scale the rotated features of
+    queries and keys, by sqrt(1/t) (YaRN; Peng et al. 2023, arXiv:2309.00071, eq. 22). Then the
+    factor of a product is 1/t, and so is that of a query's squared length, which is measured here.
+
+    Args:
+        before, after: query heads (..., d) in front of the encoding and behind it.
     """
     if before is after or before.is_meta or before.shape != after.shape:
         return ()
     a, b = before.double(), after.double()
-    turned = (a != b).flatten(0, -2).any(0)
-    ratio = b[..., turned].square().sum(-1) / a[..., turned].square().sum(-1)  # of each token
+    rotated = (a != b).flatten(0, -2).any(0)
+    ratio = b[..., rotated].square().sum(-1) / a[..., rotated].square().sum(-1)  # of each token
     bound = 0.05 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
     mean = float(ratio.mean()) if ratio.numel() else 1.0
     if not bool(((ratio - mean).abs() < bound).all()) or abs(mean - 1) < bound:
-        return ()  # something else is done to them, too
-    return tuple(torch.where(turned, mean, 1.0).tolist())
+        return ()  # not one factor for all tokens: more than a scaled rotation
+    return tuple(torch.where(rotated, mean, 1.0).tolist())
 
 
 def _like_heads(x: Any, heads: Tensor) -> bool:
+    """Whether a value is a floating-point tensor in the shape of ``heads``."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.shape == heads.shape
 
 
-def _mixes(node: fx.Node, position: dict[fx.Node, int]) -> bool:
+def _brings_in_activation(node: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Whether a node combines the flow with an activation from outside, such as cosines."""
     others = [n for n in node.all_input_nodes if n not in position and not from_parameters(n)]
     return op_name(node) in ("mul", "einsum", "where", "matmul", "addcmul") and any(
         map(is_activation, others)
@@ -72,7 +80,12 @@ def _mixes(node: fx.Node, position: dict[fx.Node, int]) -> bool:
 
 
 def causal(weights: Tensor) -> bool:
-    """Does no query see a later key, in these weights (..., n, m) or this mask of what is seen?"""
+    """Whether no query sees a later key.
+
+    Args:
+        weights: attention weights, or a mask that is 0 where a key is hidden, (..., n, m). The last
+            query stands at the last key.
+    """
     n, m = weights.shape[-2:]
     if weights.is_meta or n < 2:
         return False
@@ -81,7 +94,11 @@ def causal(weights: Tensor) -> bool:
 
 
 def scalars_between(nodes: Iterable[fx.Node]) -> float:
-    """The product of the numbers that the given nodes multiply or divide by."""
+    """Return the product of the numbers by which the given nodes multiply or divide.
+
+    A number is a Python constant, a captured number, or a tensor without axes. An infinite one,
+    as in masks, does not count.
+    """
     scale = 1.0
     for node in nodes:
         if op_name(node) == "baddbmm":
