@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import surgery
-from tests.support.models import build
+from surgery.plugin.registry import registry
+from surgery.testing import check_method
+from tests.support.models import build, inputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +33,43 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(block("README.md"), names)
     assert surgery.summary(names["model"]).inserted > 0
     assert list((tmp_path / "adapter").glob("surgery*"))
+    surgery.remove(names["model"])
+    names["inputs"] = inputs("gpt2")
+    exec(block("docs/reference.md"), names)
+    assert [report.name for report in surgery.summary(names["model"]).reports] == ["first"]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text()
+    missing = [name for name in surgery.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def test_the_example_with_lse_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    code = next(text for text in examples if "class AttentionSink" in text)
+    module = types.ModuleType("attention_sink_example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, vars(module))
+    offered = registry()._offered["method"]
+    monkeypatch.setitem(offered, "attention_sink", (module.AttentionSink, "tests"))
+    contract = check_method(module.AttentionSink())
+    assert not contract.refused
+    sink = module.Sink(2)
+    merged, lse = torch.randn(1, 3, 8), torch.randn(1, 2, 3)
+    with torch.no_grad():
+        sink.gate.fill_(1.0)
+        sink.score.normal_()
+    scores = torch.stack((lse, sink.score[:, None].expand_as(lse)), -1)  # of all keys, of the sink
+    share = scores.softmax(-1)[..., 0]  # (B, H, n): what the real keys keep
+    expected = merged.unflatten(-1, (2, 4)) * share.transpose(1, 2)[..., None]
+    torch.testing.assert_close(sink(merged, lse), expected.flatten(-2))
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_the_plugin_in_contributing_is_the_one_that_is_tested() -> None:

@@ -211,10 +211,3 @@ def test_every_hook_stands_in_contributing_with_its_signature() -> None:
     for node in ast.parse((LIBRARY / "plugin/hookspecs.py").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             assert ast.unparse(node).splitlines()[1].rstrip(":") in text
-
-
-def test_the_readme_names_every_public_function() -> None:
-    text = (ROOT / "README.md").read_text()
-    functions = [n for n in exported(face(LIBRARY)) if n[0].islower()]
-    missing = [n for n in functions if f"{n}" not in text]
-    assert missing == []
