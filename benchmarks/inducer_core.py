@@ -1,8 +1,8 @@
-"""The attention core with its logsumexp: time and memory, against dense softmax and plain SDPA.
+"""Measure time and memory of attention with its logsumexp, against dense softmax and plain SDPA.
 
-Each measurement of memory is a process of its own that runs one forward and backward; what counts
-is how far its resident memory rises meanwhile, looked at every millisecond. (``ru_maxrss`` would
-need no looking, but a child starts with its parent's.)
+Memory is measured in a process of its own, which runs one forward and backward and reads its
+resident memory every millisecond; the result is the highest rise. (``ru_maxrss`` would need no
+polling, but a child process starts with its parent's maximum.)
 
 Run: python benchmarks/inducer_core.py [--threads N] [--repeats 7]
 Bars at n = 2048: at least 6 times as fast as dense, at most 1.2 times plain SDPA.
@@ -36,7 +36,7 @@ CASES = {
 
 
 def mask_of(case: str, n: int) -> Tensor | None:
-    """The additive mask of a case; None where the causal flag says it all."""
+    """Return the additive mask (1, 1, n, n) of a case; None if the causal flag is enough."""
     if case != "padded":
         return None
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
@@ -45,7 +45,7 @@ def mask_of(case: str, n: int) -> Tensor | None:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention and logsumexp from the whole score matrix."""
+    """Compute attention and its logsumexp from the whole score matrix."""
     n, groups = q.shape[-2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, n, n)
@@ -58,10 +58,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor,
 
 
 def core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute attention and its logsumexp by ``surgery.attention``."""
     return attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+    """Compute attention by PyTorch's SDPA, which returns no logsumexp."""
     grouped = k.shape[1] < q.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
@@ -76,7 +78,7 @@ WAYS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 
 
 def step(name: str, case: str, n: int) -> Callable[[], None]:
-    """Forward and backward; the loss reads the context and, where there is one, the logsumexp."""
+    """Return a forward and backward; the loss reads the context and the logsumexp, if any."""
     torch.manual_seed(0)
     heads = (12, 4, 4) if case == "grouped" else (12, 12, 12)
     inputs = [torch.randn(1, h, n, 64, requires_grad=True) for h in heads]
@@ -93,13 +95,13 @@ def step(name: str, case: str, n: int) -> Callable[[], None]:
 
 
 def resident() -> float:
-    """The resident memory of this process, in MiB."""
+    """Return the resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def grown(name: str, case: str, n: int) -> float:
-    """MiB by which one step raises the resident memory of this process, at its highest."""
+    """Return the highest rise of this process's resident memory during one step, in MiB."""
     step(name, case, 64)()
     run = step(name, case, n)
     before = highest = resident()
@@ -119,7 +121,7 @@ def grown(name: str, case: str, n: int) -> float:
 
 
 def memory(name: str, case: str, n: int, threads: int) -> float:
-    """:func:`grown`, in a fresh process."""
+    """Return :func:`grown`, measured in a fresh process."""
     command = [sys.executable, __file__, "--child", name, case, str(n)]
     command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -127,6 +129,7 @@ def memory(name: str, case: str, n: int, threads: int) -> float:
 
 
 def measure(case: str, repeats: int, threads: int) -> None:
+    """Measure one case at every length, and report a table, the bars and the curves."""
     rows, bars = [], []
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}
     peaks: dict[str, list[tuple[float, float]]] = {name: [] for name in WAYS}

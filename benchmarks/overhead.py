@@ -1,4 +1,4 @@
-"""What a spliced host costs: GPT-2 small with nothing but identities in it, against the original.
+"""Measure the overhead of a splice: GPT-2 small with identities spliced in, against the original.
 
 Run: python benchmarks/overhead.py [--threads N] [--repeats 40] [--profile]
 Bars: forward <= 1.02 times the original, a decoded token <= 1.05, splice <= 2 s; a model of seven
@@ -38,7 +38,7 @@ FORWARD, DECODE, SPLICE, META = 1.02, 1.05, 2.0, 10.0
 
 @dataclass(frozen=True)
 class Nothing(surgery.Method):
-    """Inserts an identity behind the output of every attention and FFN."""
+    """Insert an identity after the output of every attention and FFN."""
 
     name = "nothing"
     kinds = ("attention", "ffn")
@@ -48,7 +48,10 @@ class Nothing(surgery.Method):
 
 
 def decoder(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[], None]:
-    """Greedy decoding of ``tokens`` tokens one by one behind a prefilled cache."""
+    """Return a greedy decoding of ``tokens`` tokens, one at a time, after a prefilled cache.
+
+    Its attribute ``seconds`` is the time of the tokens alone, without the prefill.
+    """
 
     def decode() -> None:
         with torch.no_grad():
@@ -65,7 +68,7 @@ def decoder(model: nn.Module, prompt: Tensor, tokens: int) -> Callable[[], None]
 
 
 def forward(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    """One forward without a cache."""
+    """Return one forward without a cache."""
 
     def run() -> None:
         with torch.no_grad():
@@ -75,7 +78,7 @@ def forward(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 
 
 def profiled(title: str, run: Callable[[], object], times: int) -> None:
-    """Print where Python spends its own time inside surgery."""
+    """Print the functions of surgery in which ``run`` spends most time."""
     run()
     profile = cProfile.Profile()
     profile.enable()
@@ -87,7 +90,7 @@ def profiled(title: str, run: Callable[[], object], times: int) -> None:
 
 
 def seven_billion() -> float:
-    """Seconds to locate and splice a model that exists on the meta device alone."""
+    """Return the seconds to locate and splice a model that exists only on the meta device."""
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
         ids = torch.zeros(2, 7, dtype=torch.long)

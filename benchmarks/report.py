@@ -1,4 +1,4 @@
-"""Run every benchmark in turn and write what was measured: RESULTS.md and RESULTS.png beside this.
+"""Run every benchmark and write the results to RESULTS.md and RESULTS.png beside this file.
 
 Run: python benchmarks/report.py        (about 20 minutes on two cores)
 """
@@ -27,7 +27,7 @@ ratios, nothing is carried over from another run. {gpu}
 
 
 def picture(path: Path) -> None:
-    """Curves of the core and bars of the methods, on one page."""
+    """Draw the curves of the attention core and the bars of the methods on one page."""
     panels = len(LINES) + len(BARS)
     figure, axes = plt.subplots((panels + 1) // 2, 2, figsize=(13, 3.6 * ((panels + 1) // 2)))
     places = iter(axes.flat)

@@ -1,4 +1,4 @@
-"""Side-by-side timing: candidates take turns, so what disturbs the machine disturbs them all."""
+"""Time candidates side by side: they take turns, so a disturbance of the machine meets them all."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Timing:
 def side_by_side(
     candidates: dict[str, Callable[[], object]], repeats: int, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Run every candidate ``repeats`` times, in turns, with the order reversed every other round.
+    """Run every candidate once per round, with the order reversed every other round.
 
     Args:
-        candidates: what to time, by name.
-        repeats: rounds that count.
-        warmup: rounds before them that do not.
+        candidates: the functions to time, by name.
+        repeats: number of timed rounds.
+        warmup: number of rounds before these that are not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     gc.collect()
@@ -68,21 +68,22 @@ def side_by_side(
 
 
 def sharing(base: M) -> M:
-    """A copy that holds the very weights of the base.
+    """Return a copy of ``base`` that shares the memory of its weights.
 
-    Where weights lie in memory is worth some per cent of a decoded token, so all have the same.
+    The time of a decoded token varies by some per cent with the addresses of the weights, so all
+    candidates use the same.
     """
     memo = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.parameters()}
     return copy.deepcopy(base, memo)
 
 
 def paired_ratio(a: Timing, b: Timing) -> float:
-    """The median over the rounds of ``a / b``: a slow spell hits both sides of one round."""
+    """Return the median over the rounds of ``a / b``; a slow round is slow for both."""
     return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
 
 
 def machine() -> str:
-    """One line about the machine and the software."""
+    """Return one line that names the CPU, threads and versions."""
     cpu = platform.processor() or "CPU"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -95,23 +96,23 @@ def machine() -> str:
 
 
 def verdict(value: float, bar: float, at_least: bool = False) -> str:
-    """``met`` or ``MISSED``, as measured."""
+    """Return ``met`` or ``MISSED``."""
     return "met" if (value >= bar if at_least else value <= bar) else "MISSED"
 
 
 def line(text: str) -> None:
-    """Print a line, and keep it for the report."""
+    """Print a line and add it to the report."""
     console.print(text, highlight=False)
     REPORT.append(text + "  ")
 
 
 def plot_bars(title: str, values: dict[str, dict[str, float]]) -> None:
-    """Keep a group of bars for each method for the picture."""
+    """Add a panel to the report's picture, with a group of bars for each method."""
     BARS[title] = values
 
 
 def show(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
-    """Print a table, and keep it for the report."""
+    """Print a table and add it to the report."""
     head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     REPORT.append(f"\n### {title}\n\n{head}\n{body}\n")

@@ -1,1 +1,1 @@
-"""The methods that come with surgery, one file each, through the same door as third parties'."""
+"""Hold the methods that come with surgery, one file each, registered as any plugin's are."""

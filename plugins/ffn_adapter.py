@@ -1,18 +1,18 @@
-"""Bottleneck adapters: a small network behind a sub-layer, or beside the FFN.
+"""Insert a small network, a bottleneck adapter, after a sub-layer or beside the FFN.
 
     A(h) = relu(LN(h) W_d + b_d) W_u + b_u               LN only with ``layer_norm``
-    houlsby     a := a + A1(a), m := m + A2(m)           behind attention and FFN
-    attention   a := a + A(a)                            behind attention alone
-    pfeiffer    m := m + A(m)                            behind the FFN alone
-    parallel    m := m + s A(u)                          u is what the FFN reads
-    block       x := x + A(x)                            x is what the whole block gives
+    houlsby     a := a + A1(a), m := m + A2(m)           after attention and after the FFN
+    attention   a := a + A(a)                            after attention only
+    pfeiffer    m := m + A(m)                            after the FFN only
+    parallel    m := m + s A(u)                          u is the input of the FFN
+    block       x := x + A(x)                            x is the output of the whole block
 
-a and m are the outputs of attention and FFN before they join the residual stream. Houlsby et al.
-2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247 (whose release puts it behind the
-residual and norm of post-norm models; here it stands before them, in every model); He et al. 2022,
-arXiv:2110.04366, for parallel and scale s; ``block``: Lin et al. 2020, arXiv:2004.03829.
-Adapter-108, the baseline of the inducer paper (Chen et al. 2022, arXiv:2210.14469), is
-``attention`` with a LayerNorm of its own.
+a and m are the outputs of attention and FFN before they join the residual stream; every placement
+takes the scale s. Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021,
+arXiv:2005.00247; He et al. 2022, arXiv:2110.04366, for ``parallel`` and s; Lin et al. 2020,
+arXiv:2004.03829, for ``block``. In post-norm models Pfeiffer's release puts the adapter after the
+residual and norm; here it stands before them in every model. Adapter-108, the baseline of the
+inducer paper (Chen et al. 2022, arXiv:2210.14469), is ``attention`` with ``layer_norm``.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ SITES = {
 
 
 class Bottleneck(nn.Module):
-    """s A(h), to be added to a port.
+    """Compute s A(h), which the splice adds to a port.
 
     Args:
         width, rank: D and the inner width r.
-        scale: s; ``"learned"`` makes it a parameter that starts at 1.
-        layer_norm: whether A normalises its input itself.
-        dropout: probability, behind the relu.
+        scale: s; ``"learned"`` makes s a parameter that starts at 1.
+        layer_norm: whether A has a LayerNorm for its input.
+        dropout: probability, after the relu.
         init: ``zero`` or ``normal``, see Parameters.
 
     Shape:
         h (B, n, D) -> (B, n, D)
     Parameters:
         down.weight (r, D)  down.bias (r,)  up.weight (D, r)  up.bias (D,)  [norm: 2 D]  [scale: 1]
-        zero: down Kaiming-uniform with a = sqrt(5), up and biases 0: the spliced model starts equal
-        normal: weights N(0, 0.02), biases 0: it starts nearly equal
+        zero: down Kaiming-uniform with a = sqrt(5), up and biases 0: starts equal to the base
+        normal: weights N(0, 0.02), biases 0: starts near the base
     Cost: 2 D r + r + D [+ 2 D] [+ 1] parameters.
     """
 
@@ -85,7 +85,7 @@ class Bottleneck(nn.Module):
 
 
 class After(nn.Module):
-    """Around a block: what it gives first, x (B, n, D), becomes ``x + A(x)``."""
+    """Wrap the call of a block: x (B, n, D), its first output, becomes ``x + s A(x)``."""
 
     def __init__(self, adapter: Bottleneck) -> None:
         super().__init__()
@@ -100,18 +100,22 @@ class After(nn.Module):
 
 @dataclass(frozen=True)
 class FFNAdapter(surgery.Method):
-    """Insert a bottleneck adapter.
+    """Insert bottleneck adapters after sub-layers or beside the FFN.
 
     Args:
         rank: inner width r, at least 1.
-        placement: ``houlsby``, ``attention``, ``pfeiffer``, ``parallel`` or ``block``, see this
-            module.
+        placement: ``houlsby``, ``attention``, ``pfeiffer``, ``parallel`` or ``block``, see the top
+            of this file.
         scale: s, a number, or ``"learned"`` (starts at 1). He et al. use 4 (XSum) and 2 (GLUE).
-        layer_norm: give the adapter a LayerNorm of its own.
-        dropout: probability, behind the relu.
+        layer_norm: whether the adapter has a LayerNorm for its input.
+        dropout: probability, after the relu.
         init: ``zero`` starts exactly at the base model, ``normal`` near it.
 
-    Start: exact; with ``init="normal"`` none. Not mergeable. Keys and values stay as they are.
+    Start: exact; with ``init="normal"`` none. Not mergeable. The keys and values of a layer are
+    computed as in the base. Cost: 2 D r + r + D [+ 2 D] [+ 1] per adapter.
+
+    Raises:
+        MethodError: an option is out of range.
     """
 
     name = "ffn_adapter"
@@ -128,8 +132,8 @@ class FFNAdapter(surgery.Method):
         self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
         self.require(self.placement in SITES, "placement", f"one of {', '.join(SITES)}")
         number = isinstance(self.scale, (int, float)) and math.isfinite(self.scale)
-        fits = self.scale == "learned" or (number and self.scale != 0)
-        self.require(fits, "scale", "a number other than 0, or 'learned'")
+        valid = self.scale == "learned" or (number and self.scale != 0)
+        self.require(valid, "scale", "a number other than 0, or 'learned'")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(self.init in ("zero", "normal"), "init", "'zero' or 'normal'")
 

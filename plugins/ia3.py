@@ -1,8 +1,9 @@
-"""(IA)^3: learned rescaling of keys, values and what the FFN's last projection reads.
+"""Rescale keys, values and the FFN's activation by learned vectors ((IA)^3).
 
     k' = l_k * k     v' = l_v * v     FFN: y = (l_ff * a) W + b       elementwise, l starts at 1
 
-Liu et al. 2022, arXiv:2205.05638, section 3.3.
+Liu et al. 2022, arXiv:2205.05638, section 3.3. The activation a is the input of the FFN's last
+projection.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Scale(nn.Module):
         return x * self.scale
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Behind a projection, (x W + b) l."""
+        """Fold into the projection before it: ``(x W + b) * l``, W (d_in, width)."""
         scale = self.scale.to(weight)
         return weight * scale, None if bias is None else bias * scale
 
     def fold_input(self, weight: Tensor) -> Tensor:
-        """In front of it, (x l) W + b."""
+        """Fold into the projection after it: ``(x * l) W + b``, W (width, d_out)."""
         return weight * self.scale.to(weight).unsqueeze(-1)
 
 
@@ -44,9 +45,12 @@ class IA3(surgery.Method):
     """Rescale keys, values and the input of the FFN's last projection.
 
     Args:
-        ports: which of key, value (attention) and output (FFN).
+        ports: some of key, value (attention) and output (FFN, whose input is rescaled).
 
     Start: exact. Mergeable. Cost: 2 G d per attention, F per FFN.
+
+    Raises:
+        MethodError: a port is unknown, or none is named.
     """
 
     name = "ia3"
@@ -56,21 +60,22 @@ class IA3(surgery.Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ports", tuple(self.ports))
-        known = set(self.ports) <= {"key", "value", "output"}
-        self.require(bool(self.ports) and known, "ports", "some of key, value, output")
+        valid = set(self.ports) <= {"key", "value", "output"}
+        self.require(bool(self.ports) and valid, "ports", "some of key, value, output")
 
-    def _own(self, site: surgery.Site) -> list[str]:
+    def _ports_of(self, site: surgery.Site) -> list[str]:
+        """Return those of the chosen ports that belong to this kind of site."""
         kinds = {"attention": ("key", "value"), "ffn": ("output",)}
         return [port for port in self.ports if port in kinds.get(site.kind, ())]
 
     def suits(self, site: surgery.Site) -> bool:
-        made = [site.ports.get(name) for name in self._own(site)]
-        return bool(made) and all(port is not None and port.in_width for port in made)
+        ports = [site.ports.get(name) for name in self._ports_of(site)]
+        return bool(ports) and all(port is not None and port.in_width for port in ports)
 
     def splice(self, site: surgery.OpenSite) -> None:
-        for port in site.select(tuple(self._own(site))):
+        for port in site.select(tuple(self._ports_of(site))):
             if site.kind == "ffn":
-                assert port.in_width is not None  # see suits
+                assert port.in_width is not None  # suits() has refused other ports
                 port.feed(Scale(port.in_width), name=self.name)
             else:
                 port.insert(Scale(port.width), name=self.name)

@@ -1,12 +1,13 @@
-"""Inducer-tuning: every query brings a virtual key and value of its own.
+"""Give every query of an attention a virtual key and value of its own (inducer-tuning).
 
-    P_k = Q + MLP_k(Q)                  the key of query i's inducer                 (eq. 5)
+    P_k = Q + MLP_k(Q)                  the inducer's key, one for each query        (eq. 5)
     lambda = sigmoid(scale <Q, P_k> - lse)      its softmax weight among the real keys   (eq. 7)
     y = f Wo + bo + sum_h lambda^h tanh(Q^h W1^h + b1^h) W2^h + b2             (eqs 8, 9, 11)
 
 Chen et al. 2022, arXiv:2210.14469. f is the unchanged attention output, lse the logsumexp of its
-masked and scaled scores. The value branch is added after the output projection (eq. 9), b2 once
-per token. The paper leaves the activation open; its code uses tanh. Its ablations (section 6.2):
+masked and scaled scores. The value branch (the sum over heads) is added after the output projection
+(eq. 9), b2 once per token. The paper does not name the activation; its code uses tanh. The paper's
+ablations (section 6.2):
 
     Extension   P_k = Q (``key_rank=0``)
     Adaptive    P_k = Q, and the value branch before the output projection:
@@ -31,23 +32,24 @@ Variant = Literal["inducer", "adaptive", "gating"]
 
 
 class Inducer(nn.Module):
-    """The gated value branch, to be added to the attention's output.
+    """Compute ``sum_h lambda^h tanh(Q^h W1^h + b1^h) W2^h + b2``, added to the attention's output.
 
     Args:
         heads, head_width, width: H, d and D of the site.
         key_rank, value_rank: inner widths r_k (0: P_k = Q) and r_v of the two MLPs.
-        scale, softcap: what the model's own scores are multiplied by, and capped with.
+        scale, softcap: factor and cap of the model's own scores, used for the inducer's, too.
         dropout: probability, on lambda.
         init: ``zero`` or ``paper``, see Parameters.
-        stretch: by what a rotary encoding multiplies each feature of <Q, P_k>, if not by 1.
+        stretch: factors (d,) by which a rotary encoding multiplies the features' products in
+            <Q, P_k>; empty if all are 1.
 
     Shape:
         query (B, H, n, d) before a rotary encoding, lse (B, H, n) -> (B, n, D)
     Parameters:
         key_w1 (H, d, r_k)  key_b1 (H, r_k)  key_w2 (H, r_k, d)  key_b2 (H, d)
         value_w1 (H, d, r_v)  value_b1 (H, r_v)  value_w2 (H, r_v, D)  value_b2 (D,)
-        zero: w1 Kaiming-uniform with a = sqrt(5), all else 0: the spliced model starts equal
-        paper: 0.01 * fmod(N(0, 1), 2) everywhere, as in the authors' code: it starts nearly equal
+        zero: w1 Kaiming-uniform with a = sqrt(5), all else 0: starts equal to the base
+        paper: 0.01 * fmod(N(0, 1), 2) everywhere, as in the authors' code: starts near the base
     Cost: H (2 d r_k + r_k + d) + H (d r_v + r_v + r_v D) + D parameters.
     """
 
@@ -67,8 +69,9 @@ class Inducer(nn.Module):
         super().__init__()
         self.softcap = softcap
         self.scale = scale * stretch[0] if len(set(stretch)) == 1 else scale
-        part = torch.tensor(stretch) if len(set(stretch)) > 1 else None  # of the features rotates
-        self.register_buffer("stretch", part, persistent=False)
+        # The factors differ where an encoding rotates, and stretches, only a part of the features.
+        factors = torch.tensor(stretch) if len(set(stretch)) > 1 else None
+        self.register_buffer("stretch", factors, persistent=False)
         self.key_rank = key_rank
         self.dropout = surgery.Dropout(dropout)
         if key_rank:
@@ -83,7 +86,10 @@ class Inducer(nn.Module):
         _start(self, head_width, init)
 
     def gate(self, query: Tensor, lse: Tensor) -> Tensor:
-        """lambda (B, H, n): the softmax weight of each query's inducer, in at least float32."""
+        """Return lambda (B, H, n), the softmax weight of each query's inducer, in lse's dtype.
+
+        sigmoid(score - lse) is exact at both ends; exp(score) would overflow, as <Q, Q> is large.
+        """
         key = query  # (B, H, n, d)
         if self.key_rank:
             hidden = torch.tanh(query @ self.key_w1 + self.key_b1.unsqueeze(-2))  # (B, H, n, r_k)
@@ -92,23 +98,23 @@ class Inducer(nn.Module):
         score = (scored.to(lse.dtype) * key.to(lse.dtype)).sum(-1) * self.scale  # (B, H, n)
         if self.softcap is not None:
             score = self.softcap * torch.tanh(score / self.softcap)
-        # A query that may see no key at all has lse = -inf (or the lowest number, from an additive
-        # mask): it is padding, and gets nothing.
-        nothing = lse < torch.finfo(lse.dtype).min / 2
-        return torch.sigmoid(score - lse.masked_fill(nothing, 0.0)).masked_fill(nothing, 0.0)
+        # A query that sees no key has lse = -inf, or the lowest number where an additive mask hides
+        # all keys. Such a query is padding: its lambda is 0, not 1.
+        no_keys = lse < torch.finfo(lse.dtype).min / 2
+        return torch.sigmoid(score - lse.masked_fill(no_keys, 0.0)).masked_fill(no_keys, 0.0)
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Merging: b2 is all that does not depend on the query."""
+        """Return ``(W, b + b2)``; the rest depends on the query and cannot be folded."""
         return weight, bias + self.value_b2.to(bias)
 
     needs_bias = True
 
     def no_weight_decay(self) -> set[str]:
-        """For trainers: the biases."""
+        """Name the biases to trainers, as parameters without weight decay."""
         return {name for name in self._parameters if name.endswith(("_b1", "_b2"))}
 
     def rest(self) -> None:
-        """What is left once b2 is folded."""
+        """Take b2 out of this module, once it is folded."""
         nn.init.zeros_(self.value_b2)
 
     def forward(self, query: Tensor, lse: Tensor) -> Tensor:
@@ -120,28 +126,28 @@ class Inducer(nn.Module):
 
 
 class Fade(nn.Module):
-    """Gating's ``-lambda f``, to be added to the merged heads; lambda is that of ``inducer``.
+    """Compute Gating's ``-lambda f``, added to the merged heads, with the lambda of ``inducer``.
 
-    Shape: merged (B, n, H d), query (B, H, n, d), lse (B, H, n) -> (B, n, H d)
-    Cost: no parameters of its own.
+    Shape: merged (B, n, H d_v), query (B, H, n, d), lse (B, H, n) -> (B, n, H d_v)
+    Cost: no parameters.
     """
 
     def __init__(self, inducer: Inducer) -> None:
         super().__init__()
-        self.inducer = surgery.Reference(inducer)  # registered at its own place
+        self.inducer = surgery.Reference(inducer)  # a child of the host, not of this
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
         gate = self.inducer.module.gate(query, lse).transpose(1, 2)  # (B, n, H)
-        f = merged.unflatten(-1, (gate.shape[-1], -1))  # (B, n, H, d)
+        f = merged.unflatten(-1, (gate.shape[-1], -1))  # (B, n, H, d_v)
         return -(gate.unsqueeze(-1) * f).flatten(2)
 
 
 class Adaptive(Inducer):
-    """Adaptive's value branch ``lambda^h MLP_v^h(Q^h)``, to be added to the merged heads.
+    """Compute Adaptive's ``concat_h lambda^h MLP_v^h(Q^h)``, added to the merged heads.
 
-    Shape: query (B, H, n, d), lse (B, H, n) -> (B, n, H d)
-    Parameters: as in :class:`Inducer` with r_k = 0, but value_w2 (H, r_v, d) and value_b2 (H, d)
-    Cost: H (2 d r_v + r_v + d) parameters.
+    Shape: query (B, H, n, d), lse (B, H, n) -> (B, n, H d_v)
+    Parameters: those of :class:`Inducer` at r_k = 0, but value_w2 (H, r_v, d_v), value_b2 (H, d_v)
+    Cost: H (d r_v + r_v + r_v d_v + d_v) parameters.
     """
 
     def __init__(
@@ -158,7 +164,7 @@ class Adaptive(Inducer):
     def forward(self, query: Tensor, lse: Tensor) -> Tensor:
         gate = self.dropout(self.gate(query, lse))  # (B, H, n)
         hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)
-        value = hidden @ self.value_w2 + self.value_b2.unsqueeze(-2)  # (B, H, n, d)
+        value = hidden @ self.value_w2 + self.value_b2.unsqueeze(-2)  # (B, H, n, d_v)
         return (gate.unsqueeze(-1) * value).transpose(1, 2).flatten(2)
 
 
@@ -167,6 +173,7 @@ def _weight(*shape: int) -> nn.Parameter:
 
 
 def _start(module: nn.Module, head_width: int, init: Init) -> None:
+    """Initialise the parameters as :class:`Inducer` describes; they are zeros so far."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if init == "paper":
@@ -177,17 +184,23 @@ def _start(module: nn.Module, head_width: int, init: Init) -> None:
 
 @dataclass(frozen=True)
 class InducerTuning(surgery.Method):
-    """Inducer-tuning of attention, wherever its logsumexp can be had.
+    """Give every query of an attention a virtual key and value of its own.
+
+    For attention sites that have the port ``lse``.
 
     Args:
-        key_rank: inner width of MLP_k, 0 for P_k = Q (the paper's Extension).
-        value_rank: inner width of MLP_v.
+        key_rank: inner width r_k of MLP_k; 0 for P_k = Q (the paper's Extension).
+        value_rank: inner width r_v of MLP_v.
         dropout: probability, on lambda (the authors use the attention's dropout, 0.1).
         init: ``zero`` starts exactly at the base model, ``paper`` as the authors' code does.
         variant: ``inducer``, or an ablation: ``adaptive`` (``key_rank`` must be 0) or ``gating``.
 
-    Start: exact; with ``init="paper"`` none (close to the base, not equal); Gating none: a fresh
-    one gives (1 - lambda) f.
+    Start: exact; none with ``init="paper"`` (near the base), and none for ``gating``, which starts
+    at (1 - lambda) f. Merging with ``partial=True`` folds b2; of ``adaptive`` nothing is folded. A
+    KV cache stays that of the base. Cost per attention: see :class:`Inducer`, :class:`Adaptive`.
+
+    Raises:
+        MethodError: an option is out of range.
     """
 
     name = "inducer"
@@ -199,16 +212,16 @@ class InducerTuning(surgery.Method):
     variant: Variant = "inducer"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.key_rank, int) and self.key_rank >= 0
-        self.require(whole, "key_rank", "an integer >= 0")
-        whole = isinstance(self.value_rank, int) and self.value_rank >= 1
-        self.require(whole, "value_rank", "an integer >= 1")
+        valid = isinstance(self.key_rank, int) and self.key_rank >= 0
+        self.require(valid, "key_rank", "an integer >= 0")
+        valid = isinstance(self.value_rank, int) and self.value_rank >= 1
+        self.require(valid, "value_rank", "an integer >= 1")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(self.init in ("zero", "paper"), "init", "'zero' or 'paper'")
         known = ("inducer", "adaptive", "gating")
         self.require(self.variant in known, "variant", f"one of {', '.join(known)}")
-        plain = self.variant != "adaptive" or self.key_rank == 0
-        self.require(plain, "key_rank", "0 for variant='adaptive', whose key is the query")
+        valid = self.variant != "adaptive" or self.key_rank == 0
+        self.require(valid, "key_rank", "0 for variant='adaptive', whose key is the query")
 
     @property
     def start(self) -> surgery.Start:

@@ -1,10 +1,10 @@
-"""LoRA: low-rank updates of frozen projections.
+"""Update frozen projections by low-rank products (LoRA).
 
     y = x W + b + s (drop(x) A B + c)            s = alpha / r, or alpha / sqrt(r) with ``rslora``
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3; rank-stabilised scaling: Kalajdzievski 2023,
 arXiv:2312.03732. The trainable bias c is an option of the inducer paper's code (Chen et al. 2022,
-arXiv:2210.14469), which scales it likewise.
+arXiv:2210.14469), which also multiplies it by s.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ PROJECTIONS = {
 
 
 class LowRank(nn.Module):
-    """The second term of the equation; the splice adds it to the port.
+    """Compute s (drop(x) A B + c), which the splice adds to the projection's output.
 
     Args:
         d_in, d_out: widths of the projection that it updates.
         rank: inner width r.
         scale: s.
         dropout: probability, on the input of A.
-        bias: whether c is there.
+        bias: whether to add c.
 
     Shape:
-        x (B, n, d_in) -> (B, n, d_out), added to ``onto`` if that is given
+        x (B, n, d_in), onto (B, n, d_out) or None -> (B, n, d_out)
     Parameters:
         a (rank, d_in)   A transposed: Kaiming-uniform with a = sqrt(5), as in the authors' loralib
         b (rank, d_out)  B: zeros, so the spliced model starts equal to the base
@@ -59,16 +59,17 @@ class LowRank(nn.Module):
 
     @property
     def needs_bias(self) -> bool:
-        """Merging puts c into the projection's bias."""
+        """Whether merging needs a bias on the projection, to take up c."""
         return self.bias is not None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``(W + s A B, b + s c)``, W (d_in, d_out)."""
+        """Return ``(W + s A B, b + s c)``, W (d_in, d_out)."""
         if bias is not None and self.bias is not None:
             bias = bias + self.scale * self.bias.to(bias)
         return weight + self.scale * (self.a.to(weight).T @ self.b.to(weight)), bias
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the update, or its sum with ``onto``, in which the scale costs no operation."""
         if self.training:
             x = self.dropout(x)
         hidden = F.linear(x, self.a)  # (B, n, r)
@@ -85,21 +86,26 @@ class LowRank(nn.Module):
 class LoRA(surgery.Method):
     """Add a low-rank update to projections of attention or FFN.
 
-    On a fused projection it reaches only the columns of the ports that are named. Sites where one
-    of the ports has no projection are left out, and the report says so.
+    In a fused projection only the columns of the named ports are updated. Sites where one of the
+    ports has no projection are left out, and the report names them.
 
     Args:
         rank: inner width r, at least 1.
         alpha: numerator of the scale s.
         rslora: s = alpha / sqrt(r) instead of alpha / r.
-        ranks: other ranks for some sites, ``{"layers.0.": 16, "mlp": 4}``: a regular expression
-            for the path of a site, and its rank; the first that matches counts.
-        ports: which projections: query, key, value, output (attention); up, gate, output (FFN);
-            output (linear).
+        ranks: other ranks for some sites, as ``{"layers.0.": 16, "mlp": 4}``: regular expressions
+            that are searched for in a site's path; the first that is found gives the rank.
+        ports: the projections: query, key, value, output (attention); up, gate, output (FFN);
+            output (linear). ``output`` beside other ports is the output of their kind of site;
+            alone it is that of every kind.
         dropout: probability, on the input of A.
-        bias: whether a trainable bias, scaled like the product, is added.
+        bias: whether to add a trainable bias, scaled as the product is.
 
-    Start: exact. Mergeable.
+    Start: exact. Mergeable. Cost: rank * (d_in + d_out) [+ d_out] per projection.
+
+    Raises:
+        MethodError: an option is out of range.
+        PortError: a port is unknown.
     """
 
     name = "lora"
@@ -117,8 +123,8 @@ class LoRA(surgery.Method):
         object.__setattr__(self, "ports", ports)
         self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
         for pattern, rank in self.ranks.items():
-            fits = isinstance(rank, int) and rank >= 1 and _compiles(pattern)
-            self.require(fits, "ranks", "regular expressions of paths, with integers >= 1")
+            valid = isinstance(rank, int) and rank >= 1 and _is_regular_expression(pattern)
+            self.require(valid, "ranks", "regular expressions of paths, with integers >= 1")
         self.require(self.alpha > 0, "alpha", "a number > 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         known = sorted({port for ports in PROJECTIONS.values() for port in ports})
@@ -141,14 +147,14 @@ class LoRA(surgery.Method):
 
     def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
-            assert port.in_width is not None  # see suits
+            assert port.in_width is not None  # suits() has refused other ports
             rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)
             scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
             update = LowRank(port.in_width, port.width, rank, scale, self.dropout, self.bias)
             port.add(update, name=self.name)
 
 
-def _compiles(pattern: str) -> bool:
+def _is_regular_expression(pattern: str) -> bool:
     try:
         re.compile(pattern)
     except re.error:

@@ -1,24 +1,24 @@
-"""Prefix-tuning: trained keys and values that every query of a layer may attend to.
+"""Let every query of a layer attend to trained keys and values as well (prefix-tuning).
 
     f' = softmax([scale Q P_k^T ; S]) [P_v ; V]                        P_k, P_v (G, P, d) per layer
        = (1 - g) f + g softmax(scale Q P_k^T) P_v
     g  = sigmoid(lse_P - lse)           lse_P = logsumexp(scale Q P_k^T), lse that of the scores S
 
-Li and Liang 2021, arXiv:2101.00190; the second line is exact (Chen et al. 2022, arXiv:2210.14469,
-section 3), so no key is concatenated, no mask grows and no position shifts: prefix keys are always
-visible, and they are not rotated where queries are. ``gate`` multiplies g by a trained scalar per
-head that starts at 0 (as tanh of it, Zhang et al. 2023, arXiv:2303.16199).
+Li and Liang 2021, arXiv:2101.00190. The second line equals the first (Chen et al. 2022,
+arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no position shifts.
+Prefix keys are always visible and never rotated. ``gate`` multiplies g by tanh of a trained scalar
+per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
 
-``share`` says what P_k and P_v are made of (Le et al. 2024, arXiv:2410.02200; rows p are (P, D)):
+``share`` selects how P_k and P_v are made (Le et al. 2024, arXiv:2410.02200); rows p are (P, D):
 
     none     free parameters                                         ("no-share")
-    simple   p Wk + bk, p Wv + bv with the layer's frozen projections, behind its norm if it is
-             in front of the attention; not rotated                  ("simple-share")
+    simple   p Wk + bk, p Wv + bv with the layer's frozen projections, after the frozen norm in
+             front of the attention if there is one; not rotated     ("simple-share")
     linear   tanh(p W + b)
     layer    tanh(p Wa + ba) Wb + bb                                 ("deep-share")
     global   the same with p, Wa, ba for all layers                  (Li and Liang's MLP)
 
-What is trained then is more than what is stored: a saved adapter holds plain keys and values.
+A saved adapter always holds plain keys and values, not the parameters they were made of.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Share = Literal["none", "simple", "linear", "layer", "global"]
 
 
 class Rows(nn.Module):
-    """Rows p (P, D), and what is shared by all layers of ``global``: tanh(p Wa + ba) (P, m).
+    """Rows p (P, D); with ``hidden`` (``layer``, ``global``) they become tanh(p Wa + ba) (P, m).
 
     Parameters: rows N(0, std); inward D m + m: weight N(0, std), bias 0
     """
@@ -52,9 +52,9 @@ class Rows(nn.Module):
 
 
 class Reparametrised(nn.Module):
-    """Keys and values of one layer as functions of rows.
+    """Compute the keys and values of one layer from rows.
 
-    () -> keys (G, P, d), values (G, P, d_v); for arguments and cost see ``PrefixTuning``."""
+    () -> keys (G, P, d), values (G, P, d_v). Arguments and cost: see :class:`PrefixTuning`."""
 
     def __init__(
         self, site: surgery.OpenSite, share: Share, length: int, hidden: int, std: float
@@ -75,7 +75,7 @@ class Reparametrised(nn.Module):
             self.outward = _linear(inner or site.width, sum(self.widths), std)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        rows = self.rows()  # (P, D), or (P, m) behind the first half of an MLP
+        rows = self.rows()  # (P, D), or (P, m) after the first half of an MLP
         if self.share == "simple":
             rows = self.norm(rows)
             made = [project(rows) for project in self.projections]
@@ -87,7 +87,7 @@ class Reparametrised(nn.Module):
         return keys, values
 
     def sources(self) -> Iterable[Tensor]:
-        """Every tensor that keys and values depend on, those that are registered elsewhere too."""
+        """All tensors that keys and values depend on, also those registered elsewhere."""
         rows = self.rows if isinstance(self.rows, nn.Module) else self.rows.module
         own = [*self.parameters(), *rows.parameters()]
         if self.share != "simple":
@@ -104,12 +104,12 @@ def _linear(width: int, out: int, std: float) -> nn.Linear:
 
 
 class Prefix(nn.Module):
-    """The merged heads with the prefix: ``f + g (prefix's context - f)``, to take their place.
+    """Compute ``f + g (prefix's context - f)``, which replaces the merged heads f.
 
     Shape:
-        merged (B, n, H d), query (B, H, n, d) as scored, lse (B, H, n) -> (B, n, H d)
+        merged (B, n, H d_v), query (B, H, n, d) as scored, lse (B, H, n) -> (B, n, H d_v)
     Parameters:
-        keys (G, P, d)  values (G, P, d)  N(0, std), or ``made``, see :class:`Reparametrised`
+        keys (G, P, d)  values (G, P, d_v)  N(0, std), or ``made``, a :class:`Reparametrised`
         gate (H,)  zeros, if ``gate``;  tau (2,)  ones, in NoRGa
     """
 
@@ -126,29 +126,29 @@ class Prefix(nn.Module):
         self.dropout = surgery.Dropout(method.dropout)
         self.gate = nn.Parameter(torch.zeros(site.heads)) if method.gate else None
         self.tau = nn.Parameter(torch.ones(2)) if method.residual else None
-        self._known: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """Keys (G, P, d) and values (G, P, d_v). Without gradient they are made once."""
+        """Keys (G, P, d), values (G, P, d_v); without gradient recomputed only after a change."""
         if self.made is None:
             return self.keys, self.values
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
-            self._known = None
+            self._cached = None
             return self.made()
         sources = list(self.made.sources())
-        if any(p.is_inference() for p in sources):  # nobody counts what is written to those
+        if any(p.is_inference() for p in sources):  # inference tensors have no _version
             return self.made()
         stamp = [(p.data_ptr(), p._version, p.dtype) for p in sources]
-        if self._known is None or self._known[0] != stamp:
-            self._known = stamp, self.made()
-        return self._known[1]
+        if self._cached is None or self._cached[0] != stamp:
+            self._cached = stamp, self.made()
+        return self._cached[1]
 
     def train(self, mode: bool = True) -> Prefix:
-        self._known = None
+        self._cached = None
         return super().train(mode)
 
     def plain_state(self) -> dict[str, Tensor]:
-        """What is left after training: keys, values, and the scalars."""
+        """The tensors to store after training: keys, values, and the scalars."""
         with torch.no_grad():
             keys, values = self.made() if self.made else (self.keys, self.values)
         scalars = dict(self.named_parameters(recurse=False))
@@ -161,25 +161,25 @@ class Prefix(nn.Module):
         return surgery.virtual_tokens(merged, query, lse, **tokens)
 
     def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
-        """The logsumexp that a later method reads."""
+        """The logsumexp of all keys, the prefix's included, for methods later in the list."""
         return surgery.virtual_lse(query, lse, **self.tokens())
 
     def tokens(self) -> dict[str, Any]:
-        """What surgery.virtual_tokens is to know of this prefix."""
+        """The arguments of ``surgery.virtual_tokens`` that describe this prefix."""
         keys, values = self.tables()
         gate = None if self.gate is None else torch.tanh(self.gate)
         bend = None if self.tau is None else self.bend
         return {"keys": keys, "values": values, "scores": bend, "gate": gate, **self.scored}
 
     def bend(self, scores: Tensor) -> Tensor:
-        """NoRGa's ``s + tau_2 tanh(tau_1 s)``."""
+        """Return NoRGa's ``s + tau_2 tanh(tau_1 s)``."""
         assert self.tau is not None
         inner, outer = self.tau.to(scores.dtype)
         return scores + outer * torch.tanh(inner * scores)
 
 
 class Later(nn.Module):
-    """Positions (..., n) behind those of the prefix: ``positions + P``."""
+    """Return ``positions + P``: the positions (..., n) of tokens after a prefix."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -191,21 +191,21 @@ class Later(nn.Module):
 
 @dataclass(frozen=True)
 class PrefixTuning(surgery.Method):
-    """Prefix-tuning of attention, wherever its logsumexp can be had.
+    """Let every query attend to trained keys and values, at sites that have the port ``lse``.
 
     Args:
-        length: P, how many keys and values per layer.
-        gate: start exactly at the base model, through a gate per head that starts at zero.
-        std: of the normal distribution that keys and values, or rows and weights, start from;
-            0 starts keys and values at zero, and the outputs of attention at (1 - g) f.
-        share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see this module.
+        length: number P of keys and values per layer.
+        gate: whether each head has a gate that starts at 0, so that the model starts unchanged.
+        std: standard deviation of the initial keys and values, or rows and weights; 0 starts keys
+            and values at 0, and the attention at (1 - g) f.
+        share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see the top of this file.
         hidden: inner width m of the MLP of ``layer`` and ``global``.
-        shift: give the real tokens the positions P, P + 1, ..., as implementations do that put
-            the prefix into a KV cache. Needs a model that encodes positions by number.
+        shift: whether real tokens get the positions P, P + 1, ..., as where a prefix is put into
+            a KV cache. Needs a model that encodes positions by number.
         dropout: probability, on keys and values.
 
-    Start: none; with ``gate`` and without ``shift`` gated. Not mergeable. A KV cache stays that of
-    the base. Cost per layer: 2 P G d [+ H], which is also what is stored; trained are instead
+    Start: none; gated with ``gate`` and without ``shift``. Not mergeable. A KV cache stays that of
+    the base. Cost per layer: 2 P G d [+ H], which is also the size stored. Trained instead:
     simple P D; linear P D + (D + 1) 2 G d; layer P D + (D + 1) m + (m + 1) 2 G d;
     global (m + 1) 2 G d, and P D + (D + 1) m once.
     """
@@ -221,7 +221,7 @@ class PrefixTuning(surgery.Method):
     shift: bool = False
     dropout: float = 0.0
 
-    residual = False  # NoRGa's
+    residual = False  # True in NoRGa
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.length, int) and self.length >= 1, "length", "an integer >= 1")
@@ -230,8 +230,8 @@ class PrefixTuning(surgery.Method):
         self.require(self.std >= 0, "std", "a number >= 0")
         known = ("none", "simple", "linear", "layer", "global")
         self.require(self.share in known, "share", f"one of {', '.join(known)}")
-        moving = self.share == "none" or self.std > 0
-        self.require(moving, "std", "a number > 0 where keys and values are made of rows")
+        trains = self.share == "none" or self.std > 0
+        self.require(trains, "std", "a number > 0 where keys and values are made of rows")
         self.require(isinstance(self.hidden, int) and self.hidden >= 1, "hidden", "an integer >= 1")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
 
@@ -240,7 +240,7 @@ class PrefixTuning(surgery.Method):
         return "gated" if self.gate and not self.shift else "none"
 
     def start_values(self, *shape: int) -> Tensor:
-        """Keys or values to start from."""
+        """Return initial keys or values."""
         return torch.randn(shape) * self.std
 
     def plain(self) -> PrefixTuning:
@@ -249,9 +249,9 @@ class PrefixTuning(surgery.Method):
     def check(self, sites: list[surgery.Site]) -> None:
         if self.shift and not any(site.kind == "position" for site in sites):
             raise surgery.SiteError(
-                f"method {self.name!r} with shift=True: this model encodes positions nowhere by "
-                "number (or not in a module of its own), or the selection has lost that place. "
-                "Leave shift out, or splice without at=, or with Sites.where."
+                f"method {self.name!r} with shift=True: no module of this model encodes positions "
+                "by number, or the selection leaves that module out. "
+                "Leave shift out, splice without at=, or select with Sites.where."
             )
 
     def suits(self, site: surgery.Site) -> bool:
@@ -275,16 +275,16 @@ class PrefixTuning(surgery.Method):
 
 @dataclass(frozen=True)
 class NoRGa(PrefixTuning):
-    """Prefix-tuning with a nonlinear residual gate on the scores of the prefix.
+    """Tune a prefix whose scores pass a nonlinear residual gate.
 
-        s := s + tau_2 tanh(tau_1 s)              two scalars per layer, ones at the start
+        s := s + tau_2 tanh(tau_1 s)              two scalars per layer, 1 at the start
 
     Le et al. 2024, arXiv:2405.14124.
 
     Args:
-        as for ``prefix``; keys and values start from U(-1, 1) with ``share="none"``.
+        As for ``prefix``. With ``share="none"`` keys and values start from U(-1, 1).
 
-    Start: none; with ``gate`` gated. Not mergeable. Cost: that of the prefix and 2 per layer.
+    Start: none; with ``gate`` gated. Not mergeable. Cost: that of the prefix, and 2 per layer.
     """
 
     name = "norga"

@@ -1,11 +1,11 @@
-"""Named compositions of methods, with the papers' settings for GPT-2 small.
+"""Combine methods under one name, with the papers' settings for GPT-2 small as defaults.
 
-    inducer_lora   LoRA on the query projection, then inducer-tuning          2,002,320 parameters
-    mam_inducer    the same, and a parallel adapter beside the FFN             2,001,816
+    inducer_lora   LoRA on the query projection, then inducer-tuning            2,002,320 parameters
+    mam_inducer    the same, and a parallel adapter beside the FFN              2,001,816
     mam_adapter    prefix-tuning, and a scaled parallel adapter beside the FFN
 
 Chen et al. 2022, arXiv:2210.14469, section 5; ``mam_adapter``: He et al. 2022, arXiv:2110.04366.
-A preset is a method like any other: at each site it does what its parts would do one by one.
+A preset is a method as any other: at each site it splices its parts, in order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import surgery
 
 @dataclass(frozen=True)
 class Preset(surgery.Method):
-    """A method made of others. A subclass has ``parts``, in the order in which they apply."""
+    """A method that is a list of others: a subclass gives ``parts``, in the order to splice."""
 
     kinds = ("attention", "ffn")
 
@@ -27,7 +27,7 @@ class Preset(surgery.Method):
 
     @property
     def parts(self) -> list[surgery.Method]:
-        """The methods that this one is made of."""
+        """The methods that this one combines."""
         return []
 
     @property
@@ -46,14 +46,17 @@ class Preset(surgery.Method):
 
 @dataclass(frozen=True)
 class InducerLoRA(Preset):
-    """LoRA on the query projection, then an inducer that reads the updated query.
+    """Update the query projection by LoRA, then add inducers that read the updated query.
 
     Args:
-        key_rank, value_rank: of the inducer.  lora_rank, alpha, dropout, bias: of LoRA.
-        inducer_dropout: on lambda.
-        init: of the inducer: at ``zero``, or as in the ``paper``'s code, near it.
+        key_rank, value_rank, init: as for ``inducer``.
+        inducer_dropout: probability, on lambda.
+        lora_rank, alpha, dropout, bias: ``rank`` and the other options of ``lora``.
 
-    Start: exact; none as in the paper's code.
+    Start: exact; with ``init="paper"`` none.
+
+    Raises:
+        MethodError: a part refuses its option.
     """
 
     name = "inducer_lora"
@@ -83,13 +86,13 @@ class InducerLoRA(Preset):
 
 @dataclass(frozen=True)
 class MAMInducer(InducerLoRA):
-    """Inducer and LoRA in attention, a parallel adapter beside the FFN.
+    """Combine ``inducer_lora`` in attention with a parallel adapter beside the FFN.
 
     Args:
-        ffn_rank, scale, layer_norm: of the adapter; the others as in ``inducer_lora``. With the
-            ``paper``'s start the adapter's is N(0, 0.02).
+        ffn_rank, scale, layer_norm: ``rank`` and the other options of ``ffn_adapter``.
+        init: as for ``inducer``; ``paper`` also starts the adapter at N(0, 0.02).
 
-    Start: exact; none as in the paper's code.
+    The other options are those of ``inducer_lora``. Start: exact; with ``init="paper"`` none.
     """
 
     name = "mam_inducer"
@@ -112,13 +115,14 @@ class MAMInducer(InducerLoRA):
 
 @dataclass(frozen=True)
 class MAMAdapter(Preset):
-    """A short prefix in attention, a scaled parallel adapter beside the FFN.
+    """Combine a short prefix in attention with a scaled parallel adapter beside the FFN.
 
     Args:
-        length: of the prefix.  rank, scale: of the adapter. He et al. use 30, 512 and 4 for
-            summaries, 16, 16 and 2 for GLUE.
+        length: number P of prefix keys and values per layer.
+        rank, scale: inner width r and factor s of the adapter.
 
-    Start: none, as the prefix takes its share of the softmax.
+    He et al. use length 30, rank 512, scale 4 for summarisation (XSum) and 16, 16, 2 for GLUE.
+    Start: none, because the prefix takes a share of the softmax.
     """
 
     name = "mam_adapter"

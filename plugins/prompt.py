@@ -1,4 +1,4 @@
-"""Prompt-tuning: trained rows in front of the input embeddings.
+"""Put trained rows in front of the input embeddings (prompt-tuning).
 
     prompt    E (P, D), free parameters
     mlp       tanh(E W_a + b_a) W_b + b_b           hidden width m
@@ -7,11 +7,11 @@
 Lester et al. 2021, arXiv:2104.08691; P-tuning: Liu et al. 2021, arXiv:2103.10385; ``mlp``: Li and
 Liang 2021, arXiv:2101.00190. A saved adapter holds the P rows alone.
 
-In a causal model nothing depends on the prompt's neighbours behind it, so its keys and values are
-the same for every sequence: it runs through the model once, by itself, and the real tokens attend
-to what it left at each layer (see ``prefix``: no key is concatenated, no mask and no cache grows).
-They get the positions P, P + 1, .... In an encoder every token sees every other, so there the
-sequence itself is made longer, and cut again behind the last layer.
+In a causal model the prompt sees none of the tokens after it, so its keys and values are the same
+for every sequence. It runs through the model once, by itself, and the real tokens attend to its
+keys and values at each layer as to a prefix (prefix.py: no key is concatenated, no mask or cache
+grows). They get the positions P, P + 1, .... In an encoder every token sees every other; there the
+sequence itself is made longer at the trunk's call, and cut again after the last layer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Encoder = Literal["none", "mlp", "ptuning"]
 
 
 class Prompt(nn.Module):
-    """The rows of the prompt, and whether they are in the sequence that runs now.
+    """The rows of the prompt, and whether the sequence that runs now contains them.
 
     Shape: () -> (P, D)
-    Parameters: rows (P, D), N(0, std) or rows of the vocabulary; the encoder's as torch starts them
+    Parameters: rows (P, D), N(0, std) or rows of the vocabulary; the encoder has torch's defaults
     """
 
     def __init__(self, method: PromptTuning, width: int) -> None:
@@ -49,21 +49,21 @@ class Prompt(nn.Module):
             inner = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
             self.encoder = nn.Sequential(*inner, nn.Linear(hidden, width))
         self.causal = self.running = self.known = False
-        self.total = 0  # length of a sequence that the prompt was put in front of
+        self.total = 0  # length of the running sequence, if the prompt is in front of others
 
     @property
     def length(self) -> int:
         return int(self.rows.shape[0])
 
     def start_from(self, vocabulary: Tensor) -> None:
-        """Take rows of the vocabulary, (V, D), to start from."""
+        """Start from random rows of the vocabulary (V, D)."""
         with torch.no_grad():
             chosen = torch.randint(len(vocabulary), (self.length,), device=vocabulary.device)
             self.rows.copy_(vocabulary[chosen])
 
     @contextmanager
     def in_sequence(self, others: int) -> Iterator[None]:
-        """While the prompt runs, by itself or in front of ``others`` tokens."""
+        """Mark the prompt as running, by itself (0) or in front of ``others`` tokens."""
         self.running, self.total = True, self.length + others if others else 0
         try:
             yield
@@ -75,7 +75,7 @@ class Prompt(nn.Module):
 
 
 class Part(nn.Module):
-    """Inserted at one site; the first of a splice owns the prompt, the others refer to it."""
+    """A module at one site; the first of a splice owns the prompt, the others refer to it."""
 
     def __init__(self, prompt: Any) -> None:
         super().__init__()
@@ -86,13 +86,13 @@ class Part(nn.Module):
         return self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module  # type: ignore[no-any-return]
 
     def plain_state(self) -> dict[str, Tensor]:
-        """What is left after training: the rows."""
+        """The tensors to store after training: the rows."""
         with torch.no_grad():
             return {"prompt.rows": self.prompt()} if isinstance(self.prompt, Prompt) else {}
 
 
 class Attend(Part):
-    """Lets the tokens of one causal attention attend to the keys and values of the prompt.
+    """Let the tokens of one causal attention attend to the keys and values of the prompt.
 
     Shape: merged (B, n, H d), query (B, H, n, d), lse (B, H, n), k, v (B, G, m, d) -> (B, n, H d)
     """
@@ -115,16 +115,16 @@ class Attend(Part):
         return surgery.virtual_tokens(merged, query, lse, *self.seen, **self.scored)
 
     def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor, *_: Tensor) -> Tensor:
-        """The logsumexp that a later method reads."""
+        """The logsumexp of all keys, the prompt's included, for methods later in the list."""
         alone = self.shared.running or self.seen is None
         return lse if alone else surgery.virtual_lse(query, lse, *(self.seen or ()), **self.scored)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None}  # it may carry history, which cannot be copied
+        return {**self.__dict__, "seen": None}  # tensors with autograd history cannot be copied
 
 
 class Embed(Part):
-    """Puts the rows in place of the first P embeddings (B, n, D) where these stand for them."""
+    """Replace the first P embeddings (B, n, D) by the rows while the prompt runs."""
 
     def forward(self, embeddings: Tensor) -> Tensor:
         prompt = self.shared
@@ -135,19 +135,19 @@ class Embed(Part):
 
 
 class Later(Part):
-    """Positions of the real tokens behind the prompt; those of a prompt that runs stay."""
+    """Return ``positions + P`` for real tokens; the running prompt keeps its positions."""
 
     def forward(self, positions: Tensor) -> Tensor:
         return positions if self.shared.running else positions + self.shared.length
 
 
 class Call(Part):
-    """Around the trunk: runs the prompt first by itself (causal), or in front of each sequence.
+    """Wrap the trunk: run the prompt by itself first (causal), or in front of each sequence.
 
     Args:
         ids: the name of the argument that holds the token ids.
-        settings: the other arguments of an example call, but for tensors.
-        trunk: the module itself.
+        settings: the arguments of an example call that are not tensors.
+        trunk: the trunk itself.
     """
 
     def __init__(self, prompt: Any, ids: str, settings: dict[str, Any], trunk: nn.Module) -> None:
@@ -159,8 +159,8 @@ class Call(Part):
         prompt, ids = self.shared, arguments.get(self.ids)
         if not isinstance(ids, Tensor):
             raise surgery.SpliceError(
-                f"method 'prompt': the model was called without {self.ids!r}. It puts its rows in "
-                "the place of token embeddings; pass token ids, or switch it off with disabled()."
+                f"method 'prompt': the model was called without {self.ids!r}. The rows stand "
+                "before token embeddings: pass token ids, or switch the method off with disabled()."
             )
         if not prompt.causal:
             with prompt.in_sequence(ids.shape[1]):
@@ -173,7 +173,7 @@ class Call(Part):
         return forward(**arguments)
 
     def lengthened(self, arguments: dict[str, Any], ids: Tensor) -> dict[str, Any]:
-        """The arguments with P more places in front of each sequence."""
+        """Return the arguments with P more places in front of each sequence."""
         length, longer = self.shared.length, dict(arguments)
         for name, x in arguments.items():
             if not isinstance(x, Tensor) or x.dim() < 2 or ids.shape[1] not in x.shape[1:]:
@@ -186,19 +186,19 @@ class Call(Part):
             front = torch.ones_like(x[:, :1]) if "mask" in name else x[:, :1]
             longer[name] = torch.cat([front.expand(-1, length), x], 1)
         mask = arguments.get("attention_mask")
-        if isinstance(mask, Tensor):  # a token that is no padding stands for the prompt
+        if isinstance(mask, Tensor):  # the prompt's ids must not be padding, which models hide
             real = ids.gather(1, mask.long().argmax(1, keepdim=True))
             longer[self.ids] = torch.cat([real.expand(-1, length), ids], 1)
         return longer
 
 
 def continued(arguments: dict[str, Any]) -> bool:
-    """Goes a text on that a KV cache holds the beginning of? It is generated from one run."""
+    """Whether a call continues a sequence whose beginning is in a KV cache."""
     return any(x.get_seq_length() > 0 for x in arguments.values() if hasattr(x, "get_seq_length"))
 
 
 class Cut(Part):
-    """Around the stack of an encoder: takes the places of the prompt out of what it gives."""
+    """Wrap the stack of an encoder: take the prompt's places out of its outputs."""
 
     def forward(self, forward: Any, **arguments: Any) -> Any:
         return self.cut(forward(**arguments))
@@ -219,16 +219,16 @@ class Cut(Part):
 
 @dataclass(frozen=True)
 class PromptTuning(surgery.Method):
-    """Trained rows in front of the input embeddings, of a causal model or an encoder.
+    """Put trained rows in front of the input embeddings of a causal model or an encoder.
 
     Args:
-        length: P.
-        encoder: what makes the rows: ``none``, ``mlp`` or ``ptuning``, see this module.
+        length: number P of rows.
+        encoder: the map from parameters to rows: ``none``, ``mlp`` or ``ptuning``, see above.
         hidden: inner width m of the encoder.
-        init: rows of the vocabulary, ``vocabulary``, or N(0, std), ``normal``.
-        std: of ``normal``.
+        init: ``vocabulary``, random rows of the embedding, or ``normal``, N(0, std).
+        std: standard deviation of ``normal``.
 
-    Start: none. Not mergeable. Stored: P D; trained besides, mlp: 2 D m + m + D; ptuning:
+    Start: none. Not mergeable. Stored: P D. Trained in addition: mlp 2 D m + m + D; ptuning
     2 D m + m^2 + 2 m + D. A causal model must encode positions by number.
     """
 
@@ -266,13 +266,13 @@ class PromptTuning(surgery.Method):
         kinds = {site.kind for site in sites}
         if "trunk" not in kinds:
             raise surgery.SiteError(
-                "method 'prompt': this model embeds token ids nowhere, or at several places, or "
-                "the selection has lost that place. Splice without at=, or with Sites.where."
+                "method 'prompt': not exactly one module of this model embeds token ids, or the "
+                "selection leaves it out. Splice without at=, or select with Sites.where."
             )
         if "attention" in kinds and "position" not in kinds:
             raise surgery.SiteError(
-                "method 'prompt': this causal model encodes positions nowhere by number (or not in "
-                "a module of its own), so the tokens cannot be placed behind the prompt."
+                "method 'prompt': no module of this causal model encodes positions by number, so "
+                "no token can be placed after the prompt. Use method 'prefix' instead."
             )
 
     def splice(self, site: surgery.OpenSite) -> None:

@@ -1,9 +1,9 @@
-"""SSL and SSB: scaling of the subspaces of a frozen weight.
+"""Scale the input, or both sides, of frozen projections (SSL and SSB).
 
     SSL   W' = diag(a) W                 y = (x * a) W + b
     SSB   W' = diag(a) W diag(c)         y = ((x * a) W) * c + b         a and c start at 1
 
-Si et al. 2024, arXiv:2407.05417, section 3.
+Si et al. 2024, arXiv:2407.05417, section 3. W is (in, out), so a is as long as the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PORTS = {"attention": ("query", "key", "value", "output"), "ffn": ("up", "gate",
 
 
 class InputScale(nn.Module):
-    """``x * a``, in front of a projection.
+    """Return ``x * a``; the splice puts this module before a projection.
 
     Shape: (..., width) -> (..., width)
     Parameters: a (width,), ones
@@ -33,11 +33,12 @@ class InputScale(nn.Module):
         return x * self.a
 
     def fold_input(self, weight: Tensor) -> Tensor:
+        """Return ``diag(a) W``, W (width, d_out)."""
         return weight * self.a.to(weight).unsqueeze(-1)
 
 
 class OutputScale(nn.Module):
-    """``(y - b) * c + b``, behind a projection with bias b.
+    """Return ``(y - b) * c + b``; the splice puts this module after a projection with bias b.
 
     Shape: y (..., width), b (width,) or None -> (..., width)
     Parameters: c (width,), ones
@@ -49,22 +50,30 @@ class OutputScale(nn.Module):
 
     def forward(self, y: Tensor, bias: Tensor | None) -> Tensor:
         product = y if bias is None else y - bias
-        return y + product * (self.c - 1)  # at c = 1 every bit of y
+        return y + product * (self.c - 1)  # exactly y at c = 1
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return ``W diag(c)`` and the scaled bias.
+
+        ``bias`` lacks b, which this module reads and does not scale: merging passes only the part
+        that earlier modules have added to it.
+        """
         c = self.c.to(weight)
-        return weight * c, None if bias is None else bias * c  # what there is besides b
+        return weight * c, None if bias is None else bias * c
 
 
 @dataclass(frozen=True)
 class SSL(surgery.Method):
-    """Scale what chosen projections read.
+    """Scale the input of chosen projections.
 
     Args:
-        ports: query, key, value, output (attention); up, gate, output (FFN). ``output`` alone
-            means that of the FFN too; name a port of the attention, and attention is meant.
+        ports: query, key, value, output (attention); up, gate, output (FFN). ``output`` beside
+            other ports is the output of their kind of site; alone it is that of both kinds.
 
-    Start: exact. Mergeable. Cost: the width of what each projection reads.
+    Start: exact. Mergeable. Cost: the input width of each projection.
+
+    Raises:
+        MethodError: a port is unknown, or none is named.
     """
 
     name = "ssl"
@@ -75,30 +84,30 @@ class SSL(surgery.Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "ports", tuple(self.ports))
         known = {port for ports in PORTS.values() for port in ports}
-        fits = bool(self.ports) and set(self.ports) <= known
-        self.require(fits, "ports", f"some of {', '.join(sorted(known))}")
+        valid = bool(self.ports) and set(self.ports) <= known
+        self.require(valid, "ports", f"some of {', '.join(sorted(known))}")
 
     def suits(self, site: surgery.Site) -> bool:
         own = set(PORTS.get(site.kind, ()))
         if not (own - {"output"}) & set(self.ports) and set(self.ports) != {"output"}:
             return False
-        made = [site.ports.get(name) for name in self.ports if name in own]
-        return bool(made) and all(port is not None and port.in_width for port in made)
+        ports = [site.ports.get(name) for name in self.ports if name in own]
+        return bool(ports) and all(port is not None and port.in_width for port in ports)
 
     def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(tuple(p for p in self.ports if p in PORTS[site.kind])):
-            assert port.in_width is not None  # see suits
+            assert port.in_width is not None  # suits() has refused other ports
             port.feed(InputScale(port.in_width), name=self.name)
 
 
 @dataclass(frozen=True)
 class SSB(SSL):
-    """Scale what chosen projections read, and what they give but for its bias.
+    """Scale the input of chosen projections, and their output without its bias.
 
     Args:
         ports: as for ``ssl``.
 
-    Start: exact. Mergeable. Cost: both widths of each projection.
+    Start: exact. Mergeable. Cost: input width + output width of each projection.
     """
 
     name = "ssb"

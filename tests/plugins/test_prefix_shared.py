@@ -108,7 +108,7 @@ def test_a_shifted_one_equals_peft_as_it_is() -> None:
 
 def test_a_shift_is_refused_where_there_are_no_positions() -> None:
     model, case = build("vit"), inputs("vit")
-    with pytest.raises(surgery.SiteError, match="positions nowhere by number"):
+    with pytest.raises(surgery.SiteError, match="encodes positions by number"):
         surgery.splice(model, surgery.method("prefix", shift=True), example_inputs=case)
     assert not any("prefix" in name for name, _ in model.named_modules())
 
