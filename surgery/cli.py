@@ -31,7 +31,7 @@ def methods() -> None:
     table = Table("method", "what it does", "options", title="methods")
     for name, cls in surgery.methods().items():
         first = (inspect.getdoc(cls) or "").split("\n", 1)[0]
-        options = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls))
+        options = ", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(cls))
         table.add_row(name, first, options)
     console.print(table)
 
@@ -163,6 +163,13 @@ def evaluate(run: Annotated[Path, typer.Argument(help="the folder of a finished 
         _fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of an option, also one that a factory makes."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _transformers() -> Any:

@@ -67,15 +67,20 @@ def groups_of(matches: list[Match], observation: Observation, model: nn.Module) 
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
             path = path.rpartition(".")[0]
         groups.setdefault(path, Group(path)).matches.append(match)
-    merged = True
-    while merged:
-        merged = False
-        for outer in list(groups.values()):
-            for inner in list(groups.values()):
-                if inner is not outer and inner.path in outer.through():
-                    outer.matches += groups.pop(inner.path).matches
-                    merged = True
+    while overlap := _overlap(groups):
+        outer, inner = overlap
+        outer.matches += groups.pop(inner.path).matches
     return list(groups.values())
+
+
+def _overlap(groups: dict[str, Group]) -> tuple[Group, Group] | None:
+    """Return two groups of which the first traces through the host of the second."""
+    for outer in groups.values():
+        through = outer.through()
+        for inner in groups.values():
+            if inner is not outer and inner.path in through:
+                return outer, inner
+    return None
 
 
 def _below(path: str, host: str) -> str:
