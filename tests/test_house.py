@@ -190,7 +190,13 @@ def test_a_file_of_tests_stands_in_a_folder_and_says_what_it_tests(path: Path) -
     if deeper:
         assert folder in ("surgery", "plugins", "recipes", "whole", "zoo", "support")
     else:
-        assert path.stem in ("conftest", "test_house", "test_docs")
+        assert path.stem in (
+            "conftest",
+            "test_house",
+            "test_docs",
+            "test_private_api",
+            "test_architecture",
+        )
     if folder in ("surgery", "whole"):
         name = path.stem
         assert name == "conftest" or name.startswith("test_"), "helpers stand in tests/support/"

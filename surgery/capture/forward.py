@@ -26,7 +26,7 @@ from surgery.interop import (
     AttentionPatch,
     capture_running,
     detached,
-    identity,
+    input_key,
     map_leaves,
 )
 
@@ -78,7 +78,7 @@ def _capture(
     seen: dict[int, Any] = {}
 
     def placeholder(value: Any) -> Any:
-        key = identity(value, len(seen))
+        key = input_key(value, len(seen))
         if key not in seen:
             node = tracer.graph.placeholder(f"x{len(seen)}")
             node.meta["owner"] = ""

@@ -117,7 +117,7 @@ def intercepted(
     configs = {id(c): c for m in module.modules() for c in vars(m).values() if _is_config(c)}
     known = {*tracer.paths, *configs}
     replacements: list[Any] = [(nn.Module, "__call__", module_call)]
-    replacements += [(nn.Module, "__getattribute__", attribute), *encoder_fastpath.OPEN]
+    replacements += [(nn.Module, "__getattribute__", attribute), *encoder_fastpath.WITHOUT_FASTPATH]
     classes = dict.fromkeys(type(config) for config in configs.values())
     replacements += [(each, "__getattribute__", attribute) for each in classes]
     replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]

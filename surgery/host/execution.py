@@ -31,7 +31,7 @@ from surgery.host.call_signature import signature
 from surgery.host.dynamo import prepare
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
-from surgery.interop import by_name, huggingface, one_at_a_time
+from surgery.interop import huggingface, named_arguments, patch_lock
 from surgery.patterns import Match, find_matches, module_match
 from surgery.plugin import is_leaf
 from surgery.rewrite import apply_edit
@@ -56,7 +56,7 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
 
     for child in state.wraps:
         forward = functools.partial(getattr(module, child), forward)
-    return forward(**by_name(own, module, args, kwargs))
+    return forward(**named_arguments(own, module, args, kwargs))
 
 
 def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
@@ -125,7 +125,7 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
     Raises:
         ForwardError: the forward cannot be captured, or an edit does not fit this graph.
     """
-    with one_at_a_time:
+    with patch_lock:
         try:
             captured, matches = capture_host(module, state.path, state.through, args, kwargs)
             for edit, child in state.active_edits():

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from surgery.capture import IN_PLACE, Captured, Guard, is_pure, reads_opaque
 from surgery.errors import ForwardError
 from surgery.host.variant_conditions import Conditions, Recogniser, recogniser
-from surgery.rewrite import first_of, second_of
+from surgery.rewrite import lse_of, output_of
 
 _count = 0
 
@@ -219,7 +219,7 @@ def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         unused = not node.users and node.op in ("call_function", "get_attr", "call_method")
         if unused and (
-            node.op == "get_attr" or is_pure(node) or node.target in (first_of, second_of)
+            node.op == "get_attr" or is_pure(node) or node.target in (output_of, lse_of)
         ):
             graph.erase_node(node)
 

@@ -3,15 +3,15 @@
 from surgery.interop import encoder_fastpath, huggingface
 from surgery.interop.arguments import (
     CONSTANT,
-    by_name,
     detached,
     detached_copy,
-    identity,
-    is_whole,
+    input_key,
+    is_integer_tensor,
     leaves,
     map_leaves,
-    same,
+    named_arguments,
     snapshot,
+    tensors_equal,
 )
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.isolation import (
@@ -23,12 +23,11 @@ from surgery.interop.isolation import (
     silenced,
     untouched,
 )
-from surgery.interop.patching import AttentionPatch, one_at_a_time, patched, unpatched
+from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
 
 __all__ = [
     "CONSTANT",
     "AttentionPatch",
-    "by_name",
     "capture_running",
     "capturing",
     "detached",
@@ -37,16 +36,17 @@ __all__ = [
     "evaluating",
     "hookless",
     "huggingface",
-    "identity",
-    "is_whole",
+    "input_key",
+    "is_integer_tensor",
     "leaves",
     "map_leaves",
-    "one_at_a_time",
+    "named_arguments",
+    "patch_lock",
     "patched",
     "real_tensors",
-    "same",
     "silenced",
     "snapshot",
+    "tensors_equal",
     "unpatched",
     "untouched",
     "without_checkpointing",

@@ -34,11 +34,11 @@ def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
 def leaves(structure: Any) -> list[Any]:
     """Return the inputs of a graph in order: every number, every other leaf once."""
     found: dict[Any, Any] = {}
-    map_leaves(structure, lambda v: found.setdefault(identity(v, len(found)), v))
+    map_leaves(structure, lambda v: found.setdefault(input_key(v, len(found)), v))
     return list(found.values())
 
 
-def identity(value: Any, position: int) -> Any:
+def input_key(value: Any, position: int) -> Any:
     """Return the key by which a leaf counts as one input of a graph.
 
     A tensor or object that is given twice is one input. Numbers are keyed by their position: two
@@ -110,7 +110,7 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+def named_arguments(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call by the names that ``forward`` gives them.
 
     Args:
@@ -124,13 +124,13 @@ def by_name(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str
     return dict(list(named.items())[1:])
 
 
-def is_whole(x: Any) -> bool:
+def is_integer_tensor(x: Any) -> bool:
     """Whether ``x`` is a tensor of integers with at least one axis."""
     if not isinstance(x, Tensor) or x.dim() == 0:
         return False
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
+def tensors_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and, except on the meta device, values."""
     return a.shape == b.shape and a.dtype == b.dtype and (a.is_meta or bool((a == b).all()))

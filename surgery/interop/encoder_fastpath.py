@@ -4,7 +4,7 @@ In evaluation without gradients, ``nn.TransformerEncoderLayer`` and ``nn.Multihe
 their weights to one fused kernel and never call their submodules. A module spliced into these
 would train, and then do nothing at evaluation. The path is therefore closed twice:
 
-    OPEN             replacements for ``patched`` while a model is observed or captured: attention
+    WITHOUT_FASTPATH replacements for ``patched`` while a model is observed or captured: attention
                      runs as plain operations, each of which is seen
     close, reopen    above every host, as long as something is spliced into it
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-OPEN: list[tuple[Any, str, Callable[[Any], Any]]] = [
+WITHOUT_FASTPATH: list[tuple[Any, str, Callable[[Any], Any]]] = [
     (torch.backends.mha, "get_fastpath_enabled", lambda original: lambda: False),
     (F, "has_torch_function", lambda original: lambda tensors: False),
 ]

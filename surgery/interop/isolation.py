@@ -65,7 +65,7 @@ def hookless(module: nn.Module) -> Iterator[None]:
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
 
-    replacements = [(nn.Module, "__call__", bare), *encoder_fastpath.OPEN]
+    replacements = [(nn.Module, "__call__", bare), *encoder_fastpath.WITHOUT_FASTPATH]
     with untouched(module), patched(*replacements):
         yield
 

@@ -18,7 +18,7 @@ _MISSING = object()
 
 # A host also holds this lock while it captures a variant, which replaces attributes inside: with a
 # lock of its own, two threads could each hold one of the two and wait for the other.
-one_at_a_time = threading.RLock()
+patch_lock = threading.RLock()
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
     """
     me = threading.get_ident()
     saved: list[tuple[Any, str, Any]] = []
-    with one_at_a_time:
+    with patch_lock:
         try:
             for owner, name, make in replacements:
                 own = vars(owner).get(name, _MISSING)

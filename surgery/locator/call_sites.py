@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from surgery.interop import by_name, is_whole, leaves, same
+from surgery.interop import is_integer_tensor, leaves, named_arguments, tensors_equal
 from surgery.locator.observation import Observation
 from surgery.plugin import HostPlan, Kind, Port, Site
 
@@ -67,8 +67,8 @@ def _stack_and_trunk(
             path = path.rpartition(".")[0]
         return path
 
-    trunk = called(common([*attention, *embeddings]))
-    below = common(attention).removeprefix(trunk).removeprefix(".").split(".")[0]
+    trunk = called(common_ancestor([*attention, *embeddings]))
+    below = common_ancestor(attention).removeprefix(trunk).removeprefix(".").split(".")[0]
     stack = f"{trunk}.{below}" if trunk else below
     separate = below and stack in observation.calls and not embeddings[0].startswith(f"{stack}.")
     # If both are one module, the wrap of the stack must be inside that of the trunk: the sequence
@@ -85,10 +85,14 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     """
     call, module = observation.calls[path], model.get_submodule(path)
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
-    named = by_name(type(module).forward, module, call.args, call.kwargs)
+    named = named_arguments(type(module).forward, module, call.args, call.kwargs)
     given = (like.host.args, like.host.kwargs) if like.host and like.kind == "embedding" else ()
-    tokens = [x for x in leaves(given) if is_whole(x)]
-    names_of_ids = [n for n, x in named.items() if is_whole(x) and any(same(x, t) for t in tokens)]
+    tokens = [x for x in leaves(given) if is_integer_tensor(x)]
+    names_of_ids = [
+        n
+        for n, x in named.items()
+        if is_integer_tensor(x) and any(tensors_equal(x, t) for t in tokens)
+    ]
     return Site(
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
         ids=names_of_ids[0] if names_of_ids else "", call=named,
@@ -96,7 +100,7 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     )  # fmt: skip
 
 
-def common(paths: list[str]) -> str:
+def common_ancestor(paths: list[str]) -> str:
     """Return the longest module path that is, or lies above, every one of ``paths``."""
     split = [path.split(".") if path else [] for path in paths]
     shared: list[str] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surgery.interop import is_whole, leaves, same
+from surgery.interop import is_integer_tensor, leaves, tensors_equal
 from surgery.locator.observation import Call, Observation
 from surgery.plugin import HostPlan, Kind, Port, Site
 
@@ -58,10 +58,10 @@ def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
     if own and all(p.dim() == 1 for p in own) and len(widths) == 1:
         reads = next((x for x in given if x.is_floating_point() and x.dim() > 1), None)
         return "norm" if reads is not None and reads.shape[-1] in widths else None
-    for x in filter(is_whole, given):
+    for x in filter(is_integer_tensor, given):
         if x.shape[-1] < 2:
             continue
-        if any(same(x, each) for each in ids):
+        if any(tensors_equal(x, each) for each in ids):
             return "embedding" if own else None
         if not x.is_meta and bool((x[..., 1:] - x[..., :-1] == 1).all()):
             return "position"

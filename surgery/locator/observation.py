@@ -36,7 +36,7 @@ from surgery.interop import (
     snapshot,
     untouched,
 )
-from surgery.patterns import PRODUCTS, normalises, stacks_weights
+from surgery.patterns import PRODUCTS, rows_sum_to_one, stacks_weights
 
 _ATTENTION_OPS = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
@@ -225,7 +225,7 @@ class _Observer(TorchFunctionMode):
         def apply(*args: Any) -> Any:
             start = len(self.trail)
             result = original(*args)
-            if not self.hidden and normalises(result):
+            if not self.hidden and rows_sum_to_one(result):
                 self.erase(self.trail[start:])
                 self.record("call_function", apply, args, {}, result)
             return result
@@ -254,7 +254,10 @@ def observe(
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
 
-    replacements: list[Any] = [(nn.Module, "__call__", module_call), *encoder_fastpath.OPEN]
+    replacements: list[Any] = [
+        (nn.Module, "__call__", module_call),
+        *encoder_fastpath.WITHOUT_FASTPATH,
+    ]
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.locator.call_sites import common
+from surgery.locator.call_sites import common_ancestor
 from surgery.locator.observation import Call, Observation
 from surgery.patterns import (
     Match,
@@ -61,7 +61,7 @@ def groups_of(matches: list[Match], observation: Observation, model: nn.Module) 
     """
     groups: dict[str, Group] = {}
     for match in matches:
-        path = common([*_owners(match)])
+        path = common_ancestor([*_owners(match)])
         # A ModuleList is never called, so it has no forward to rewrite. A Sequential calls all its
         # children, so it would call the inserted ones, too.
         while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):

@@ -4,16 +4,22 @@ from surgery.patterns.dataflow import (
     PRODUCTS,
     inputs,
     is_row_maximum,
-    normalises,
     op_name,
     origin,
+    rows_sum_to_one,
     value,
 )
 from surgery.patterns.ffn import joins_residual
 from surgery.patterns.find import find_matches, linear_matches, module_match
 from surgery.patterns.layout import split_rows
 from surgery.patterns.match import Match, PortNode
-from surgery.patterns.projection import bias_of, caller_of, reads_now, stacks_weights, weight_of
+from surgery.patterns.projection import (
+    bias_of,
+    input_of_call,
+    module_call_of,
+    stacks_weights,
+    weight_of,
+)
 from surgery.patterns.scores import causal, stretch
 
 __all__ = [
@@ -21,18 +27,18 @@ __all__ = [
     "Match",
     "PortNode",
     "bias_of",
-    "caller_of",
     "causal",
     "find_matches",
+    "input_of_call",
     "inputs",
     "is_row_maximum",
     "joins_residual",
     "linear_matches",
+    "module_call_of",
     "module_match",
-    "normalises",
     "op_name",
     "origin",
-    "reads_now",
+    "rows_sum_to_one",
     "split_rows",
     "stacks_weights",
     "stretch",

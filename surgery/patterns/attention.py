@@ -29,8 +29,8 @@ from surgery.patterns.dataflow import (
     inputs,
     is_activation,
     is_parameter,
-    normalises,
     op_name,
+    rows_sum_to_one,
     value,
     walk_forward,
 )
@@ -51,14 +51,14 @@ _SCORE_OPS = (
 )
 
 
-def attention_pattern(node: fx.Node, root: nn.Module) -> Match | None:
+def match_attention(node: fx.Node, root: nn.Module) -> Match | None:
     """Return the attention whose core (a softmax, or a call that contains it) is ``node``."""
     if node.meta.get("attention"):
         return _from_call(node, root, first=1)
     name = op_name(node)
     if name == "scaled_dot_product_attention":
         return _from_call(node, root, first=0)
-    if name == "apply" and normalises(value(node)):  # a softmax as an autograd function
+    if name == "apply" and rows_sum_to_one(value(node)):  # a softmax as an autograd function
         found = _from_softmax(node, root)
         if found is not None:
             found.missing["lse"] = "its softmax is inside an autograd function of its own"
@@ -168,7 +168,7 @@ def _set_orders(found: Match, product: fx.Node, weighted_sum: fx.Node, transpose
         # The order puts the summed axis, the m keys, at the end.
         last = _einsum_order(weighted_sum, val) or tuple(range(value(val).dim()))
         orders["value_heads"] = (*last[:-2], last[-1], last[-2])
-    found.orders = {name: order for name, order in orders.items() if order is not None}
+    found.head_orders = {name: order for name, order in orders.items() if order is not None}
 
 
 def _sums_over_normalised_axis(softmax: fx.Node, weights: fx.Node, weighted_sum: fx.Node) -> bool:

@@ -112,7 +112,7 @@ def is_row_maximum(node: Any) -> bool:
     return isinstance(node, fx.Node) and op_name(node) in ("max", "amax")
 
 
-def normalises(out: Any) -> bool:
+def rows_sum_to_one(out: Any) -> bool:
     """Whether each row of ``out`` sums to one, or to zero as in a fully masked row."""
     if type(out) is not Tensor or not out.is_floating_point() or out.is_meta or out.dim() < 3:
         return False

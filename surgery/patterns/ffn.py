@@ -39,7 +39,7 @@ _RESIDUAL_OPS = VIEWS | frozenset(
 )
 
 
-def ffn_pattern(down: Projection, root: nn.Module) -> Match | None:
+def match_ffn(down: Projection, root: nn.Module) -> Match | None:
     """Return the FFN whose last projection is ``down``, or None if there is none."""
     ends, between, others = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
     if not ends or others or not any(_is_nonlinear(n, root) for n in between):
@@ -72,7 +72,7 @@ def _reads_a_projection(end: Projection, sources: set[fx.Node], root: nn.Module)
     return first is not None and origin(first.source) in sources
 
 
-def experts_pattern(node: fx.Node, root: nn.Module) -> Match | None:
+def match_experts(node: fx.Node, root: nn.Module) -> Match | None:
     """Return a block of experts as an FFN: a module whose weights are stacked, (experts, in, out).
 
     Its output must have as many elements, and the same width, as its input.

@@ -33,11 +33,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.interop import is_whole, real_tensors
-from surgery.patterns.attention import attention_pattern
+from surgery.interop import is_integer_tensor, real_tensors
+from surgery.patterns.attention import match_attention
 from surgery.patterns.attention_ports import set_rows
 from surgery.patterns.dataflow import is_activation, op_name, value
-from surgery.patterns.ffn import experts_pattern, ffn_pattern
+from surgery.patterns.ffn import match_experts, match_ffn
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import projection
 from surgery.patterns.scores import before_rotation
@@ -60,20 +60,20 @@ def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
 def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
     """Return the matches of a graph, unnumbered; a projection of an attention ends no FFN."""
     attention = _join_parts(
-        [match for node in graph.nodes if (match := attention_pattern(node, root)) is not None]
+        [match for node in graph.nodes if (match := match_attention(node, root)) is not None]
     )
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
         match
         for node in graph.nodes
         if (down := projection(node, root)) and node not in taken
-        if (match := ffn_pattern(down, root)) is not None
+        if (match := match_ffn(down, root)) is not None
     ]
     ffn += [
         match
         for node in graph.nodes
         if is_activation(node) and not projection(node, root)
-        if (match := experts_pattern(node, root)) is not None
+        if (match := match_experts(node, root)) is not None
     ]
     if attention or ffn or not _calls_no_module(graph):
         return attention + ffn
@@ -195,7 +195,7 @@ def module_match(graph: fx.Graph) -> list[Match]:
     nodes = list(graph.nodes)
     given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
     floats = [n for n in given if value(n).is_floating_point() and value(n).dim()]
-    whole = [n for n in given if is_whole(value(n))]
+    whole = [n for n in given if is_integer_tensor(value(n))]
     ports: dict[str, PortNode] = {}
     if whole:
         ports["positions"] = ports["ids"] = PortNode(whole[0])

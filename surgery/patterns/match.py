@@ -77,11 +77,11 @@ class Match:
     kv_heads: int = 0
     parts: list[Match] = field(default_factory=list)
     order: tuple[int, ...] | None = None
-    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    totals: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
+    head_orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uncounted_virtual: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def holds(self, kind: str, key: str) -> bool:
+    def is_site(self, kind: str, key: str) -> bool:
         """Whether this is the site of a kind and key.
 
         A whole module has one match, of kind ``module``, for its sites of every kind.
@@ -94,5 +94,5 @@ class Match:
         if "key_heads" not in self.ports:
             return False
         shape = value(self.ports["key_heads"].node).shape
-        order = self.orders.get("key_heads") or range(len(shape))
+        order = self.head_orders.get("key_heads") or range(len(shape))
         return bool(shape[order[-2]] == 1)

@@ -51,7 +51,7 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
     out = value(node)
     if not isinstance(out, Tensor) or not out.is_floating_point() or out.dim() < 2:
         return None
-    caller = caller_of(node)
+    caller = module_call_of(node)
     if caller.op == "call_module":
         module = root.get_submodule(str(caller.target))
         source = next((n for n in caller.all_input_nodes if _is_float(n)), None)
@@ -157,12 +157,12 @@ def _attribute(root: nn.Module, name: str) -> Tensor:
     return found
 
 
-def reads_now(call: fx.Node) -> fx.Node:
+def input_of_call(call: fx.Node) -> fx.Node:
     """Return the input of a projection's call, as earlier edits have left it."""
     return next(n for n in call.all_input_nodes if _is_float(n) and not is_weight(n))
 
 
-def caller_of(node: fx.Node) -> fx.Node:
+def module_call_of(node: fx.Node) -> fx.Node:
     """Return the module call whose first output is ``node``; otherwise ``node`` itself."""
     if op_name(node) == "getitem" and node.args[1] == 0:
         base = node.args[0]

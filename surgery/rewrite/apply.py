@@ -30,7 +30,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import PortError
-from surgery.patterns import Match, PortNode, bias_of, caller_of, reads_now, value
+from surgery.patterns import Match, PortNode, bias_of, input_of_call, module_call_of, value
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
@@ -39,9 +39,9 @@ from surgery.rewrite.nodes import (
     added,
     chain,
     column_functions,
+    insert_after,
     put,
     put_sequence_first,
-    rewrite,
 )
 
 
@@ -56,7 +56,7 @@ def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module
     """
     done = False
     for match in matches:
-        if match.holds(edit.kind, edit.site) and edit.port in match.ports:
+        if match.is_site(edit.kind, edit.site) and edit.port in match.ports:
             act = _feed if edit.verb == "feed" else _edit
             act(match, edit, child, root)
             done = True
@@ -97,10 +97,10 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
         return chain(graph, (fused.take, (y,)), (child, (...,)), (fused.put, (y, ...)))
 
     nodes = [node for node in reads if node is not None]
-    new = rewrite(port.node, nodes, make, set(port.node.graph.nodes) - before)
+    new = insert_after(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
     if edit.port == "merged" and isinstance(root.get_submodule(child), CountsVirtualKeys):
-        match.totals.append((child, tuple(nodes)))
+        match.uncounted_virtual.append((child, tuple(nodes)))
     old = port.node
     for other in match.ports.values():
         if other.node is old:
@@ -122,7 +122,7 @@ def _takes_onto(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root:
 
 def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:
     """Return shape and dtype of an edit's port in every match of its site."""
-    ports = [m.ports[edit.port] for m in matches if m.holds(edit.kind, edit.site)
+    ports = [m.ports[edit.port] for m in matches if m.is_site(edit.kind, edit.site)
              and edit.port in m.ports]  # fmt: skip
     values: list[torch.Tensor] = [value(port.node) for port in ports]
     return [
@@ -148,8 +148,8 @@ def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     graph = projection.node.graph
     if port.own is None and port.features is not None:
         _split_off(match, port)
-    port.own = port.own or caller_of(projection.node)
-    source = reads_now(port.own)
+    port.own = port.own or module_call_of(projection.node)
+    source = input_of_call(port.own)
     with graph.inserting_before(port.own):
         fed = graph.call_module(child, (source,))
     fed.meta.update(value=source.meta.get("value"), owner=source.meta.get("owner"))
@@ -169,7 +169,7 @@ def _split_off(match: Match, port: PortNode) -> None:
     graph = raw.graph
     copies: dict[fx.Node, fx.Node] = {}
     last = raw
-    for node in dict.fromkeys((caller_of(raw), raw)):
+    for node in dict.fromkeys((module_call_of(raw), raw)):
         with graph.inserting_after(last):
             copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
     with graph.inserting_after(last):
@@ -182,7 +182,7 @@ def _split_off(match: Match, port: PortNode) -> None:
     for other in match.ports.values():
         if other.node is raw:
             other.node = new
-    port.own = copies[caller_of(raw)]
+    port.own = copies[module_call_of(raw)]
 
 
 def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
@@ -228,8 +228,8 @@ def _count_virtual(match: Match) -> None:
     Each such edit left its child and its reads in ``match.totals``; the child's ``total_lse``
     computes the lse of all keys so far.
     """
-    while match.totals:
-        child, reads = match.totals.pop(0)
+    while match.uncounted_virtual:
+        child, reads = match.uncounted_virtual.pop(0)
         graph = reads[0].graph
         order = {node: i for i, node in enumerate(graph.nodes)}
         host = next(iter(order))  # the first placeholder is the host itself

@@ -47,9 +47,9 @@ def split_heads(heads: fx.Node, match: Match) -> fx.Node:
 def key_heads(name: str, match: Match) -> fx.Node:
     """Return the heads of port ``name``, keys or values, as (B, G, m, d)."""
     node = match.ports[name].node
-    if name in match.orders:
+    if name in match.head_orders:
         with node.graph.inserting_after(node):
-            node = node.graph.call_function(reorder, (node, match.orders[name]))
+            node = node.graph.call_function(reorder, (node, match.head_orders[name]))
     if value(match.ports[name].node).dim() != 3 or not match.kv_heads:
         return node
     with node.graph.inserting_after(node):
@@ -85,7 +85,7 @@ def _with_heads(lse: fx.Node, match: Match) -> fx.Node:
 def _has_rows_of(heads: fx.Node, lse: fx.Node) -> bool:
     """Whether ``heads`` are the query of the very call that gave ``lse``, so their rows agree."""
     call = lse.args[0]
-    return lse.target is second_of and isinstance(call, fx.Node) and heads in call.args[:2]
+    return lse.target is lse_of and isinstance(call, fx.Node) and heads in call.args[:2]
 
 
 def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
@@ -111,8 +111,8 @@ def _expose_one(match: Match) -> fx.Node:
             else graph.call_function(attention, core.args, dict(core.kwargs))
         )
     with graph.inserting_after(both):
-        lse = graph.call_function(second_of, (both,))
-        first = graph.call_function(first_of, (both,))
+        lse = graph.call_function(lse_of, (both,))
+        first = graph.call_function(output_of, (both,))
     first.meta.update(core.meta)
     core.replace_all_uses_with(first)
     for port in match.ports.values():
@@ -123,11 +123,11 @@ def _expose_one(match: Match) -> fx.Node:
     return lse
 
 
-def first_of(pair: tuple[Any, Any]) -> Any:
+def output_of(pair: tuple[Any, Any]) -> Any:
     """Return what the attention function itself returned."""
     return pair[0]
 
 
-def second_of(pair: tuple[Any, Any]) -> Any:
+def lse_of(pair: tuple[Any, Any]) -> Any:
     """Return the logsumexp beside it."""
     return pair[1]

@@ -17,7 +17,7 @@ from surgery.errors import PortError
 from surgery.interop import real_tensors
 
 
-def rewrite(
+def insert_after(
     node: fx.Node,
     reads: Sequence[fx.Node],
     make: Callable[[fx.Graph], fx.Node],
