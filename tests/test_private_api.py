@@ -20,7 +20,7 @@ import surgery
 from surgery.interop import huggingface
 from surgery.plugin import dropout
 from surgery_recipes import build as recipes_build
-from tests.models import build, inputs
+from tests.support.models import build, inputs
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs/private_api.md"
