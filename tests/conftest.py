@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+gc.disable()  # until all is imported, see pytest_collection_finish
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it does
 
 settings.register_profile(
@@ -45,6 +46,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
