@@ -246,6 +246,15 @@ def test_a_new_head_is_told_from_what_was_loaded(tmp_path: Path) -> None:
     assert recipes_build.fresh_parameters(model) == ["score.weight"]
 
 
+def test_the_choice_of_attention_function_is_an_attribute_of_the_config() -> None:
+    model = build("gpt2")
+    [(config, name)] = huggingface.choices(model)
+    model.set_attn_implementation("sdpa")
+    assert vars(config)[name] == "sdpa"
+    model.set_attn_implementation("eager")
+    assert vars(config)[name] == "eager"
+
+
 @pytest.mark.gpu
 def test_the_state_of_a_gpus_random_numbers_is_its_seed_and_its_position() -> None:
     seen = []
