@@ -1,4 +1,12 @@
-"""The command line: ``surgery`` methods, locate, recipes, train, compare and eval."""
+"""Offer the library on the command line: ``surgery COMMAND``.
+
+    methods     list the installed methods            train     run one recipe
+    recipes     list recipes and tables               compare   run a table of recipes
+    locate      show the sites of a model             eval      score a saved adapter again
+
+An error of the library is printed without a traceback, and the exit code is 1; an interrupted run
+exits with 130. Only the commands that need transformers and the trainer import them.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +75,7 @@ def recipes() -> None:
     from surgery_recipes.shipped import shipped, tables
 
     table = Table(title="recipes")
-    table.add_column("recipe", no_wrap=True)  # it is what one types
+    table.add_column("recipe", no_wrap=True)  # users type this name
     for heading in ("task", "methods", "what it is"):
         table.add_column(heading, overflow="fold")
     try:
@@ -92,10 +100,10 @@ def train(
         bool, typer.Option("--dry-run", help="build everything, run one batch, train nothing")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the last checkpoint in the run folder")
+        bool, typer.Option("--resume", help="continue from the last checkpoint in the run folder")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="write over what the run folder holds")
+        bool, typer.Option("--overwrite", help="replace the files in the run folder")
     ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="log to Weights & Biases")] = False,
 ) -> None:
@@ -121,10 +129,10 @@ def compare(
     override: Annotated[
         list[str] | None, typer.Argument(help="key=value for every run, such as data=PATH")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds; the grid's own if 0")] = 0,
-    output: Annotated[str, typer.Option(help="another folder than the grid's")] = "",
+    seeds: Annotated[int, typer.Option(help="number of seeds; 0 means the seeds of the grid")] = 0,
+    output: Annotated[str, typer.Option(help="folder to write to, instead of the grid's")] = "",
 ) -> None:
-    """Run a table of recipes, what is not finished of it, and write tables and plots."""
+    """Run the unfinished recipes of a table, and write tables and plots."""
     try:
         _transformers()
         from surgery_recipes.compare import compare as run
@@ -133,9 +141,9 @@ def compare(
         plan = dataclasses.replace(read_grid(grid), given=override or [])
         for text in plan.given:
             if text.startswith(("output=", "training.seed=")):
-                raise RecipeError(f"{text}: a table sets that itself. Use --output and --seeds.")
+                raise RecipeError(f"{text}: the table sets this key. Use --output and --seeds.")
         if seeds < 0:
-            raise RecipeError(f"--seeds {seeds}: how many, 1 or more.")
+            raise RecipeError(f"--seeds {seeds}: the number of seeds must be 1 or more.")
         if seeds:
             plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
         if output:
@@ -145,7 +153,7 @@ def compare(
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from here")
+        console.print("interrupted: run the same command again to continue")
         raise typer.Exit(130) from None
 
 
@@ -173,6 +181,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _transformers() -> Any:
+    """Import transformers and return it, with its warnings off."""
     try:
         import transformers
     except ImportError:
@@ -182,6 +191,7 @@ def _transformers() -> Any:
 
 
 def _fail(message: str) -> NoReturn:
-    # Whole lines, and brackets as they are: it may be a path, or `pip install 'surgery[recipes]'`.
+    """Print an error and exit with code 1."""
+    # No wrapping and no markup: the message may hold a path, or `pip install 'surgery[recipes]'`.
     console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(1)
