@@ -1,7 +1,14 @@
-"""Settings for every test: one thread, quiet transformers, reproducible Hypothesis."""
+"""Settings for every test: one thread, quiet transformers, reproducible Hypothesis.
 
+Tests are in two tiers. The default one has each method, law and kind of model once or twice; the
+slow one (marker ``slow``) has what repeats them over further options, models and backends.
+Hypothesis tries few examples of a property by default and many under HYPOTHESIS_PROFILE=slow.
+"""
+
+import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -14,11 +21,11 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it does
 settings.register_profile(
     "default",
     deadline=None,
-    max_examples=25,
+    max_examples=10,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.register_profile("slow", parent=settings.get_profile("default"), max_examples=400)
+settings.register_profile("slow", parent=settings.get_profile("default"), max_examples=200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
@@ -28,6 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         without = [item for item in items if item.get_closest_marker("data")]
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from walking the imported libraries again and again.
+
+    torch, transformers and the collected tests are millions of objects that stay. Each full
+    collection visited them all: a quarter of the CPU time of a contract test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

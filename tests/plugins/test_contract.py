@@ -17,49 +17,62 @@ IDS = torch.arange(14).reshape(2, 7) * 5 % 40 + 3
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"rank": 4, "bias": True}),
-    ("lora", {"ports": ("up", "output"), "rslora": True, "dropout": 0.1, "ranks": {r"\.0\b": 3}}),
     ("inducer", {"key_rank": 3, "value_rank": 4}),
+    ("inducer", {"key_rank": 3, "value_rank": 4, "variant": "gating"}),
+    ("prefix", {"length": 3, "gate": True}),
+    ("norga", {"length": 3}),
+    ("ntk_attention", {}),
+    ("prompt", {"length": 3}),
+    ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
+    ("ffn_adapter", {"rank": 4, "placement": "block", "layer_norm": True}),
+    ("bitfit", {}),
+    ("ia3", {}),
+    ("ssl", {}),
+]
+# Further options of these methods: the slow tier.
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"ports": ("up", "output"), "rslora": True, "dropout": 0.1, "ranks": {r"\.0\b": 3}}),
     ("inducer", {"key_rank": 0, "value_rank": 4, "dropout": 0.1}),
     ("inducer", {"key_rank": 0, "value_rank": 4, "variant": "adaptive"}),
-    ("inducer", {"key_rank": 3, "value_rank": 4, "variant": "gating"}),
     ("inducer", {"key_rank": 3, "value_rank": 4, "init": "paper"}),
     ("prefix", {"length": 3, "std": 0.5}),
-    ("prefix", {"length": 3, "gate": True}),
     ("prefix", {"length": 3, "shift": True}),
     ("prefix", {"length": 3, "share": "simple", "dropout": 0.1}),
     ("prefix", {"length": 3, "share": "linear"}),
     ("prefix", {"length": 3, "share": "layer", "hidden": 6}),
     ("prefix", {"length": 3, "share": "global", "hidden": 6, "gate": True}),
-    ("norga", {"length": 3}),
-    ("ntk_attention", {}),
-    ("prompt", {"length": 3}),
     ("prompt", {"length": 3, "encoder": "mlp", "hidden": 6}),
     ("prompt", {"length": 3, "encoder": "ptuning", "hidden": 6, "init": "normal"}),
     ("ffn_adapter", {"rank": 4, "placement": "houlsby", "init": "normal"}),
     ("ffn_adapter", {"rank": 4, "placement": "attention", "layer_norm": True}),
-    ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
     ("ffn_adapter", {"rank": 4, "placement": "parallel", "scale": "learned"}),
-    ("ffn_adapter", {"rank": 4, "placement": "block", "layer_norm": True}),
-    ("bitfit", {}),
-    ("ia3", {}),
-    ("ssl", {}),
+]
+# Methods with the most insertions, and presets: the slow tier has them on every model.
+WIDE: list[tuple[str, dict[str, Any]]] = [
     ("ssb", {"ports": ("query", "value", "up", "output")}),
     ("inducer_lora", {"key_rank": 2, "value_rank": 3, "lora_rank": 2}),
     ("mam_inducer", {"key_rank": 2, "value_rank": 3, "lora_rank": 2, "ffn_rank": 4}),
     ("mam_adapter", {"length": 3, "rank": 4}),
 ]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + WIDE]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "options"), [*CASES, *SLOW], ids=str)
 def test_every_method_keeps_the_contract(name: str, options: dict[str, Any]) -> None:
     contract = check_method(surgery.method(name, **options))
     assert set(contract.refused) == ({"grouped"} if name == "bitfit" else set())
     assert all(len(laws) == 9 for laws in contract.held.values())
 
 
+@pytest.mark.parametrize(("name", "options"), WIDE, ids=str)
+def test_a_wide_method_keeps_the_contract_on_one_model(name: str, options: dict[str, Any]) -> None:
+    contract = check_method(surgery.method(name, **options), shapes=("fused",))
+    assert len(contract.held["fused"]) == 9
+
+
 def test_every_built_in_is_among_the_cases() -> None:
     own = {n for n, c in surgery.methods().items() if c.__module__.startswith("surgery_plugins")}
-    assert own == {name for name, _ in CASES}
+    assert own == {name for name, _ in CASES + WIDE}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,15 @@ KINDS = {
 }
 
 
-CASES = [(kind, option) for kind in KINDS for option in OPTIONS]
+CASES = [  # each kind by default, each option for two of them; all pairs in the slow tier
+    pytest.param(
+        kind,
+        option,
+        marks=() if option == "dynamic cache" or kind in ("causal", "hybrid") else pytest.mark.slow,
+    )
+    for kind in KINDS
+    for option in OPTIONS
+]
 
 
 def base_of(kind: str) -> Any:

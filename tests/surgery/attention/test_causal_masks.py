@@ -30,7 +30,7 @@ def additive(seen: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -INF)
 
 
-@settings(max_examples=40)
+@settings(max_examples=max(40, settings().max_examples))
 @given(
     n=st.integers(1024, 1400),
     m=st.integers(1024, 1400),
@@ -48,7 +48,7 @@ def test_one_later_key_that_is_not_hidden_is_found(
     assert split_causal(mask)[1] == (key <= query)
 
 
-@settings(max_examples=40)
+@settings(max_examples=max(40, settings().max_examples))
 @given(
     boolean=st.booleans(),
     n=st.integers(1024, 1400),

@@ -14,6 +14,7 @@ import surgery
 from tests.support.models import build
 
 CASES = [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager"), ("roberta", "sdpa")]
+slow = pytest.mark.slow  # a compilation takes seconds: what repeats one for another model
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,10 @@ def call(model: Any, name: str, n: int = 7) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [*CASES[:2], *(pytest.param(*case, marks=slow) for case in CASES[2:])],
+)
 def test_one_graph_for_a_forward_that_was_never_run_before(name: str, implementation: str) -> None:
     model = spliced(name, implementation)
     backend = Counted()
@@ -68,7 +72,10 @@ def test_one_graph_for_a_forward_that_was_never_run_before(name: str, implementa
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES[:3])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [CASES[0], *(pytest.param(*case, marks=slow) for case in CASES[1:3])],
+)
 def test_gradients_of_a_compiled_model_are_those_of_a_plain_one(
     name: str, implementation: str
 ) -> None:
@@ -121,7 +128,7 @@ def test_compiled_training_draws_other_masks_each_time() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=slow)])
 def test_generation_through_a_compiled_forward(cache: str | None) -> None:
     model: Any = spliced("llama")
     ids = torch.arange(3, 17).reshape(2, 7)
@@ -137,7 +144,7 @@ def test_generation_through_a_compiled_forward(cache: str | None) -> None:
     assert backend.graphs <= seen + 1 <= 5  # prefill and decoding, not one per token
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_inductor(name: str, implementation: str) -> None:
     model = spliced(name, implementation)
@@ -145,7 +152,7 @@ def test_inductor(name: str, implementation: str) -> None:
     assert torch.allclose(call(compiled, name), call(model, name), atol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
 def test_export(strict: bool) -> None:
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -163,7 +170,7 @@ def test_export(strict: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("gate", [True, pytest.param(False, marks=slow)])
 def test_virtual_tokens_compile_with_and_without_gradients(grad: bool, gate: bool) -> None:
     torch.manual_seed(0)
     model = build("gpt2").eval()
