@@ -22,7 +22,7 @@ from rich.text import Text
 
 import surgery
 from surgery.errors import RecipeError, SurgeryError
-from surgery_recipes.recipe import read_recipe
+from surgery_recipes.recipe_files import find_recipe, read_recipe, shipped_recipes, shipped_tables
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",
@@ -72,21 +72,19 @@ def locate(
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from surgery_recipes.shipped import shipped, tables
-
     table = Table(title="recipes")
     table.add_column("recipe", no_wrap=True)  # users type this name
     for heading in ("task", "methods", "what it is"):
         table.add_column(heading, overflow="fold")
     try:
-        for name, path in shipped().items():
-            plan = read_recipe(path)
+        for name, files in shipped_recipes().items():
+            plan = read_recipe(files)
             used = " + ".join(entry["method"] for entry in plan.splice) or "fine-tuning"
             table.add_row(name, plan.task, used, plan.about)
     except SurgeryError as error:
         _fail(str(error))
     console.print(table)
-    console.print(f"tables, for `surgery compare`: {', '.join(tables())}")
+    console.print(f"tables, for `surgery compare`: {', '.join(shipped_tables())}")
 
 
 @app.command()
@@ -110,13 +108,15 @@ def train(
     """Run a recipe: train, score, save the adapter."""
     try:
         _transformers()
-        from surgery_recipes import finetune, shipped
+        from surgery_recipes.run import RunOptions
+        from surgery_recipes.run import dry_run as try_recipe
+        from surgery_recipes.run import train as train_recipe
 
-        plan = read_recipe(shipped.find(recipe), override)
+        plan = read_recipe(find_recipe(recipe), override)
         if dry_run:
-            finetune.dry_run(plan, console)
+            try_recipe(plan, console)
         else:
-            finetune.train(plan, console, finetune.Run(resume, overwrite, wandb))
+            train_recipe(plan, console, RunOptions(resume, overwrite, wandb))
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -135,8 +135,7 @@ def compare(
     """Run the unfinished recipes of a table, and write tables and plots."""
     try:
         _transformers()
-        from surgery_recipes.compare import compare as run
-        from surgery_recipes.grid import read_grid
+        from surgery_recipes.comparison import read_grid, run_grid
 
         plan = dataclasses.replace(read_grid(grid), given=override or [])
         for text in plan.given:
@@ -148,7 +147,7 @@ def compare(
             plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
         if output:
             plan = dataclasses.replace(plan, output=output)
-        if run(plan, console):
+        if run_grid(plan, console):
             raise typer.Exit(1)
     except SurgeryError as error:
         _fail(str(error))
@@ -164,9 +163,9 @@ def evaluate(run: Annotated[Path, typer.Argument(help="the folder of a finished 
         if not (run / "recipe.yaml").is_file():
             raise RecipeError(f"{run}: no recipe.yaml here. Give the output folder of a run.")
         _transformers()
-        from surgery_recipes import finetune
+        from surgery_recipes.run import evaluate as score_again
 
-        finetune.evaluate(run, console)
+        score_again(run, console)
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from torch import nn
 import surgery
 from surgery.interop import huggingface
 from surgery.plugin import dropout
-from surgery_recipes import build as recipes_build
+from surgery_recipes.run import build as recipes_build
 from tests.support.models import build, inputs
 
 ROOT = Path(__file__).parent.parent
