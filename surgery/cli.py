@@ -1,4 +1,12 @@
-"""The command line: ``surgery`` methods, locate, recipes, train, compare and eval."""
+"""Offer the library on the command line: ``surgery COMMAND``.
+
+    methods     list the installed methods            train     run one recipe
+    recipes     list recipes and tables               compare   run a table of recipes
+    locate      show the sites of a model             eval      score a saved adapter again
+
+An error of the library is printed without a traceback, and the exit code is 1; an interrupted run
+exits with 130. Only the commands that need transformers and the trainer import them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ from rich.text import Text
 
 import surgery
 from surgery.errors import RecipeError, SurgeryError
-from surgery_recipes.recipe import read_recipe
+from surgery_recipes.recipe_files import find_recipe, read_recipe, shipped_recipes, shipped_tables
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",
@@ -64,21 +72,19 @@ def locate(
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
-    from surgery_recipes.shipped import shipped, tables
-
     table = Table(title="recipes")
-    table.add_column("recipe", no_wrap=True)  # it is what one types
+    table.add_column("recipe", no_wrap=True)  # users type this name
     for heading in ("task", "methods", "what it is"):
         table.add_column(heading, overflow="fold")
     try:
-        for name, path in shipped().items():
-            plan = read_recipe(path)
+        for name, files in shipped_recipes().items():
+            plan = read_recipe(files)
             used = " + ".join(entry["method"] for entry in plan.splice) or "fine-tuning"
             table.add_row(name, plan.task, used, plan.about)
     except SurgeryError as error:
         _fail(str(error))
     console.print(table)
-    console.print(f"tables, for `surgery compare`: {', '.join(tables())}")
+    console.print(f"tables, for `surgery compare`: {', '.join(shipped_tables())}")
 
 
 @app.command()
@@ -92,23 +98,25 @@ def train(
         bool, typer.Option("--dry-run", help="build everything, run one batch, train nothing")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the last checkpoint in the run folder")
+        bool, typer.Option("--resume", help="continue from the last checkpoint in the run folder")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="write over what the run folder holds")
+        bool, typer.Option("--overwrite", help="replace the files in the run folder")
     ] = False,
     wandb: Annotated[bool, typer.Option("--wandb", help="log to Weights & Biases")] = False,
 ) -> None:
     """Run a recipe: train, score, save the adapter."""
     try:
         _transformers()
-        from surgery_recipes import finetune, shipped
+        from surgery_recipes.run import RunOptions
+        from surgery_recipes.run import dry_run as try_recipe
+        from surgery_recipes.run import train as train_recipe
 
-        plan = read_recipe(shipped.find(recipe), override)
+        plan = read_recipe(find_recipe(recipe), override)
         if dry_run:
-            finetune.dry_run(plan, console)
+            try_recipe(plan, console)
         else:
-            finetune.train(plan, console, finetune.Run(resume, overwrite, wandb))
+            train_recipe(plan, console, RunOptions(resume, overwrite, wandb))
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -121,31 +129,30 @@ def compare(
     override: Annotated[
         list[str] | None, typer.Argument(help="key=value for every run, such as data=PATH")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds; the grid's own if 0")] = 0,
-    output: Annotated[str, typer.Option(help="another folder than the grid's")] = "",
+    seeds: Annotated[int, typer.Option(help="number of seeds; 0 means the seeds of the grid")] = 0,
+    output: Annotated[str, typer.Option(help="folder to write to, instead of the grid's")] = "",
 ) -> None:
-    """Run a table of recipes, what is not finished of it, and write tables and plots."""
+    """Run the unfinished recipes of a table, and write tables and plots."""
     try:
         _transformers()
-        from surgery_recipes.compare import compare as run
-        from surgery_recipes.grid import read_grid
+        from surgery_recipes.comparison import read_grid, run_grid
 
         plan = dataclasses.replace(read_grid(grid), given=override or [])
         for text in plan.given:
             if text.startswith(("output=", "training.seed=")):
-                raise RecipeError(f"{text}: a table sets that itself. Use --output and --seeds.")
+                raise RecipeError(f"{text}: the table sets this key. Use --output and --seeds.")
         if seeds < 0:
-            raise RecipeError(f"--seeds {seeds}: how many, 1 or more.")
+            raise RecipeError(f"--seeds {seeds}: the number of seeds must be 1 or more.")
         if seeds:
             plan = dataclasses.replace(plan, seeds=list(range(1, seeds + 1)))
         if output:
             plan = dataclasses.replace(plan, output=output)
-        if run(plan, console):
+        if run_grid(plan, console):
             raise typer.Exit(1)
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on from here")
+        console.print("interrupted: run the same command again to continue")
         raise typer.Exit(130) from None
 
 
@@ -156,9 +163,9 @@ def evaluate(run: Annotated[Path, typer.Argument(help="the folder of a finished 
         if not (run / "recipe.yaml").is_file():
             raise RecipeError(f"{run}: no recipe.yaml here. Give the output folder of a run.")
         _transformers()
-        from surgery_recipes import finetune
+        from surgery_recipes.run import evaluate as score_again
 
-        finetune.evaluate(run, console)
+        score_again(run, console)
     except SurgeryError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -173,6 +180,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _transformers() -> Any:
+    """Import transformers and return it, with its warnings off."""
     try:
         import transformers
     except ImportError:
@@ -182,6 +190,7 @@ def _transformers() -> Any:
 
 
 def _fail(message: str) -> NoReturn:
-    # Whole lines, and brackets as they are: it may be a path, or `pip install 'surgery[recipes]'`.
+    """Print an error and exit with code 1."""
+    # No wrapping and no markup: the message may hold a path, or `pip install 'surgery[recipes]'`.
     console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     raise typer.Exit(1)

@@ -1,14 +1,15 @@
-"""Testing: the contract that every method keeps, as one call for its author's tests.
+"""Check that a method keeps the contract of all methods, in one call for its author's tests.
 
     from surgery.testing import check_method
 
     def test_the_contract() -> None:
         check_method(MyMethod(rank=4))
 
-It needs transformers, for three small models with random weights that differ in what matters here:
-``fused``, a decoder with fused projections, learned positions and biases; ``grouped``, a decoder
-with grouped heads, rotary positions, a gated FFN and no bias; ``encoder``, one with its norms
-behind the residual.
+Each law of ``LAWS`` is tried on three small models with random weights, made by transformers:
+
+    fused     a decoder with a fused projection of query, key and value, learned positions, biases
+    grouped   a decoder with grouped heads, rotary positions, a gated FFN and no bias
+    encoder   an encoder with its norms behind the residual
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHAPES = ("fused", "grouped", "encoder")
 
 
 def make_model(shape: str) -> Any:
-    """A small model with random weights, in evaluation mode."""
+    """Return a small model with random weights, in evaluation mode."""
     import transformers as tr
 
     torch.manual_seed(0)
@@ -50,7 +51,12 @@ def make_model(shape: str) -> Any:
 
 @dataclass
 class Contract:
-    """What was checked: by model, the laws that hold; and where the method was refused, and why."""
+    """The result of ``check_method``.
+
+    Attributes:
+        held: the laws that hold, by model.
+        refused: why the method cannot be spliced into a model, by model.
+    """
 
     held: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -59,26 +65,28 @@ class Contract:
 def check_method(method: surgery.Method, shapes: Sequence[str] = SHAPES) -> Contract:
     """Check the contract of a method on small models.
 
-    * its start is the one that it declares, in evaluation and in training, and with padding
-    * a gradient reaches every inserted parameter and no parameter of the base
-    * a sequence in two steps through a KV cache gives what it gives in one
-    * a row gives what it gives alone, whatever its batch and its padding
-    * a saved adapter, loaded into a fresh base, gives the same bits
-    * switched off or removed, the base's bits are back
-    * it is merged, and gives the same, or refused by name
-    * what it inserts has the dtype and the device of its site
-    * its options survive JSON
+    * The start is as declared, in evaluation and in training, with and without padding.
+    * A gradient reaches every inserted parameter and no parameter of the base.
+    * A sequence in three steps through a KV cache has the outputs of one step.
+    * The outputs of a row do not depend on its batch and its padding.
+    * A saved adapter, loaded into a fresh base, gives the same bits.
+    * Switched off, and after removal, the model gives the bits of the base.
+    * A merge keeps the outputs, or is refused with the name of the method.
+    * Inserted modules have the dtype and the device of their site.
+    * The options survive JSON.
 
     Args:
-        method: with any options.
-        shapes: on which models: ``fused``, ``grouped``, ``encoder``, as above.
+        method: the method, with any options.
+        shapes: the models to check it on: ``fused``, ``grouped``, ``encoder``.
 
     Returns:
-        what was checked. A method may be refused by a model that lacks what it needs.
+        the laws that hold. A model that lacks a site or port which the method needs is noted as
+        refused.
 
     Raises:
-        AssertionError: a law does not hold, or every model refused; it says which, and where.
-        SpliceError: a splice is refused, and why.
+        AssertionError: a law does not hold, or no model can be spliced; the message names the law
+            and the model.
+        SpliceError: a splice is refused for another reason.
     """
     contract = Contract()
     for shape in shapes:
@@ -98,7 +106,7 @@ def check_method(method: surgery.Method, shapes: Sequence[str] = SHAPES) -> Cont
                 raise AssertionError(f"{method} on {shape}: {name}: {what}") from error
             contract.held.setdefault(shape, []).append(name)
     if not contract.held:
-        raise AssertionError(f"{method} was refused by every model: {contract.refused}")
+        raise AssertionError(f"{method} cannot be spliced into any model: {contract.refused}")
     return contract
 
 
@@ -113,9 +121,9 @@ def _start_is_as_declared(method: surgery.Method, shape: str) -> None:
             surgery.splice(model, method)
             same = torch.equal(_logits(model, ids, mask=mask)[mask.bool()], expected)
             what = "training" if training else "evaluation"
-            hint = " In training, draw by surgery.Dropout." if training else ""
+            hint = " Use surgery.Dropout for what is random in training." if training else ""
             assert same or method.start == "none", (
-                f"start is {method.start!r}, but outputs moved ({what}, {side} padding).{hint}"
+                f"start is {method.start!r}, but outputs differ ({what}, {side} padding).{hint}"
             )
 
 
@@ -130,7 +138,7 @@ def _gradients_reach_what_was_inserted_and_nothing_else(method: surgery.Method, 
             assert parameter.grad is not None, f"no gradient for {name}"
             assert bool((parameter.grad != 0).any()), f"the gradient of {name} is zero"
         else:
-            assert parameter.grad is None, f"a gradient for {name}, which is the base's"
+            assert parameter.grad is None, f"a gradient for {name}, a parameter of the base"
 
 
 def _cached_equals_uncached(method: surgery.Method, shape: str) -> None:
@@ -178,7 +186,7 @@ def _saved_and_loaded_is_the_same(method: surgery.Method, shape: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         surgery.save(model, folder)
         fresh = make_model(shape)
-        torch.manual_seed(4)  # what is drawn and not saved is drawn otherwise
+        torch.manual_seed(4)  # a random tensor that is not saved would differ now
         loaded = surgery.load(fresh, folder)
     assert torch.equal(_logits(loaded, _ids()), expected), "the loaded adapter gives other bits"
 
@@ -209,7 +217,7 @@ def _merged_is_the_same_or_refused(method: surgery.Method, shape: str) -> None:
         surgery.merge(model, partial=True)
     else:
         assert not hosts(model), "merged, but something is still spliced"
-    _close(_logits(model, _ids()), expected, "merged, it gives something else")
+    _close(_logits(model, _ids()), expected, "merged, outputs differ")
 
 
 def _dtype_and_device_follow_the_site(method: surgery.Method, shape: str) -> None:
@@ -226,7 +234,7 @@ def _dtype_and_device_follow_the_site(method: surgery.Method, shape: str) -> Non
 def _options_survive_json(method: surgery.Method, shape: str) -> None:
     again = type(method)(**json.loads(json.dumps(method.options())))
     assert again == method, (
-        f"{again} came back. JSON has no tuples: let __post_init__ make one of a list"
+        f"{again} came back. JSON has no tuples: let __post_init__ turn a list into a tuple"
     )
 
 
@@ -244,7 +252,7 @@ LAWS: tuple[Callable[[surgery.Method, str], None], ...] = (
 
 
 def _spliced(method: surgery.Method, shape: str) -> Any:
-    """A model with the method spliced in and moved off its start."""
+    """Return a model with the method spliced in and its parameters moved off their start."""
     model = make_model(shape)
     surgery.splice(model, method)
     _perturb(model)
@@ -252,6 +260,7 @@ def _spliced(method: surgery.Method, shape: str) -> Any:
 
 
 def _perturb(model: nn.Module) -> None:
+    """Move every inserted parameter off its start."""
     torch.manual_seed(2)
     with torch.no_grad():
         for _, parameter in surgery.spliced_parameters(model):
@@ -259,6 +268,7 @@ def _perturb(model: nn.Module) -> None:
 
 
 def _ids() -> Tensor:
+    """Return token ids (2, 9), none of them special."""
     return torch.arange(18).reshape(2, 9) * 7 % (VOCABULARY - 3) + 3
 
 
@@ -270,5 +280,6 @@ def _logits(model: Any, ids: Tensor, train: bool = False, mask: Tensor | None = 
 
 
 def _close(a: Tensor, b: Tensor, what: str) -> None:
+    """Raise unless ``a`` and ``b`` agree to 1e-4, plus 1e-4 of the largest number in ``b``."""
     gap = (a - b).abs().max().item()
     assert gap <= 1e-4 * (1 + b.abs().max().item()), f"{what}, by {gap:.2g}"

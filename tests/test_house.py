@@ -152,6 +152,14 @@ def test_a_file_is_short_and_says_what_it_does(path: Path) -> None:
     assert path.stem not in ("utils", "helpers", "misc", "common")
 
 
+@pytest.mark.parametrize("path", [*FILES, *PLUGINS, *RECIPES], ids=ids)
+def test_no_docstring_is_a_question(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            first = (ast.get_docstring(node) or "").split("\n\n")[0]
+            assert not first.endswith("?"), f"{getattr(node, 'name', path.stem)}: {first}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_only_one_file_knows_transformers(path: Path) -> None:
     if ids(path) not in ("surgery/interop/huggingface", "surgery/cli", "surgery/testing"):

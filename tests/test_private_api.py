@@ -19,7 +19,7 @@ from torch import nn
 import surgery
 from surgery.interop import huggingface
 from surgery.plugin import dropout
-from surgery_recipes import build as recipes_build
+from surgery_recipes.run import build as recipes_build
 from tests.support.models import build, inputs
 
 ROOT = Path(__file__).parent.parent
@@ -244,6 +244,15 @@ def test_a_new_head_is_told_from_what_was_loaded(tmp_path: Path) -> None:
     assert recipes_build.fresh_parameters(model) == ["score.weight"]
     recipes_build.grow_vocabulary(model, 70)
     assert recipes_build.fresh_parameters(model) == ["score.weight"]
+
+
+def test_the_choice_of_attention_function_is_an_attribute_of_the_config() -> None:
+    model = build("gpt2")
+    [(config, name)] = huggingface.choices(model)
+    model.set_attn_implementation("sdpa")
+    assert vars(config)[name] == "sdpa"
+    model.set_attn_implementation("eager")
+    assert vars(config)[name] == "eager"
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@
     python make_movie_reviews.py vaderSentiment-3.3.2.tar.gz
 
 Near-neutral sentences (|rating| < 0.5) are dropped. The thousand with the smallest digest of their
-text are held out: a split that depends on nothing but the sentences.
+text are held out, so the split depends only on the sentences.
 """
 
 import gzip
@@ -20,7 +20,7 @@ HELD_OUT = 1000
 
 
 def main(sdist: str) -> None:
-    """Read the ratings out of the archive in the archive, and write the compact copy."""
+    """Read the ratings from the archive inside the archive, and write a compact copy."""
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(SOURCE)
         assert inner is not None

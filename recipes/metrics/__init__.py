@@ -1,1 +1,5 @@
-"""The scores of the papers, each with where its definition comes from."""
+"""Metrics: the scores of the papers, each with the source of its definition."""
+
+from surgery_recipes.metrics import coqa, meteor, ngram_overlap
+
+__all__ = ["coqa", "meteor", "ngram_overlap"]

@@ -1,9 +1,9 @@
-"""CoQA's exact match and F1, from their description (Reddy et al. 2019, arXiv:1808.07042).
+"""Exact match and F1 of CoQA, from their description (Reddy et al. 2019, arXiv:1808.07042).
 
-Answers are compared lower-cased, without punctuation, articles and extra white space. F1 is that of
+Answers are compared in lower case, without punctuation, articles and extra white space. F1 compares
 bags of words. With k > 1 references, each is left out in turn, the best of the other k - 1 counts,
-and the k values are averaged: so that people, who can be compared with k - 1 others only, are
-measured alike.
+and the k values are averaged. People are measured the same way, as a person's answer can only be
+compared with k - 1 others.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ DROPPED = str.maketrans("", "", string.punctuation)
 
 
 def words(answer: str) -> list[str]:
-    """What counts of an answer."""
+    """The words of an answer that are compared."""
     return ARTICLES.sub(" ", answer.lower().translate(DROPPED)).split()
 
 
 def exact(answer: str, reference: str) -> float:
-    """1 if what counts is the same, else 0."""
+    """1 if the words are the same and in the same order, else 0."""
     return float(words(answer) == words(reference))
 
 
 def f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of words; 1 if both have none, 0 if one has."""
+    """Harmonic mean of precision and recall of words; 1 if neither has words, 0 if one has none."""
     ours, theirs = words(answer), words(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -37,7 +37,7 @@ def f1(answer: str, reference: str) -> float:
 
 
 def against(measure: Callable[[str, str], float], answer: str, references: Sequence[str]) -> float:
-    """The best over the references, averaged over leaving each of them out."""
+    """The best value over the references, averaged over leaving each of them out."""
     values = [measure(answer, reference) for reference in references]
     if len(values) == 1:
         return values[0]
@@ -47,7 +47,7 @@ def against(measure: Callable[[str, str], float], answer: str, references: Seque
 def scores(
     answers: Sequence[str], references: Sequence[Sequence[str]], domains: Sequence[str]
 ) -> dict[str, float]:
-    """``em`` and ``f1`` in per cent, averaged over turns: of all, and of each domain."""
+    """``em`` and ``f1`` in per cent, averaged over all turns and over those of each domain."""
     turns: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for answer, own, domain in zip(answers, references, domains, strict=True):
         value = against(exact, answer, own), against(f1, answer, own)
@@ -61,7 +61,7 @@ def scores(
 
 
 def human(references: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """What people reach: each reference against the others. EM and F1 in per cent."""
+    """Exact match and F1 of people in per cent: each reference against the others."""
     totals = [
         [
             sum(max(measure(r, o) for o in [*own[:i], *own[i + 1 :]]) for i, r in enumerate(own))

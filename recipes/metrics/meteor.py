@@ -1,7 +1,7 @@
-"""METEOR 1.5, the authors' own Java program, as ``pycocoevalcap`` carries it.
+"""METEOR 1.5, computed by its authors' Java program, which ``pycocoevalcap`` carries.
 
-Without Java or the package there is no METEOR, and ``why_not`` says so; nothing stands in for it,
-as other implementations give other numbers.
+Without Java or the package METEOR is left out, and ``why_not`` gives the reason. No other
+implementation replaces it, because others give other numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LABEL = "METEOR 1.5, -l en -norm (pycocoevalcap)"
 
 
 def why_not() -> str:
-    """Why there is no METEOR here; empty if there is."""
+    """The reason why METEOR cannot be computed here, or "" if it can."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return "no METEOR: pip install 'surgery[recipes]'"
     if shutil.which("java") is None:
@@ -25,7 +25,7 @@ def why_not() -> str:
 
 @contextmanager
 def scorer() -> Iterator[Callable[[Sequence[str], Sequence[Sequence[str]]], dict[str, float]]]:
-    """A function that gives ``meteor``, between 0 and 1, or nothing where it cannot be had.
+    """A function that computes ``meteor``, between 0 and 1, or nothing if it cannot be computed.
 
     The program takes seconds to start and runs until the ``with`` block ends.
     """

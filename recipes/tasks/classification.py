@@ -1,4 +1,4 @@
-"""Classification: what tasks that tell sentences, or pairs of them, apart have in common."""
+"""The base class of tasks that assign a class to a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from surgery import Example, Features, RecipeError, TaskKind
 
 @dataclass(frozen=True)
 class Classification(surgery.Task):
-    """Examples are ``texts`` (one, or a pair), ``label`` (its number) and ``set``.
+    """A task of classes. An example has ``texts`` (one, or a pair) and ``label`` (a number).
+
+    A derived class writes ``splits`` and ``labels``. The score is ``accuracy``, unless it writes
+    ``score`` too.
 
     Attributes:
-        path: where the data are.
-        max_length: tokens after which an example is cut, from the longer text of a pair.
+        path: the file or folder of the data.
+        max_length: the most tokens of an example. Longer ones are cut, the longer text of a pair
+            first.
     """
 
     kind: ClassVar[TaskKind] = "classifier"
@@ -29,7 +33,7 @@ class Classification(surgery.Task):
     def __post_init__(self) -> None:
         if self.max_length < 8:
             raise RecipeError(
-                f"task {self.name!r}: max_length={self.max_length} leaves next to nothing of an "
+                f"task {self.name!r}: max_length={self.max_length} leaves almost nothing of an "
                 "example between its special tokens. Take 8 or more."
             )
 
@@ -49,14 +53,24 @@ class Classification(surgery.Task):
 
 
 def labelled(texts: Sequence[str], label: int, where: str) -> dict[str, Any]:
-    """An example, unless a text of it is empty."""
+    """An example of these texts and this label.
+
+    Raises:
+        RecipeError: a text is empty. The message begins with ``where``.
+    """
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise RecipeError(f"{where}: an empty sentence. Take the row out of the file.")
+        raise RecipeError(f"{where}: an empty sentence. Remove the row from the file.")
     return {"texts": tuple(texts), "label": label}
 
 
 def hold_out(examples: list[Any], count: int, where: str) -> tuple[list[Any], list[Any]]:
-    """Training and validation examples: ``count`` are drawn at random, always the same ones."""
+    """Split examples into training and validation examples, ``count`` of them for validation.
+
+    They are drawn at random, and always the same.
+
+    Raises:
+        RecipeError: none would be left for training or validation.
+    """
     if not 0 < count < len(examples):
         raise RecipeError(
             f"{where}: {count} of {len(examples)} examples cannot be held out for validation. "

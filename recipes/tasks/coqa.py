@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import surgery
 from surgery import Example, Features, RecipeError
-from surgery_recipes.files import data_folder, find_file, read_hub, read_json
 from surgery_recipes.metrics import coqa
 from surgery_recipes.tasks.classification import hold_out
+from surgery_recipes.tasks.data_files import data_folder, find_file, read_hub, read_json
 from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
 
 BOS, EOS = "<bos_qa>", "<eos_qa>"
@@ -22,17 +22,17 @@ HUB = "stanfordnlp/coqa"
 class CoQA(Generation):
     """``<bos_qa> <document> text (<question> q <answer> a)... <question> q <answer> a <eos_qa>``.
 
-    The official development set is scored; conversations of the training set are held out to
-    choose the epoch. Earlier answers in a prompt are the right ones, as the official rules have it.
+    The official development set is scored. Conversations of the training set are held out to choose
+    the epoch. The earlier answers in a prompt are the gold ones, as in the official evaluation.
 
     Attributes:
-        path: a folder with ``coqa-train*.json`` and ``coqa-dev*.json`` (or ``train*``, ``dev*``);
-            without it ``coqa`` below $SURGERY_DATA, else ``stanfordnlp/coqa`` from the hub (which
-            has one answer to each question, where the official file has four).
-        max_document: tokens after which the text is cut.
-        history: earlier turns that the prompt has.
-        with_segments: whether markers are segments, too; GPT-2 takes them.
-        held_out: the share of training conversations that choose the epoch.
+        path: a folder with ``coqa-train*.json`` and ``coqa-dev*.json`` (or ``train*``, ``dev*``).
+            Without a path the data are ``coqa`` below $SURGERY_DATA, or else ``stanfordnlp/coqa``
+            of the hub, which has one answer to each question instead of the official four.
+        max_document: the most tokens of the text.
+        history: how many earlier turns are in a prompt.
+        with_segments: whether markers are segments too. GPT-2 takes segments.
+        held_out: the share of training conversations that is held out to choose the epoch.
     """
 
     name: ClassVar[str] = "coqa"
@@ -79,7 +79,7 @@ class CoQA(Generation):
         ]
 
     def prompt(self, example: Example, tokenizer: Any) -> Features:
-        """Of the pieces, behind <bos_qa>, which counts as part of the document."""
+        """The prompt of the pieces behind ``<bos_qa>``, whose segment is the document's."""
         features = super().prompt(example, tokenizer)
         segment = features.get("token_type_ids", [])[:1]
         first = {"input_ids": token_ids(tokenizer, BOS), "token_type_ids": segment}
@@ -101,15 +101,15 @@ class CoQA(Generation):
         return "\n".join([example["story"][:400] + " …", *turns, example["question"]])
 
     def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Exact match and F1 in per cent, over all turns and for each source of texts."""
+        """Exact match and F1 in per cent, over all turns and over those of each source of texts."""
         return coqa.scores(
             list(answers), [e["references"] for e in examples], [e["domain"] for e in examples]
         )
 
     def notes(self) -> dict[str, str]:
-        note = "the official scorer's definition, written anew; per cent over turns"
+        note = "the official scorer's definition, reimplemented; per cent over turns"
         if data_folder(self.path, "coqa") is None:
-            note += "; against one answer to each question, where the official file has four"
+            note += "; with one reference for each question instead of the official four"
         return {"f1": note}
 
     def _read(self, split: str, stems: tuple[str, ...]) -> list[list[Example]]:
@@ -141,7 +141,10 @@ def _turns(
     story: dict[str, Any], questions: list[str], answers: list[list[str]], where: str
 ) -> list[Example]:
     if any(len(row) != len(questions) for row in answers):
-        raise RecipeError(f"{where}: {len(questions)} questions, and not as many answers to each.")
+        raise RecipeError(
+            f"{where}: {len(questions)} questions, and another number of answers. Every "
+            "question needs one in each list of answers."
+        )
     text = not_empty(story["story"], where)
     pairs = [
         (not_empty(q, where), not_empty(a, where))

@@ -1,4 +1,4 @@
-"""Generation: what tasks that write a text after a prompt have in common."""
+"""The base class of tasks that generate a text after a prompt."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ Piece = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Generation(surgery.Task):
-    """Examples have ``pieces`` (the prompt), ``target``, ``references`` and ``source``.
+    """A task of texts. An example has ``target`` (the text to learn) and ``references``.
 
-    A prompt is a list of pieces, each a text after a token that says what it is. With
-    ``segments`` every position also has the token of its piece as segment, whose embedding the
-    model adds:
+    A prompt is a list of pieces, each a marker token with a text behind it. If the task has
+    ``segments``, each position also has the marker of its piece as a segment, and the model adds
+    the marker's embedding:
 
         h_0 = wte[token] + wpe[position] + wte[segment]
 
+    A derived class writes ``splits``, ``pieces``, ``stop``, ``score`` and ``source``, and
+    ``tokens`` if its markers are new to the vocabulary.
+
     Attributes:
-        path: where the data are.
-        max_new_tokens: the longest answer that is generated.
-        beams: 1 is greedy.
+        path: the folder of the data.
+        max_new_tokens: the length of the longest answer that is generated.
+        beams: the number of beams; 1 is greedy decoding.
     """
 
     kind: ClassVar[TaskKind] = "decoder"
@@ -45,11 +48,11 @@ class Generation(surgery.Task):
         return {"max_new_tokens": self.max_new_tokens, "num_beams": self.beams, "do_sample": False}
 
     def pieces(self, example: Example) -> list[Piece]:
-        """The prompt: (token, text) pairs; the last has no text and is the answer's token."""
+        """The prompt as (marker, text) pairs. The last one marks the answer and has no text."""
         raise self.missing("pieces(example)")
 
     def cut(self, token: str, ids: list[int]) -> list[int]:
-        """The ids of a piece, shortened where the task does."""
+        """The ids of a piece, shortened if the task has a limit for it."""
         return ids
 
     def prompt(self, example: Example, tokenizer: Any) -> Features:
@@ -80,18 +83,22 @@ class Generation(surgery.Task):
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a piece of text, and none around them."""
+    """The token ids of a text, without special tokens around it."""
     return list(_token_ids(tokenizer, text))
 
 
 @functools.lru_cache(maxsize=8192)
 def _token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Kept for later, as a document comes back with each question about it."""
+    """Cached, because a document comes back with each question about it."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def not_empty(text: Any, where: str) -> str:
-    """The text, unless it is empty or none."""
+    """A text without the white space around it.
+
+    Raises:
+        RecipeError: it is empty, or not a text. The message begins with ``where``.
+    """
     if not isinstance(text, str) or not text.strip():
-        raise RecipeError(f"{where}: an empty text. Take it out of the file.")
+        raise RecipeError(f"{where}: an empty text. Remove it from the file.")
     return text.strip()

@@ -1,4 +1,4 @@
-"""MNLI: does a premise entail a hypothesis, contradict it, or neither? (Williams et al. 2018)."""
+"""MNLI: tell whether a premise entails or contradicts a hypothesis (Williams et al. 2018)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any, ClassVar
 
 import surgery
 from surgery import Example, RecipeError
-from surgery_recipes.files import data_folder, find_file, read_hub, read_rows, require_columns
 from surgery_recipes.tasks.classification import Classification, labelled
+from surgery_recipes.tasks.data_files import (
+    data_folder,
+    find_file,
+    read_hub,
+    read_rows,
+    require_columns,
+)
 
 LABELS = ("entailment", "neutral", "contradiction")
-NAMES = {  # of columns: the corpus' own and GLUE's, beside the hub's
+NAMES = {  # of the columns on the hub, and in the files of the corpus and of GLUE
     "premise": ("premise", "sentence1"),
     "hypothesis": ("hypothesis", "sentence2"),
     "label": ("label", "gold_label"),
@@ -24,15 +30,16 @@ STEMS = {"matched": "dev_matched", "mismatched": "dev_mismatched", "train": "tra
 
 @dataclass(frozen=True)
 class MNLI(Classification):
-    """Pairs of sentences; the matched and the mismatched development set are scored apart.
+    """Pairs of sentences. The matched and the mismatched development set are scored separately.
 
     Attributes:
         path: a folder with ``train*``, ``dev_matched*`` and ``dev_mismatched*`` (``.jsonl`` or
-            ``.tsv``; the corpus' names of files and columns, or GLUE's); without it ``mnli``
-            below $SURGERY_DATA, else ``nyu-mll/multi_nli`` from the hub.
-        validation: so many of the first matched examples choose the epoch; they are scored, too.
-        mismatched_if: take only the mismatched rows in which this column is true. For partial
-            files that say which of their rows are a fair sample.
+            ``.tsv``), with the names of files and columns of the corpus or of GLUE. Without a path
+            the data are ``mnli`` below $SURGERY_DATA, or else ``nyu-mll/multi_nli`` of the hub.
+        validation: how many of the matched examples, from the first on, choose the epoch. They are
+            scored too.
+        mismatched_if: a column; only mismatched rows in which it is true are taken. Partial files
+            have one that marks an unbiased sample.
     """
 
     name: ClassVar[str] = "mnli"
@@ -49,8 +56,8 @@ class MNLI(Classification):
         sets = {name: self._read(name) for name in ("train", "matched", "mismatched")}
         if not 0 < self.validation <= len(sets["matched"]):
             raise RecipeError(
-                f"task 'mnli': validation={self.validation} is not possible: "
-                f"there are {len(sets['matched'])} matched examples."
+                f"task 'mnli': validation={self.validation} is not possible with "
+                f"{len(sets['matched'])} matched examples. Take 1 to {len(sets['matched'])}."
             )
         return {
             "train": sets["train"],
@@ -82,7 +89,7 @@ class MNLI(Classification):
         found = [_example(row, name, f"{where}: row {i + 1}") for i, row in enumerate(rows)]
         kept = [example for example in found if example]
         if not kept:
-            raise RecipeError(f"{where}: no labelled pair of sentences.")
+            raise RecipeError(f"{where}: no pair of sentences with a gold label.")
         return kept
 
 
@@ -95,11 +102,11 @@ def _example(row: dict[str, Any], name: str, where: str) -> Example:
             raise RecipeError(f"{where}: no column {' or '.join(names)}. Columns: {columns}.")
         values[key] = row[present[0]]
     label = values["label"]
-    if label in ("-", -1):  # the corpus' mark of pairs on which its annotators did not agree
+    if label in ("-", -1):  # the annotators did not agree on this pair
         return {}
     number = LABELS.index(label) if label in LABELS else label
     if str(number) not in ("0", "1", "2"):
-        raise RecipeError(f"{where}: label {label!r} is none of {', '.join(LABELS)}.")
+        raise RecipeError(f"{where}: label {label!r} is not one of {', '.join(LABELS)}.")
     pair = labelled([values["premise"], values["hypothesis"]], int(number), where)
     return {**pair, "set": name}
 

@@ -1,4 +1,4 @@
-"""Sentences: two classes, told apart by a number beside each sentence of one TSV file."""
+"""Sentence classification: two classes, by a number beside each sentence of a TSV file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import ClassVar
 
 import surgery
 from surgery import Example, RecipeError
-from surgery_recipes.files import read_rows
 from surgery_recipes.tasks.classification import Classification, labelled
+from surgery_recipes.tasks.data_files import read_rows
 
 BUNDLED = Path(__file__).parents[1] / "data"
 
 
 @dataclass(frozen=True)
 class SentenceClassification(Classification):
-    """Two classes, told apart by a number beside each sentence.
+    """Two classes, by whether the number beside a sentence exceeds a threshold.
 
     Attributes:
-        path: a TSV with a header, maybe gzipped, with a column ``split`` (train, test);
-            ``package:`` before a name means one that comes with the recipes.
-        text, label: the columns of the sentence and of the number.
+        path: a TSV file with a header, gzipped or not, with a column ``split`` (train or test).
+            ``package:NAME`` is a file of ``recipes/data``.
+        text: the column of the sentence.
+        label: the column of the number.
         positive_above: the label is 1 where the number is greater.
     """
 
@@ -52,7 +53,7 @@ class SentenceClassification(Classification):
             splits[row["split"]].append(example)
         for name, examples in splits.items():
             if not examples:
-                raise RecipeError(f"{file}: no rows with split {name!r}.")
+                raise RecipeError(f"{file}: no rows with split {name!r}. Add some to the file.")
         return splits
 
 

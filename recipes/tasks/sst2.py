@@ -1,4 +1,4 @@
-"""SST-2: is a phrase of a film review positive or negative? (GLUE, Socher et al. 2013)."""
+"""SST-2: tell positive from negative phrases of film reviews (Socher et al. 2013, GLUE)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, ClassVar
 
 import surgery
 from surgery import Example, RecipeError
-from surgery_recipes.files import data_folder, find_file, read_hub, read_rows
 from surgery_recipes.tasks.classification import Classification, hold_out, labelled
+from surgery_recipes.tasks.data_files import data_folder, find_file, read_hub, read_rows
 
 COLUMNS = ("sentence", "label")
 
 
 @dataclass(frozen=True)
 class SST2(Classification):
-    """GLUE's SST-2. The development set is scored, as GLUE's test set has no labels.
+    """GLUE's SST-2. The development set is scored, because GLUE's test set has no labels.
 
     Attributes:
-        path: a folder with ``train*.tsv`` and ``dev*.tsv`` (columns sentence, label); without it
-            ``sst2`` below $SURGERY_DATA, else ``stanfordnlp/sst2`` from the hub.
-        held_out: examples of the training set that choose the epoch.
+        path: a folder with ``train*.tsv`` and ``dev*.tsv`` (columns sentence, label). Without a
+            path the data are ``sst2`` below $SURGERY_DATA, or else ``stanfordnlp/sst2`` of the hub.
+        held_out: the number of training examples that are held out to choose the epoch.
     """
 
     name: ClassVar[str] = "sst2"
@@ -48,7 +48,9 @@ class SST2(Classification):
 
     def _example(self, row: dict[str, Any], where: str) -> Example:
         if str(row["label"]) not in ("0", "1"):
-            raise RecipeError(f"{where}: label {row['label']!r} is neither 0 nor 1.")
+            raise RecipeError(
+                f"{where}: label {row['label']!r} is neither 0 nor 1. Correct or remove the row."
+            )
         text = row["sentence"]
         text = text.strip() if isinstance(text, str) else text
         return labelled([text], int(row["label"]), where)

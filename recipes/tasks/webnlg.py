@@ -1,4 +1,4 @@
-"""WebNLG 2017: say in words what a few RDF triples state (Gardent et al. 2017)."""
+"""WebNLG 2017: verbalise a few RDF triples (Gardent et al. 2017)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import surgery
 from surgery import Example, Features, RecipeError
-from surgery_recipes.files import data_folder, fetch, find_file, read_json
-from surgery_recipes.metrics import meteor, overlap
+from surgery_recipes.metrics import meteor, ngram_overlap
+from surgery_recipes.tasks.data_files import data_folder, download, find_file, read_json
 from surgery_recipes.tasks.generation import Generation, Piece, not_empty, token_ids
 
 BOS, EOS, TARGET = "<bos_webnlg>", "<eos_webnlg>", "<target_webnlg>"
 PARTS = {"subject": "<subject>", "property": "<property>", "object": "<object>"}
-WEB = (  # the hub's copy is a script, which datasets no longer runs
+WEB = (  # the hub has a script instead of files, and datasets no longer runs scripts
     "https://raw.githubusercontent.com/microsoft/LoRA/main/examples/NLG/data/"
     "webnlg_challenge_2017/{}.json"
 )
@@ -28,20 +28,22 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class WebNLG(Generation):
-    """The challenge's data; scores over categories that training has seen, unseen ones, and all.
+    """The challenge's data, scored over seen categories, unseen categories and both.
+
+    A category is seen if it occurs in the training set. Triples are written in one of two ways:
 
     ``markers``: ``<bos_webnlg> (<subject> s <property> p <object> o)... <target_webnlg> text
-    <eos_webnlg>``, with the markers as segments, as in the inducer paper's code.
-    ``bars``: `` | s : p : o | s : p : o <eos> text <eos>``, as Li and Liang 2021 write it (their
-    <bos> is GPT-2's <eos>); no new tokens, any decoder takes it.
+    <eos_webnlg>``, with the markers as segments, as in the code of the inducer paper.
+    ``bars``: `` | s : p : o | s : p : o <eos> text <eos>``, as in Li and Liang 2021, whose <bos> is
+    GPT-2's <eos>. It has no new tokens, so it works with any decoder.
 
     Attributes:
-        path: a folder with ``train*.json``, ``dev*.json``, ``test*.json``; without it ``webnlg``
-            below $SURGERY_DATA, else the files that come with the code of LoRA, from the web.
+        path: a folder with ``train*.json``, ``dev*.json`` and ``test*.json``. Without a path the
+            data are ``webnlg`` below $SURGERY_DATA, or else the files in LoRA's repository.
         linearisation: ``markers`` or ``bars``.
-        with_segments: whether markers are segments, too; GPT-2 takes them.
-        ter: compute TER, which takes minutes over the whole test set.
-        meteor: compute METEOR, where there is Java.
+        with_segments: whether markers are segments too. GPT-2 takes segments.
+        ter: whether to compute TER, which takes minutes over the whole test set.
+        meteor: whether to compute METEOR, which needs Java.
     """
 
     name: ClassVar[str] = "webnlg"
@@ -89,7 +91,7 @@ class WebNLG(Generation):
         return ("" if self.linearisation == "markers" else " ") + example["target"]
 
     def splits(self) -> dict[str, list[Example]]:
-        overlap.check()
+        ngram_overlap.check()
         entries = {name: self._read(name) for name in ("train", "dev", "test")}
         seen = {entry["category"] for entry in entries["train"]}
         for entry in entries["test"]:
@@ -104,7 +106,7 @@ class WebNLG(Generation):
         return "\n".join(" | ".join(triple) for triple in example["triples"])
 
     def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """BLEU, chrF++ and TER of sacrebleu; METEOR 1.5 where there is Java."""
+        """BLEU, chrF++ and TER of sacrebleu, and METEOR 1.5 if Java is installed."""
         scores: dict[str, float] = {}
         with meteor.scorer() if self.meteor else nullcontext() as measure:
             for suffix, wanted in (("_seen", [True]), ("_unseen", [False]), ("", [True, False])):
@@ -115,22 +117,22 @@ class WebNLG(Generation):
                 ]
                 if chosen:
                     texts, references = map(list, zip(*chosen, strict=True))
-                    found = overlap.scores(texts, references, ter=self.ter)
+                    found = ngram_overlap.scores(texts, references, ter=self.ter)
                     found |= measure(texts, references) if measure else {}
                     scores |= {name + suffix: value for name, value in found.items()}
         return scores
 
     def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
         references = [list(example["references"]) for example in examples]
-        return overlap.scores(list(answers), references, ter=False)["bleu"]
+        return ngram_overlap.scores(list(answers), references, ter=False)["bleu"]
 
     def notes(self) -> dict[str, str]:
-        return {**overlap.signatures(), "meteor": meteor.why_not() or meteor.LABEL}
+        return {**ngram_overlap.signatures(), "meteor": meteor.why_not() or meteor.LABEL}
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         folder = data_folder(self.path, "webnlg")
         if folder is None:
-            file = fetch(WEB.format(name), SHA256[name])
+            file = download(WEB.format(name), SHA256[name])
         else:
             file = find_file(folder, (name,), [".json"])
         content = read_json(file)
@@ -148,9 +150,12 @@ def _from_file(entry: dict[str, Any], where: str) -> dict[str, Any]:
     triples = [tuple(t[part] for part in PARTS) for t in entry["modifiedtripleset"]]
     texts = [(lex["lex"], lex["comment"]) for lex in entry["lexicalisations"]]
     if not triples or any(len(triple) != 3 for triple in triples):
-        raise RecipeError(f"{where}: no triples, or not of subject, property and object.")
+        raise RecipeError(
+            f"{where}: no triples, or triples without subject, property and object."
+            " Remove the entry."
+        )
     if not texts:
-        raise RecipeError(f"{where}: no text says what the triples state. Take the entry out.")
+        raise RecipeError(f"{where}: no text verbalises the triples. Remove the entry.")
     clean = [(not_empty(text, where), comment) for text, comment in texts]
     return {
         "category": entry["category"],

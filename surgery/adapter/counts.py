@@ -1,4 +1,4 @@
-"""Counts: the sites, methods and parameters of a spliced model."""
+"""Count the sites, methods and parameters of a spliced model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from surgery.splicer import Report, reports
 class Summary:
     """Sites, methods and parameter counts of a spliced model. Print it.
 
+    All counts are counts of numbers. A parameter of which single rows are trained
+    (``surgery.train_rows``) counts as trainable with those rows alone.
+
     Attributes:
-        reports: the splices.  base: parameters of the base.  inserted: parameters inserted.
-        stored: values of theirs that a saved adapter holds.
-        trainable: parameters that require gradient now.  kept: those of the base among them.
+        model: the name of the model's class.
+        reports: the splices, in order.
+        base, inserted: parameters of the base, and inserted ones.
+        stored: numbers that ``surgery.save`` stores of the inserted modules.
+        trainable: parameters that require a gradient now.
+        kept: parameters of the base among the trainable ones.
     """
 
     model: str
@@ -31,12 +37,12 @@ class Summary:
 
     @property
     def total(self) -> int:
-        """All parameters, inserted ones included."""
+        """All parameters: the base's and the inserted ones."""
         return self.base + self.inserted
 
     @property
     def percent(self) -> float:
-        """Inserted parameters, as the papers count: per cent of the base's."""
+        """Inserted parameters in per cent of the base's, as papers give it."""
         return 100 * self.inserted / self.base
 
     def __repr__(self) -> str:
@@ -63,7 +69,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Sites, methods, trainable and total parameters of a model."""
+    """Return the sites, methods, trainable and total parameters of a model."""
     inserted = {id(p): p for _, p in spliced_parameters(model)}
     base = [p for p in model.parameters() if id(p) not in inserted]
     named = list(model.named_parameters())

@@ -1,4 +1,8 @@
-"""Adapter files: a saved adapter is read checked for damage, and written whole or not at all."""
+"""Read and write the files of a saved adapter; adapter/saving.py has the format.
+
+Reading checks the files for damage before anything is loaded. Writing replaces a file in one step,
+so that a reader finds the old file or the new one.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,14 @@ JSON = "surgery.json"
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors of a saved adapter, checked for damage."""
+    """Return the description and the tensors of a saved adapter, checked for damage.
+
+    Raises:
+        StoreError: a file is missing, damaged or of another format.
+    """
     path = Path(folder) / JSON
     if not path.is_file():
-        raise StoreError(f"{folder}: no {JSON} here, so this is no adapter saved by surgery.save.")
+        raise StoreError(f"{folder}: no {JSON} here, so surgery.save has saved no adapter there.")
     try:
         description = json.loads(path.read_bytes())
         if description["format"] != FORMAT:
@@ -34,32 +42,36 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tens
                 f"the version {description.get('versions', {}).get('surgery')} that wrote it."
             )
         file, digest = description["tensors"], description["sha256"]
-        whole = _whole(description)
+        complete = _is_complete(description)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
-    if not whole:
-        raise StoreError(f"{path} is damaged: a value is of the wrong kind. Save again.")
+    if not complete:
+        raise StoreError(f"{path} is damaged: a value has the wrong type. Save the adapter again.")
     tensors = Path(folder) / file
     if not tensors.is_file():
         raise StoreError(f"{tensors} is missing. Copy the whole folder, or save again.")
     data = tensors.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise StoreError(
-            f"{tensors} is damaged or truncated: {len(data):,} bytes, and not those that {JSON} "
-            "was written for. Copy it again, or save again."
+            f"{tensors} is damaged or truncated: the digest of its {len(data):,} bytes is not the "
+            f"one in {JSON}. Copy the file again, or save again."
         )
     try:
         found = load_tensors(data)
     except SafetensorError as error:
-        raise StoreError(f"{tensors} is damaged ({error}).") from error
+        raise StoreError(f"{tensors} is damaged ({error}). Save the adapter again.") from error
     named = {f"kept.{n}" for n in description["kept"]} | {f"rows.{n}" for n in description["rows"]}
     if named != {name for name in found if not name.startswith("inserted.")}:
-        raise StoreError(f"{path} is damaged: {file} holds other tensors of the base than it says.")
+        raise StoreError(f"{path} is damaged: {file} holds other base tensors. Save again.")
     return description, found
 
 
-def _whole(description: dict[str, Any]) -> bool:
-    """Has a description all that ``load`` reads, each of its kind? Raises what is not there."""
+def _is_complete(description: dict[str, Any]) -> bool:
+    """Whether each value of a description that ``load`` reads has the right type.
+
+    Raises:
+        KeyError, TypeError, AttributeError: a value is missing, or a container has the wrong type.
+    """
     splices, rows = description["splices"], description.setdefault("rows", {})
     names = [description["kept"], *(saved["modules"] for saved in splices)]
     methods = [m for saved in splices for m in saved["methods"]]
@@ -80,7 +92,7 @@ def _whole(description: dict[str, Any]) -> bool:
 
 
 def file_of(folder: Path) -> str:
-    """The tensors that an adapter in this folder has now; the empty string if there is none."""
+    """Return the name of the tensor file of the adapter in this folder; '' if there is none."""
     try:
         name = json.loads((folder / JSON).read_bytes())["tensors"]
         return name if isinstance(name, str) and Path(name).name == name else ""
@@ -89,7 +101,7 @@ def file_of(folder: Path) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Replace a file in one step: after a crash it is the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as out:
@@ -98,7 +110,7 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(out.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # as any new file, not for its maker alone
+        os.chmod(temporary, 0o666 & ~mask)  # as for any new file; mkstemp allows its owner alone
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

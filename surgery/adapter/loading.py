@@ -1,4 +1,14 @@
-"""Loading: a saved adapter is spliced into a base again, or nothing has changed."""
+"""Load a saved adapter: splice it into a base again, or leave the base as it was.
+
+    read the files, check their digest                   files.py
+    find the sites of the saved paths, compare shapes    every misfit is reported
+    compare the fingerprint                              other weights are a warning
+    splice the saved methods, under the saved names      as in the first model
+    copy the tensors; note what was trained along        after this nothing can fail
+
+Whatever can fail comes before the tensors are copied; if a splice fails, those before it are
+removed.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +34,14 @@ from surgery.splicer import remove, reports, splice
 
 
 def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
-    """Splice a saved adapter into a base model, in place. Warns if the base has other weights.
+    """Splice a saved adapter into a base model, in place. Warn if the base has other weights.
 
-    To go on training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as before.
+    To continue training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as
+    before.
 
     Args:
         model: the base; its sites must have the shapes that the adapter was made for.
-        folder: where ``save`` put it.
+        folder: the folder that ``save`` was given.
         example_inputs: as for :func:`surgery.locate`.
 
     Returns:
@@ -46,7 +57,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     _check_kept(model, tensors, folder)
     _check_rows(model, tensors, rows, folder)
     known = description["base"]["fingerprint"]
-    if isinstance(known, dict):  # it was a digest of shapes once
+    if isinstance(known, dict):  # early files have a digest of shapes here
         warn_of_other_weights(model, known, folder)
     kept = {n: tensors[f"kept.{n}"] for n in description["kept"]}
     warn_of_replaced(model, kept, folder)
@@ -56,9 +67,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
             methods = [_method(m, folder) for m in saved["methods"]]
             report = splice(model, methods, at=at, name=saved["name"])
             done.append(saved["name"])
-            made = [i.path for i in report.inserted]
-            if made != saved["modules"]:
-                raise StoreError(_misfit(folder, "inserted modules", saved["modules"], made))
+            paths = [i.path for i in report.inserted]
+            if paths != saved["modules"]:
+                raise StoreError(_misfit(folder, "inserted modules", saved["modules"], paths))
         _fill(model, tensors, rows, folder, done)
     except BaseException:
         for name in reversed(done):
@@ -71,10 +82,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
 
 
 def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put saved tensors back into a model that is spliced as it was when they were saved.
+    """Copy saved tensors back into the spliced model that they were saved from, or one like it.
 
     Raises:
-        StoreError: files are missing or damaged, or the model is spliced otherwise.
+        StoreError: files are missing or damaged, or other modules are spliced into the model.
     """
     description, tensors = read(folder)
     rows = description["rows"]
@@ -85,17 +96,22 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _method(saved: dict[str, Any], folder: Any) -> Method:
+    """Return a method by its saved name and options."""
     try:
         return method(saved["name"], **saved["options"])
     except MethodError as error:
         raise StoreError(
-            f"the adapter in {folder} cannot be loaded here: {error} Install the plugin that it "
-            "was made with, in that version."
+            f"the adapter in {folder} cannot be loaded here: {error} Install the plugin that the "
+            "adapter was made with, in the same version."
         ) from error
 
 
 def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
-    """The sites of this model that a saved splice was made at."""
+    """Return a saved splice with the sites of this model that it was made at.
+
+    Raises:
+        StoreError: a site is missing or has another shape; the message lists the first five.
+    """
     known = {(s.path, s.key, s.kind): s for s in [*sites, *sites.others]}
     chosen: list[Site] = []
     wrong: list[str] = []
@@ -123,6 +139,7 @@ def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, 
 
 
 def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
+    """Raise if the base lacks a kept parameter, or has one of another shape."""
     own = dict(model.named_parameters())
     for key, tensor in tensors.items():
         name = key.removeprefix("kept.")
@@ -134,12 +151,13 @@ def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> No
 def _check_rows(
     model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
 ) -> None:
+    """Raise if the base lacks a parameter of which rows were saved, or one of the rows."""
     for name, chosen in rows.items():
         if not rows_fit(model, name, chosen, tensors[f"rows.{name}"]):
             raise StoreError(
-                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model has "
-                "not. Where they are new tokens, add them first: take the tokenizer that was saved "
-                "with it and call model.resize_token_embeddings(len(tokenizer))."
+                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model lacks. "
+                "If they are new tokens, add them first: take the tokenizer that was saved with "
+                "the adapter and call model.resize_token_embeddings(len(tokenizer))."
             )
 
 
@@ -147,7 +165,7 @@ def _fill(
     model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any,
     names: list[str],
 ) -> None:  # fmt: skip
-    """Copy saved tensors into the splices of these names, and into the base."""
+    """Copy saved tensors into the splices of these names and into the base, all or none."""
     own: dict[str, Tensor] = dict(model.named_parameters())
     wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
@@ -155,7 +173,9 @@ def _fill(
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
         raise StoreError(
-            f"the adapter in {folder} lacks {missing[:5]} and has unexpected {unexpected[:5]}."
+            f"the adapter in {folder} lacks the tensors {missing[:5]} and has {unexpected[:5]}, "
+            "which have no place in this model. See 'splices' in surgery.json for the methods and "
+            "options that it was made with."
         )
     for key, target in wanted.items():
         if target.shape != tensors[key].shape:
@@ -168,6 +188,7 @@ def _fill(
 
 
 def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
+    """Return the message that ``what`` differs between the adapter and this model."""
     return (
         f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
         "here. Load it into the base that it was made for (see 'base' in surgery.json)."

@@ -1,15 +1,18 @@
-"""Merge: fold inserted modules into the weights of the base, where that is exact.
+"""Plan a merge: the new weights of the base, and the modules that they make superfluous.
 
-A port is made by a projection, y = x W + b. A module whose effect on y is again of that form says
-so with one method, and ``merge`` computes the new W and b in float64 and rounds them once:
+    y = x W + b        the projection that makes a port; W (in, out), only the port's columns
 
-    fold(weight, bias) -> (weight, bias)     behind the projection: add, insert, replace
-    fold_input(weight) -> weight             in front of it: feed
+    for each port with inserted modules
+      why_not             refuse a module that is not linear, a weight that is used elsewhere too,
+                          and a module behind one that stays
+      fold_into_weights   fold the feeds, the last (nearest to the projection) first; then the
+                          modules behind the projection, in order
+    conflicts             modules that must stay because of others that stay
 
-W is (in, out), only the columns of the port if the projection is fused; b is None where there is
-none, and what there is besides the projection's own bias if the module reads that. A module that
-can be folded in part only (the inducer's b2) also has ``rest()``, which takes that part out of it;
-one that has a bias of its own to fold says ``needs_bias = True``.
+The protocols ``Foldable``, ``FoldableInput``, ``PartlyFoldable`` and ``NeedsBias`` of
+surgery/plugin/module_protocols.py say what a module offers for this. All folds into one weight go
+into one float64 copy, so that rounding happens once. A module that reads the projection's bias is
+given what b holds besides that bias. Nothing is changed here: adapter/merging.py does that.
 """
 
 from __future__ import annotations
@@ -35,19 +38,31 @@ from surgery.plugin import (
 from surgery.splicer import Inserted, reports
 
 
-def _one(a: Tensor, b: Tensor) -> bool:
-    """Are these one parameter, or two in one place, as ``load_state_dict(assign=True)`` ties?"""
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two parameters are one, or tied by memory, as by ``load_state_dict(assign=True)``."""
     return a is b or (a.data_ptr() == b.data_ptr() != 0 and a.numel() > 0)
 
 
 class MergePlan:
-    """The new weights, and which modules they make superfluous. Nothing is changed here."""
+    """The new weights, and the modules that they make superfluous.
+
+    Attributes:
+        weights: float64 values for parameters of the base, by name.
+        whole: modules that can go.
+        parts: modules of which a part is folded (``PartlyFoldable``) and the rest stays.
+        left: modules that stay although they were chosen.
+
+    Args:
+        names: the splices to merge.
+        partial: leave in place what cannot be folded, instead of raising.
+        stay: paths of modules that are not to be folded, and why.
+    """
 
     def __init__(
         self, model: nn.Module, names: list[str], partial: bool, stay: dict[str, str]
     ) -> None:
         self.model, self.partial, self.stay = model, partial, stay
-        self.own = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.weights: dict[str, Tensor] = {}
         self.whole: list[Inserted] = []
         self.parts: list[Inserted] = []
@@ -59,12 +74,19 @@ class MergePlan:
                 ports.setdefault(place, []).append((i, report.name in names))
         self.refused: set[str] = set()
         for entries in ports.values():
-            self.fold(entries)
+            self.plan_port(entries)
 
-    def fold(self, entries: list[tuple[Inserted, bool]]) -> None:
-        """Fold what was chosen at one port."""
+    def plan_port(self, entries: list[tuple[Inserted, bool]]) -> None:
+        """Fold the chosen modules at one port, or refuse them.
+
+        Args:
+            entries: all modules at the port, in order; True with those that were chosen.
+
+        Raises:
+            SpliceError: a chosen module cannot be folded, and ``partial`` is False.
+        """
         why: dict[str, str] = {}
-        for _ in range(len(entries) + 1):  # what is refused stays, and may be in others' way
+        for _ in range(len(entries) + 1):  # a refused module stays and may be in another's way
             why = {i.path: self.why_not(i, entries) for i, chosen in entries if chosen}
             self.refused |= {path for path, reason in why.items() if reason}
         refused = [i for i, chosen in entries if chosen and why[i.path]]
@@ -78,51 +100,61 @@ class MergePlan:
         self.left += refused
         chosen = [i for i, _ in entries if why.get(i.path) == ""]
         if chosen:
-            self.compute(chosen)
+            self.fold_into_weights(chosen)
 
     def conflicts(self) -> dict[str, str]:
-        """What cannot go because of what stays, by path, and why."""
+        """Return the modules that cannot go because of others that stay: reasons by path.
+
+        A module that stays may use a part of another, or compute with a weight as it is now.
+        """
         gone = {i.path for i in self.whole}
         every = [i for report in reports(self.model).values() for i in report.inserted]
         staying = [(i, self.model.get_submodule(i.path)) for i in every if i.path not in gone]
         found: dict[str, str] = {}
         for i in [*self.whole, *self.parts]:
-            own = set(self.model.get_submodule(i.path).modules())
+            inside = set(self.model.get_submodule(i.path).modules())
             port = i.site.port(i.edit.port)
             for other, module in staying:
-                if i.path in gone and not own.isdisjoint(referred(module)):
-                    found[i.path] = f"{other.method.name!r} at {other.site.path} uses a part of it"
-                for name in (n for n in (port.weight, port.bias) if n in self.own):
-                    if any(frozen.reads(self.own[name]) for frozen in frozen_inside(module)):
-                        found[i.path] = f"{other.method.name!r} reads {name} as the base has it"
+                if i.path in gone and not inside.isdisjoint(referred(module)):
+                    found[i.path] = f"{other.method.name!r} at {other.site.path} uses parts of it"
+                for name in (n for n in (port.weight, port.bias) if n in self.parameters):
+                    if any(frozen.reads(self.parameters[name]) for frozen in frozen_inside(module)):
+                        found[i.path] = f"{other.method.name!r} computes with the base's {name}"
         return {path: why for path, why in found.items() if path not in self.stay}
 
-    def compute(self, chosen: list[Inserted]) -> None:
-        """The projection's weight and bias with these modules folded in."""
+    def fold_into_weights(self, chosen: list[Inserted]) -> None:
+        """Fold these modules of one port into the copies of its projection's weight and bias.
+
+        Raises:
+            SpliceError: a ``fold`` fails, or a value is not finite in the dtype of the base.
+        """
         port = chosen[0].site.port(chosen[0].edit.port)
-        weight, bias = self.stored(port.weight), self.stored(port.bias)
+        weight, bias = self.float64_copy(port.weight), self.float64_copy(port.bias)
         at: Any = slice(None) if port.columns is None else torch.tensor(port.columns)
         matrix = weight.T if port.transposed and weight is not None else weight
         w = matrix[:, at] if matrix is not None else None
         b = bias[at] if bias is not None else None
-        raw = None if b is None else b.clone()
+        own_bias = None if b is None else b.clone()  # the projection's bias before any fold
         feeds = [i for i in chosen if i.edit.verb == "feed"]
         behind = [i for i in chosen if i.edit.verb != "feed"]
         for inserted in [*reversed(feeds), *behind]:
             module: Any = self.model.get_submodule(inserted.path)
             if inserted.edit.verb == "feed":
-                w = _folded(inserted, lambda w, b, m=module: (m.fold_input(w), b), w, b)[0]
-            elif b is not None and raw is not None and _reads_bias(inserted):
-                w, b = _folded(inserted, module.fold, w, b - raw)
-                b = None if b is None else raw + b
+                w = _call_fold(inserted, lambda w, b, m=module: (m.fold_input(w), b), w, b)[0]
+            elif b is not None and own_bias is not None and _reads_bias(inserted):
+                w, b = _call_fold(inserted, module.fold, w, b - own_bias)
+                b = None if b is None else own_bias + b
             else:
-                w, b = _folded(inserted, module.fold, w, b)
+                w, b = _call_fold(inserted, module.fold, w, b)
             (self.parts if isinstance(module, PartlyFoldable) else self.whole).append(inserted)
         for name, merged in ((port.weight, w), (port.bias, b)):
-            if merged is not None and not bool(merged.to(self.own[name].dtype).isfinite().all()):
+            if merged is not None and not bool(
+                merged.to(self.parameters[name].dtype).isfinite().all()
+            ):
                 raise SpliceError(
-                    f"{name}: merged, it would have values that are not finite in "
-                    f"{self.own[name].dtype}. Nothing has changed; merge a copy in a wider dtype."
+                    f"{name} would have values after the merge that are not finite in "
+                    f"{self.parameters[name].dtype}. Nothing has changed; merge a copy in a wider "
+                    "dtype."
                 )
         if matrix is not None:
             assert w is not None
@@ -131,38 +163,38 @@ class MergePlan:
             assert b is not None
             bias[at] = b
 
-    def stored(self, name: str) -> Tensor | None:
-        """The float64 copy of a parameter that the new values gather in."""
+    def float64_copy(self, name: str) -> Tensor | None:
+        """Return the copy of a parameter that all folds write to; None if ``name`` is empty."""
         if not name:
             return None
         if name not in self.weights:
-            self.weights[name] = self.own[name].detach().double().clone()
+            self.weights[name] = self.parameters[name].detach().double().clone()
         return self.weights[name]
 
     def why_not(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
-        """Why a module cannot be folded; empty if it can."""
+        """Return why a module cannot be folded; '' if it can."""
         if inserted.path in self.stay:
             return self.stay[inserted.path]
         module, edit = self.model.get_submodule(inserted.path), inserted.edit
         port = inserted.site.port(edit.port)
         if not isinstance(module, _protocol(edit)):
-            return "what it does is no linear map of its projection's input"
+            return "its module is not a linear map of the projection's input"
         if isinstance(module, PartlyFoldable) and not self.partial:
-            return "only a part of it is linear"
+            return "only a part of its module is linear"
         if not port.weight and not (inserted.site.kind == "norm" and port.bias):
             return f"port {port.name!r} is not made by one plain floating-point matrix"
         for name in (port.weight, port.bias):
-            if name and name not in self.own:
-                return f"{name} is a parameter no more (a parametrization makes it, say)"
+            if name and name not in self.parameters:
+                return f"{name} is no longer a parameter (a parametrization may compute it)"
         if isinstance(module, NeedsBias) and module.needs_bias and not port.bias:
-            return f"the projection of port {port.name!r} has no bias to take up its own"
-        return self.shared(inserted.site, port) or self.in_the_way(inserted, entries)
+            return f"the projection of port {port.name!r} has no bias to fold the module's into"
+        return self.why_shared(inserted.site, port) or self.why_blocked(inserted, entries)
 
-    def shared(self, site: Site, port: Port) -> str:
-        """Is a weight used elsewhere too?"""
+    def why_shared(self, site: Site, port: Port) -> str:
+        """Return where else the weight or bias of a port is used; '' if nowhere."""
         for name in filter(None, (port.weight, port.bias)):
             tied = self.model.named_parameters(remove_duplicate=False)
-            others = [n for n, p in tied if _one(p, self.own[name]) and n != name]
+            others = [n for n, p in tied if _share_memory(p, self.parameters[name]) and n != name]
             if others:
                 return f"its weight {name} is also {others[0]}, which must stay as it is"
         for other in site.ports.values():
@@ -171,15 +203,18 @@ class MergePlan:
                 return f"its weight {port.weight} also makes port {other.name!r}"
         return ""
 
-    def in_the_way(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
-        """Does something that stays stand between the projection and this module?"""
+    def why_blocked(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
+        """Return what stays between the projection and this module; '' if nothing does.
+
+        Modules that only add to the port commute, so one that stays blocks no other.
+        """
         place = next(n for n, (i, _) in enumerate(entries) if i is inserted)
         port = inserted.edit.port
         for number, (other, chosen) in enumerate(entries):
-            if number == place or (chosen and self.goes(other)):
+            if number == place or (chosen and self.folds_whole(other)):
                 continue
             reads = other.edit.reads
-            behind = inserted.edit.verb != "feed"  # in front of the projection nothing else is
+            behind = inserted.edit.verb != "feed"  # only feeds stand in front of the projection
             sums = other.edit.verb == inserted.edit.verb == "add" and port not in reads
             if other.edit.verb == "feed" or (behind and number < place and not sums):
                 return f"{other.method.name!r} stands before it and stays"
@@ -187,8 +222,8 @@ class MergePlan:
                 return f"{other.method.name!r} reads the bias of {port!r} and stays"
         return ""
 
-    def goes(self, inserted: Inserted) -> bool:
-        """Is nothing left of a module, as it is folded whole?"""
+    def folds_whole(self, inserted: Inserted) -> bool:
+        """Whether nothing is left of a module after the fold."""
         if inserted.path in self.refused:
             return False
         module = self.model.get_submodule(inserted.path)
@@ -198,36 +233,37 @@ class MergePlan:
 
 
 def _protocol(edit: Edit) -> type:
-    """What a module must offer to be folded."""
+    """Return the protocol that a module needs to be folded at this edit."""
     return FoldableInput if edit.verb == "feed" else Foldable
 
 
-def _folded(
+def _call_fold(
     inserted: Inserted, fold: Callable[..., Any], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What a module's ``fold`` gives, if it is of the shapes that it was given."""
+    """Return ``fold(weight, bias)`` of an inserted module, checked to have the same shapes."""
     where = f"method {inserted.method.name!r} at {inserted.site.path}"
     try:
         with torch.no_grad():
-            made = fold(weight, bias)
-            new_weight, new_bias = made
+            result = fold(weight, bias)
+            new_weight, new_bias = result
             pairs = ((new_weight, weight), (new_bias, bias))
             fits = all(
                 getattr(new, "shape", None) == getattr(old, "shape", None) for new, old in pairs
             )
-    except Exception as error:  # whatever the code of a plugin raises
+    except Exception as error:  # a plugin's code may raise anything
         raise SpliceError(
-            f"{where}: its fold fails ({type(error).__name__}: {error}). Nothing has changed. It "
-            "gets W (in, out) and b, or None, and returns both; a module whose own bias goes into "
-            "b says needs_bias = True."
+            f"{where}: its fold fails ({type(error).__name__}: {error}). Nothing has changed. fold "
+            "is given W (in, out) and b, or None, and returns both; a module that folds a bias of "
+            "its own into b has needs_bias = True."
         ) from error
     if not fits:
         raise SpliceError(
             f"{where}: its fold gives other shapes than the weight and bias that it was given. "
-            "Nothing has changed. Return W (in, out) and b as they came, or None for None."
+            "Nothing has changed. Return W (in, out) and b in their shapes, and None for None."
         )
     return new_weight, new_bias
 
 
 def _reads_bias(inserted: Inserted) -> bool:
+    """Whether a module reads the bias of a projection (a read such as ``query.bias``)."""
     return any(read.endswith(".bias") for read in inserted.edit.reads)

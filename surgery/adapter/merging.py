@@ -1,4 +1,14 @@
-"""Merging: fold what is linear into the base's weights, and undo it."""
+"""Merge: fold inserted modules into the weights of the base, and undo it.
+
+    merge(model)
+      MergePlan   new weights in float64; planned again while modules that stay hold others back
+      write       each weight rounded once to its dtype, the original kept
+      rest        partly folded modules drop the part that has been folded
+      forget      folded modules are taken out, and hosts with no edit left are restored
+    -> Merged     .undo(model) writes the originals back
+
+All checks are part of the plan: a merge that is refused has changed nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +24,34 @@ from surgery.splicer import Inserted, forget, reports, require_spliced
 
 @dataclass
 class Merged:
-    """What ``merge`` did. Print it; as long as it is held, :meth:`undo` can put back the weights.
+    """The result of ``surgery.merge``. Print it, or keep it for :meth:`undo`.
 
     Attributes:
-        folded: the modules that are gone.  left: those that are still spliced.
-        originals: the weights as they were, by name.
+        folded: the modules that were folded whole and taken out.
+        left: the modules that are still spliced in.
+        originals: copies of the weights before the merge, by name.
+        written: sums of the weights that the merge wrote, by which ``undo`` knows them again.
     """
 
     folded: list[Inserted] = field(default_factory=list)
     left: list[Inserted] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    written: dict[str, list[float]] = field(default_factory=dict, repr=False)  # sums of the new
+    written: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
     def undo(self, model: nn.Module) -> None:
-        """Give the base its own weights back, bit for bit. (What was folded is not spliced again:
-        load the adapter for that.)
+        """Give the base its original weights back, bit for bit.
+
+        The folded modules are not spliced in again; load the adapter for that.
 
         Raises:
-            SpliceError: one of them is not what this merge made of it, as another merge changed it.
+            SpliceError: a weight has changed since the merge, as by a later merge.
         """
         own = dict(model.named_parameters())
         since = [n for n, sums in self.written.items() if sums_of(own[n]) != sums]
         if since:
             raise SpliceError(
-                f"{since[0]} has changed since this merge. Undo later merges first, the last one "
-                "before the others."
+                f"{since[0]} has changed since this merge. Undo later merges first, beginning with "
+                "the last one."
             )
         with torch.no_grad():
             for name, tensor in self.originals.items():
@@ -51,30 +64,30 @@ class Merged:
 
 
 def sums_of(x: Tensor) -> list[float]:
-    """Three sums by which a tensor is told from another."""
+    """Return the sums of x, x^2 and x times a ramp; two tensors hardly ever agree in all three."""
     wide = x.detach().double().flatten()
     ramp = torch.linspace(0, 1, wide.numel(), dtype=wide.dtype, device=wide.device)
     return [float(wide.sum()), float(wide.square().sum()), float((wide * ramp).sum())]
 
 
 def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> Merged:
-    """Fold one splice, or all, into the base's weights; outputs stay what they are.
+    """Fold one splice, or all, into the base's weights. Outputs stay the same, up to rounding.
 
     Args:
         model: a spliced model.
-        name: of the splice; all of them if None.
-        partial: leave spliced what cannot be folded, instead of refusing.
+        name: the name of the splice; None means all.
+        partial: leave in place what cannot be folded, instead of raising.
 
     Returns:
-        what was folded, what is left, and the original weights.
+        the folded modules, those that are left, and the original weights.
 
     Raises:
-        SpliceError: something cannot be folded; the method and the reason are named, and nothing
-            has changed.
+        SpliceError: a module cannot be folded; the message names the method and the reason.
+            Nothing has changed.
     """
     names = list(reports(model)) if name is None else [name]
     require_spliced(model, names)
-    stay: dict[str, str] = {}  # modules that others are in the way of, and how
+    stay: dict[str, str] = {}  # paths of modules that others hold back, and why
     while new := (plan := MergePlan(model, names, partial, stay)).conflicts():
         stay |= new
     own = dict(model.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""Parameters: the tensors that splices have inserted, by name."""
+"""List the tensors of inserted modules, by their names in the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from surgery.splicer import reports
 def spliced_parameters(
     model: nn.Module, name: str | None = None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The inserted parameters of one splice, or of all, with their names in the model.
+    """Yield the inserted parameters of one splice, or of all, with their names in the model.
 
-    One that several inserted modules share comes once.
+    A parameter that several inserted modules share comes once, under its first name.
+
+    Args:
+        model: a spliced model.
+        name: the name of the splice; None means all.
     """
     seen: set[int] = set()
     for report in reports(model).values():
@@ -29,7 +33,11 @@ def spliced_parameters(
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a saved adapter holds of the inserted modules (see ``Method.plain``), by name."""
+    """Return the tensors that inference needs of the inserted modules, by name.
+
+    They are the ``plain_state`` of a module that has one (``Reparametrised``), else its
+    ``state_dict``. A shared tensor comes once.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for report in reports(model).values():
@@ -47,7 +55,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of inserted modules, of all splices or of some."""
+    """Return parameters and persistent buffers of inserted modules, of all splices or of some."""
     found: dict[str, Tensor] = {}
     for name in reports(model) if names is None else names:
         found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
@@ -55,6 +63,7 @@ def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Te
 
 
 def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+    """Return the persistent buffers of one splice; they are those in the ``state_dict``."""
     found = []
     for inserted in reports(model)[name].inserted:
         module = model.get_submodule(inserted.path)

@@ -14,12 +14,16 @@ from surgery.splicer import look_up, record_of
 
 
 class RowGradient:
-    """A gradient hook on a parameter: zero but in some rows. Copies of the model get their own."""
+    """A gradient hook of a parameter: the gradient is zero outside the given rows.
+
+    ``copy.deepcopy`` and pickle lose the hooks of a tensor. So a copy of this object registers
+    itself on the copied parameter.
+    """
 
     def __init__(self, parameter: nn.Parameter, rows: Sequence[int]) -> None:
         self.parameter, self.rows = parameter, list(rows)
         trained = parameter.requires_grad
-        parameter.requires_grad_(True)  # else it takes no hook
+        parameter.requires_grad_(True)  # a tensor that requires no gradient refuses hooks
         self.handle = parameter.register_hook(self)  # type: ignore[no-untyped-call]
         parameter.requires_grad_(trained)
 
@@ -38,12 +42,17 @@ class RowGradient:
 def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     """Train these rows of the parameter ``name``, beside what is trained already.
 
-    Call it after :func:`surgery.freeze_base`, which forgets such rows; so does removing or merging
-    the last splice. ``surgery.save`` stores these rows alone. A tied parameter (an embedding that
-    is the output projection too) has one name in ``model.named_parameters()``; take that.
+    Call ``train_rows`` after :func:`surgery.freeze_base`, which resets it; removing or merging the
+    last splice resets it, too. ``surgery.save`` stores these rows alone.
+
+    Args:
+        model: a spliced model.
+        name: a name in ``model.named_parameters()``. A tied parameter, such as an embedding that is
+            also the output projection, has one name there.
+        rows: indices along the first axis; they join those of earlier calls.
 
     Raises:
-        SpliceError: no such parameter, or a row that it has not.
+        SpliceError: there is no such parameter, or no such row.
     """
     own = dict(model.named_parameters())
     if name not in own:
@@ -53,7 +62,7 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     if wrong or not rows:
         raise SpliceError(
             f"{name} has rows 0 to {count - 1}; asked for {wrong or 'none'}. "
-            "Resize the embedding before you train its new rows."
+            "Resize the embedding before training its new rows."
         )
     own[name].requires_grad_(True)
     hooks: dict[str, RowGradient] = record_of(model).rows
@@ -65,19 +74,23 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
 
 
 def trained_rows(model: nn.Module) -> dict[str, list[int]]:
-    """Parameters of which only some rows are trained, and which."""
+    """Return the rows that are trained of each parameter of which single rows are trained.
+
+    Raises:
+        SpliceError: such a parameter has been replaced, so that its gradient hook is lost.
+    """
     hooks: dict[str, RowGradient] = look_up(model).rows
     own = dict(model.named_parameters()) if hooks else {}
     lost = [name for name, hook in hooks.items() if own.get(name) is not hook.parameter]
     if lost:
         raise SpliceError(
-            f"{lost[0]} is another parameter now (as load_state_dict(assign=True) makes it), and "
-            "all its rows would be trained. Call surgery.freeze_base and train_rows again."
+            f"{lost[0]} is another parameter now (load_state_dict(assign=True) replaces them), so "
+            "all its rows would be trained. Call surgery.freeze_base and surgery.train_rows again."
         )
     return {name: hook.rows for name, hook in hooks.items()}
 
 
 def rows_fit(model: nn.Module, name: str, rows: Sequence[int], saved: Tensor) -> bool:
-    """Has the model a parameter that these saved rows are rows of?"""
+    """Whether the model has these rows of the parameter ``name``, of the width of ``saved``."""
     own = dict(model.named_parameters())
     return name in own and max(rows) < own[name].shape[0] and own[name].shape[1:] == saved.shape[1:]

@@ -1,10 +1,18 @@
-"""Store: a saved adapter is one JSON of what was done and one safetensors file of tensors.
+"""Save the splices of a model: a JSON file that describes them, and a file of their tensors.
 
-    surgery.json                    methods, options, sites, versions, what the base looked like
-    surgery-<digest>.safetensors    inserted tensors, and those of the base that were trained along
+    splice -> train -> save -> load      splices the same methods into a base, copies the tensors
+                            -> restore   copies the tensors into a model that is spliced already
 
-The tensors are written first and the JSON, which names them by digest, takes its place last, in
-one step: an interrupted save leaves the old adapter whole. ``load`` replays the splice.
+    surgery.json                    format, versions, digest of the tensors
+                                    base: class, name, fingerprint of its weights
+                                    splices: name, methods and options, sites, module paths
+                                    kept, rows: parameters of the base that were trained along
+    surgery-<digest>.safetensors    inserted.<name>   of inserted modules
+                                    kept.<name>       whole parameters of the base (freeze_base)
+                                    rows.<name>       single rows of them (train_rows)
+
+The tensors are written first. The JSON names them by their digest and takes its place last, in one
+step, so an interrupted save leaves the old adapter whole.
 """
 
 from __future__ import annotations
@@ -35,27 +43,27 @@ from surgery.splicer import reports
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
-    """Save every splice of a model, and what of its base was trained along, into ``folder``.
+    """Save every splice of a model, and the parameters of its base that were trained along.
 
     Args:
         model: a spliced model.
-        folder: made if it is not there; an older adapter in it is replaced.
-        plain: drop what only training needs, and store what it makes (a reparametrised prefix as
-            plain keys and values); ``False`` stores all, to go on training from.
+        folder: the folder to write to. It is made if needed; an older adapter in it is replaced.
+        plain: store only what inference needs, such as the keys and values of a prefix without the
+            MLP that makes them. ``False`` stores everything, to continue training.
 
     Returns:
         the folder.
 
     Raises:
-        SpliceError: nothing is spliced, or it is partly merged.
+        SpliceError: nothing is spliced in, or a splice is partly merged.
     """
     if not reports(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
     merged = [report.name for report in reports(model).values() if report.merged]
     if merged:
         raise SpliceError(
-            f"splice {merged[0]!r} is partly merged into the base, whose weights have changed: an "
-            "adapter alone would not hold that. Save it before merging, or save the whole model."
+            f"splice {merged[0]!r} is partly merged into the base, so an adapter would lack the "
+            "part that the base's weights hold. Save before merging, or save the whole model."
         )
     own = dict(model.named_parameters())
     _warn_of_methods_not_offered(model)
@@ -86,19 +94,20 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     before = file_of(target)
     write_whole(target / file, data)
     write_whole(target / JSON, text)
-    if before not in ("", file):  # and no other: somebody else may be saving here, too
+    if before not in ("", file):  # other files may belong to a save that is under way
         (target / before).unlink(missing_ok=True)
     return target
 
 
 def _trained(model: nn.Module) -> set[str]:
-    """Parameters that are no part of the base as it was: inserted, or trained along."""
+    """Return the names of all parameters that are inserted, or trained along."""
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in inserted}
     return names | set(kept_parameters(model)) | set(trained_rows(model))
 
 
 def _warn_of_methods_not_offered(model: nn.Module) -> None:
+    """Warn if a method comes from no installed plugin: ``load`` would not find it."""
     used = {m.name: type(m) for report in reports(model).values() for m in report.methods}
     unknown = [name for name, cls in used.items() if methods().get(name) is not cls]
     if unknown:
@@ -110,6 +119,7 @@ def _warn_of_methods_not_offered(model: nn.Module) -> None:
 
 
 def _describe(report: Any, plain: bool) -> dict[str, Any]:
+    """Return what the JSON holds of one splice."""
     methods = [m.plain() if plain else m for m in report.methods]
     return {
         "name": report.name,
@@ -120,6 +130,7 @@ def _describe(report: Any, plain: bool) -> dict[str, Any]:
 
 
 def site_shape(site: Site) -> dict[str, Any]:
+    """Return the identity and the widths of a site; ``load`` compares them with the base's."""
     numbers = ("width", "heads", "kv_heads", "head_width", "value_width")
     return {"path": site.path, "key": site.key, "kind": site.kind} | {
         n: getattr(site, n) for n in numbers

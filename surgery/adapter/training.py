@@ -1,4 +1,13 @@
-"""Training: what is trained, what is frozen, and how much that is."""
+"""Choose which parameters of a spliced model are trained, and so which of them are saved.
+
+    inserted parameters             trained, saved
+    kept parameters of the base     trained, saved     freeze_base(keep=..., fresh=True)
+    single rows of the base's       trained, saved     train_rows (row_training.py)
+    the rest of the base            frozen
+
+``freeze_base`` chooses anew: it resets ``train_rows`` and replaces the list of kept parameters,
+which is in the model's record (surgery/splicer/record.py).
+"""
 
 from __future__ import annotations
 
@@ -21,13 +30,20 @@ _log = logging.getLogger("surgery")
 
 
 def kept_parameters(model: nn.Module) -> list[str]:
-    """Names of base parameters that ``freeze_base`` left trainable."""
+    """Return the names of the base parameters that ``freeze_base`` left trainable."""
     return look_up(model).kept
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What ``freeze_base`` did: which base parameters stay trainable, which of them are fresh."""
+    """The result of ``surgery.freeze_base``. Print it.
+
+    Attributes:
+        kept: names of the base parameters that stay trainable.
+        fresh: those among them for which ``from_pretrained`` found no weights.
+        frozen: how many numbers are frozen.
+        rows: names of the parameters for which ``train_rows`` was reset.
+    """
 
     kept: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -42,24 +58,26 @@ class Frozen:
             )
         if self.rows:
             text += (
-                f"; single rows are trained no more of {', '.join(self.rows)}: call "
-                "surgery.train_rows again"
+                f"; train_rows was reset for {', '.join(self.rows)}; call surgery.train_rows again"
             )
         asked = [n for n in self.kept if n not in self.fresh]
         return text + (f"; still trained, as asked: {', '.join(asked)}" if asked else "")
 
 
 def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) -> Frozen:
-    """Train only what was inserted, and what is kept beside it.
+    """Freeze the base: train only the inserted parameters, and those that are kept.
 
     Args:
         model: a spliced model.
-        keep: names of modules or parameters of the base that stay trainable. They are saved along.
-        fresh: also keep what ``from_pretrained`` found no weights for, such as a new
-            classification head. It says so.
+        keep: names of modules or parameters of the base that stay trainable and are saved.
+        fresh: also keep the parameters for which ``from_pretrained`` found no weights, such as a
+            new classification head. A warning in the log names them.
+
+    Returns:
+        the names of the kept parameters, and how much is frozen.
 
     Raises:
-        SpliceError: nothing is spliced, or a name in ``keep`` fits nothing.
+        SpliceError: nothing is spliced in, or the base lacks a name in ``keep``.
     """
     if not reports(model):
         raise SpliceError(
@@ -76,7 +94,7 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
         if not found:
             parts = {".".join(n.split(".")[:i]) for n in base for i in range(1, n.count(".") + 2)}
             raise SpliceError(
-                f"keep={wish!r}: no module or parameter of that name. {suggest(wish, parts)}"
+                f"keep={wish!r}: the base has no such module or parameter. {suggest(wish, parts)}"
             )
         kept.update(dict.fromkeys(found))
     new = [n for n in huggingface.fresh_parameters(model) if n in base] if fresh else []
@@ -93,20 +111,23 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
 
 
 def keep_also(model: nn.Module, names: Sequence[str]) -> None:
-    """Count these parameters of the base among those that are trained and saved along."""
+    """Add these parameters of the base to the kept ones, which are saved along."""
     record = record_of(model)
     record.kept = list(dict.fromkeys([*record.kept, *names]))
 
 
 def warn_of_replaced(model: nn.Module, kept: dict[str, Tensor], folder: Any) -> None:
-    """Warn if these take the place of what was kept for other splices: a model has one head."""
+    """Warn if a load replaces parameters of the base that other splices were trained with.
+
+    A model has one head, say: the second adapter brings its own.
+    """
     own, others = dict(model.named_parameters()), list(reports(model))
     known = kept.keys() & set(kept_parameters(model)) if others else ()
     lost = sorted(n for n in known if not torch.equal(own[n], kept[n].to(own[n])))
     if lost:
         warnings.warn(
-            f"the adapter in {folder} brings its own {', '.join(lost[:5])}, in place of those that "
-            f"were trained with {', '.join(others)}. Load each into a copy of the base to have "
-            "both.",
+            f"the adapter in {folder} brings its own {', '.join(lost[:5])} and replaces those that "
+            f"were trained with {', '.join(others)}. To have both, load each into a copy of the "
+            "base.",
             stacklevel=3,
         )

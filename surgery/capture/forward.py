@@ -1,12 +1,26 @@
-"""Capture: the forward of one module, run once on example values, becomes a ``torch.fx.Graph``.
+"""Capture a forward: run it once on example values and record it as a ``torch.fx.Graph``.
 
-    x --forward--> y         recorded as nodes        placeholder, call_module, call_function, ...
+    capture(host, forward, args, kwargs)
+      |  each leaf of the arguments becomes a placeholder and a copy of its value: a proxy
+      v
+    forward(host, *proxies)                runs while torch's functions are replaced
+      |                                    (interception.py)
+      |  an operation on a proxy           one node, run on the values too (tracer.py)
+      |  a call of a submodule             one node; on the way to a site the module is traced
+      |                                    through, and two nodes run its hooks (module_hooks.py)
+      |  a call that takes no proxy        one node, such as a factory that makes a mask
+      |  bool(), len(), int() of a proxy   the value answers, a guard records it (guards.py)
+      |  an attribute, the gradient mode   the value that was read is recorded
+      v
+    Captured(graph, guards, reads, parts, ambient)
 
-``torch.fx.symbolic_trace`` gives up on today's attention code: it asks proxies for their truth,
-their length and their type. Here every proxy carries its value (see proxy.py), sizes stay nodes,
-and the modules that are not on the way to a site stay whole.
+``torch.fx.symbolic_trace`` fails on today's attention code, which asks proxies for their truth,
+length and type. Here every proxy carries its value (proxy.py), and sizes stay nodes, so that one
+graph is good for any batch and length.
 
-Capture leaves no trace: it draws no random number, fires no hook, and works on copies of caches.
+The tracer and its proxies live for one capture. The nodes keep their example values in
+``meta["value"]`` until the graph is compiled (surgery/host/variant.py). Capture leaves no trace:
+no hook fires, random states and buffers are restored, and the forward works on copies of caches.
 """
 
 from __future__ import annotations
@@ -44,27 +58,28 @@ def capture(
     """Capture ``forward(module, *args, **kwargs)`` as a graph.
 
     Args:
-        module: the host; its parameters and submodules are what the graph refers to.
-        forward: an unbound forward of it.
+        module: the host; the graph refers to its parameters and submodules.
+        forward: an unbound forward of the host.
         args, kwargs: example inputs, nested in tuples, lists and dicts. They are not changed.
         through: paths below ``module`` of the modules to trace through; others stay whole.
-        attention_patch: how to keep a library's attention functions whole.
-        path: where the host is in the model, for the error.
-        is_leaf: says of a module whether it stays whole all the same (the plugins' hook).
+        attention_patch: replaces a library's attention functions by ones that stay whole.
+        path: the path of the host in the model, for errors.
+        is_leaf: whether a module in ``through`` stays whole all the same (the plugins' hook).
 
     Returns:
-        a graph whose placeholders are the host itself and then the leaves of ``(args, kwargs)``
-        that ``values.leaves`` yields, in that order.
+        a graph whose placeholders are the host and then the leaves of ``(args, kwargs)``, in the
+        order of ``interop.leaves``.
 
     Raises:
-        CaptureError: the forward does something that a graph cannot hold; it names the line.
+        CaptureError: the forward does something that a graph cannot hold; the message names the
+            line.
     """
     tracer = Tracer(module, through, is_leaf)
     with capture_running():
-        return _capture(tracer, forward, args, kwargs, attention_patch, path)
+        return _record(tracer, forward, args, kwargs, attention_patch, path)
 
 
-def _capture(
+def _record(
     tracer: Tracer,
     forward: Callable[..., Any],
     args: tuple[Any, ...],
@@ -72,6 +87,7 @@ def _capture(
     attention_patch: AttentionPatch | None,
     path: str,
 ) -> Captured:
+    """Run ``forward`` under the tracer; refuse it if it has side effects that a graph loses."""
     module = tracer.root
     tracer.root_node = tracer.graph.placeholder("host")
     tracer.root_node.meta.update(value=None, owner="")
@@ -86,7 +102,7 @@ def _capture(
         return seen[key]
 
     inputs = map_leaves((args, kwargs), placeholder)
-    containers = [(held, _items(held)) for held in _containers(inputs[0], *inputs[1].values())]
+    containers = [(each, _items(each)) for each in _containers(inputs[0], *inputs[1].values())]
     try:
         with intercepted(module, tracer, attention_patch):
             output = forward(module, *inputs[0], **inputs[1])
@@ -97,12 +113,12 @@ def _capture(
         raise CaptureError(
             f"cannot capture the forward of {type(module).__name__} at {path or 'the root'}: "
             f"{type(error).__name__}: {error}\n  at {line_of(error)}\n"
-            "The forward does something there that a graph cannot hold. Rewrite that line, move it "
-            "into a submodule of its own, or keep such a submodule whole with the is_leaf hook."
+            "A graph cannot hold what this line does. Rewrite the line, move it into a submodule "
+            "of its own, or keep such a submodule whole with the is_leaf hook."
         ) from error
     _refuse_leaks(tracer, path)
-    for held, items in containers:
-        _refuse_change(held, items, path)
+    for container, before in containers:
+        _refuse_change(container, before, path)
     tracer.graph.lint()
     ambient: list[tuple[Callable[[], Any], Any]] = [
         (partial(ask, *args), answer) for (ask, args), answer in tracer.ambient.items()
@@ -112,7 +128,7 @@ def _capture(
 
 
 def _containers(*given: Any) -> Iterator[Any]:
-    """The lists and dicts among arguments."""
+    """Yield the lists and dicts among arguments, nested ones included."""
     for x in given:
         if type(x) in (list, dict):
             yield x
@@ -120,26 +136,31 @@ def _containers(*given: Any) -> Iterator[Any]:
             yield from _containers(*(x.values() if type(x) is dict else x))
 
 
-def _items(held: Any) -> list[tuple[Any, Any]]:
-    return list(held.items() if type(held) is dict else enumerate(held))
+def _items(container: Any) -> list[tuple[Any, Any]]:
+    """Return the values of a list or dict with their positions or keys."""
+    return list(container.items() if type(container) is dict else enumerate(container))
 
 
-def _refuse_change(held: Any, items: list[tuple[Any, Any]], path: str) -> None:
-    """A list or dict that the caller gave is another one in the graph: changes would be lost."""
-    now = _items(held)
-    same = len(now) == len(items) and all(
-        a == b and x is y for (a, x), (b, y) in zip(now, items, strict=True)
+def _refuse_change(container: Any, before: list[tuple[Any, Any]], path: str) -> None:
+    """Raise if the forward has changed a list or dict among its arguments.
+
+    The graph takes such a container apart into its leaves, so the caller's own container would
+    stay as it is.
+    """
+    now = _items(container)
+    same = len(now) == len(before) and all(
+        a == b and x is y for (a, x), (b, y) in zip(now, before, strict=True)
     )
     if not same:
         raise CaptureError(
-            f"the forward at {path or 'the root'} changes a {type(held).__name__} that it is "
-            "given; a graph cannot do that. Give it an object with methods of its own, as caches "
-            "are, return what is new, or keep that submodule whole with the is_leaf hook."
+            f"the forward at {path or 'the root'} changes a {type(container).__name__} among its "
+            "arguments; a graph cannot do that. Pass an object with methods of its own, as caches "
+            "are, return the new values, or keep that submodule whole with the is_leaf hook."
         )
 
 
 def _refuse_leaks(tracer: Tracer, path: str) -> None:
-    """A proxy that the forward stored on a module would outlive the capture."""
+    """Raise if the forward has stored a proxy on a module: it would outlive the capture."""
     for module in tracer.root.modules():
         for name, value in vars(module).items():
             if any_proxy(value):

@@ -1,4 +1,9 @@
-"""Guards: answers that Python got while capturing, and which of them can be asked again early."""
+"""Guard the values that a capture branched on, and tell which can be checked before a graph runs.
+
+A graph is one path through a forward. Where Python asked a proxy for its truth, its length or a
+number, the answer chose that path, so the graph fits another call only if the answer is the same
+there. The check can come before the graph runs if it needs no tensor and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,14 @@ _PURE |= {getattr(math, n) for n in MATH}
 
 @dataclass
 class Guard:
-    """An answer that Python got while capturing: ``convert(node) == expected``."""
+    """A condition of a graph: ``convert(value of node) == expected``.
+
+    Attributes:
+        node: the node whose value Python asked for.
+        convert: the question, such as ``bool`` or ``len``.
+        expected: the answer during the capture.
+        where: file and line of the model that asked.
+    """
 
     node: fx.Node
     convert: Callable[[Any], Any]
@@ -42,13 +54,16 @@ class Guard:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """May this node be evaluated before the graph runs: no tensor work, no side effect?"""
+    """Whether this node may be evaluated before the graph runs: no tensor work, no side effect.
+
+    The caller checks the node's inputs, except tuples and lists, which are checked here.
+    """
     if node.op == "placeholder":
         return True
     if isinstance(node.meta.get("value"), Tensor) and not reads_opaque(node):
         return False
     if any(not is_pure(n) for n in node.all_input_nodes if _holds_tensors(n)):
-        return False  # an item of what a module or an attention function returned
+        return False  # an item that a module or an attention function returns
     return _looks_up(node) or (
         node.op == "call_function"
         and (node.target in _PURE or getattr(node.target, "__name__", "") == "constant")
@@ -56,7 +71,7 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def reads_opaque(node: fx.Node) -> bool:
-    """Does this node look something up in an object that is no tensor (what a cache holds)?"""
+    """Whether this node looks something up in an opaque object, such as a length in a cache."""
     base = node.args[0] if node.args else None
     if not isinstance(base, fx.Node) or isinstance(base.meta.get("value"), (Tensor, tuple)):
         return False
@@ -64,6 +79,7 @@ def reads_opaque(node: fx.Node) -> bool:
 
 
 def _looks_up(node: fx.Node) -> bool:
+    """Whether this node only reads: getattr, an index, or a method whose name promises that."""
     if node.op == "call_method":
         name = str(node.target)
         return name in _PURE_METHODS or name.startswith(("get_", "is_", "has_"))
@@ -71,11 +87,12 @@ def _looks_up(node: fx.Node) -> bool:
 
 
 def _holds_tensors(node: fx.Node) -> bool:
+    """Whether the value of this node is a tuple or list, which may hold tensors."""
     return isinstance(node.meta.get("value"), (tuple, list))
 
 
 def user_line() -> str:
-    """File and line of the model code that is running now."""
+    """Return file and line of the model code that is running now."""
     for frame in reversed(traceback.extract_stack()):
         if not _internal(frame.filename):
             return f"{frame.filename}:{frame.lineno} ({frame.line})"
@@ -83,11 +100,13 @@ def user_line() -> str:
 
 
 def line_of(error: BaseException) -> str:
+    """Return file and line of the model code that raised ``error``."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _internal(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"
 
 
 def _internal(filename: str) -> bool:
+    """Whether a file belongs to this library or to torch, or is generated code."""
     name = filename.replace("\\", "/")
-    here = __file__.replace("\\", "/").rsplit("/", 2)[0] + "/"  # the whole package
+    here = __file__.replace("\\", "/").rsplit("/", 2)[0] + "/"  # the folder surgery/
     return name.startswith((here, "<")) or "/torch/" in name

@@ -1,4 +1,14 @@
-"""What is put in the place of torch's functions while a forward is captured."""
+"""Replace torch's functions while a forward is captured, so that each call becomes a node.
+
+A torch call comes in by one of two ways:
+
+    Recorder       a ``TorchFunctionMode``: every call that reaches ``__torch_function__``
+    intercepted    replaced attributes, for calls that do not reach it with a proxy: functions
+                   whose parser rejects a proxy, ``math``, scripted functions, module calls
+
+A third kind of replacement records nothing in the graph: attribute reads of modules and configs,
+and the questions whether gradients or autocast are on. The tracer notes their answers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +37,10 @@ from surgery.interop import (
 
 
 class Recorder(TorchFunctionMode):
-    """Turns torch calls that no proxy takes part in (factories, parameters) into nodes too."""
+    """Make a node of every torch call, also of one without a proxy (factories, parameters).
+
+    Properties and sizes of real tensors are read and not recorded.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -60,7 +73,8 @@ class Recorder(TorchFunctionMode):
         return tracer.create_proxy("call_function", func, args, kwargs)
 
 
-# Torch's parser looks at arguments before it asks them: a proxy must not get that far.
+# Torch's argument parser inspects arguments before it calls their ``__torch_function__``. A proxy
+# must not get that far.
 _FUNCTIONS = sorted(
     name
     for name in dir(torch._C._VariableFunctions)
@@ -68,7 +82,7 @@ _FUNCTIONS = sorted(
 )
 
 
-# Methods that read sizes before they look whether an argument is a proxy.
+# Methods that read their size arguments before they look for ``__torch_function__``.
 _SIZED = "expand view reshape repeat permute new_zeros new_ones new_empty new_full".split()
 
 
@@ -76,9 +90,9 @@ _SIZED = "expand view reshape repeat permute new_zeros new_ones new_empty new_fu
 def intercepted(
     module: nn.Module, tracer: Tracer, attention_patch: AttentionPatch | None
 ) -> Iterator[None]:
-    """Everything that must be in place while a forward is captured; it leaves no trace."""
+    """Put all replacements in place for one capture; restore everything at the end."""
 
-    def leaf(function: Callable[..., Any]) -> Callable[..., Any]:
+    def kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
         def attend(*args: Any, **kwargs: Any) -> Any:
             if tracer.executing:
                 return function(*args, **kwargs)
@@ -89,7 +103,7 @@ def intercepted(
         return attend
 
     def recorded(kind: str, target: Any = None) -> Callable[..., Any]:
-        """Replace a function by one that makes a node if a proxy is among its arguments."""
+        """Return a replacement that makes a node if a proxy is among the arguments."""
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -101,10 +115,10 @@ def intercepted(
 
         return make
 
-    def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def by_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
 
-    def attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(original: Callable[..., Any]) -> Callable[..., Any]:
         def read(owner: Any, name: str) -> Any:
             value = original(owner, name)
             if _decides(value):
@@ -116,10 +130,10 @@ def intercepted(
 
     configs = {id(c): c for m in module.modules() for c in vars(m).values() if _is_config(c)}
     known = {*tracer.paths, *configs}
-    replacements: list[Any] = [(nn.Module, "__call__", module_call)]
-    replacements += [(nn.Module, "__getattribute__", attribute), *encoder_fastpath.WITHOUT_FASTPATH]
+    replacements: list[Any] = [(nn.Module, "__call__", by_tracer)]
+    replacements += [(nn.Module, "__getattribute__", noted), *encoder_fastpath.WITHOUT_FASTPATH]
     classes = dict.fromkeys(type(config) for config in configs.values())
-    replacements += [(each, "__getattribute__", attribute) for each in classes]
+    replacements += [(each, "__getattribute__", noted) for each in classes]
     replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
     replacements += [(math, name, recorded("call_function")) for name in MATH]
     replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
@@ -129,13 +143,13 @@ def intercepted(
         (torch, name, tracer.ask) for name in ("is_grad_enabled", "is_autocast_enabled")
     ]
     if attention_patch is not None:
-        replacements += attention_patch(leaf)
+        replacements += attention_patch(kept_whole)
     with untouched(module), patched(*replacements), Recorder(tracer):
         yield
 
 
 def _decides(value: Any) -> bool:
-    """Is an attribute of this value looked at while capturing, rather than computed with?"""
+    """Whether a value of this type decides branches, rather than being computed with."""
     if type(value) is tuple:
         return all(map(_decides, value))
     plain = (bool, int, float, str, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
@@ -143,7 +157,10 @@ def _decides(value: Any) -> bool:
 
 
 def _is_config(x: Any) -> bool:
-    """A plain object that holds settings: its attributes are read in a forward, not called."""
+    """Whether ``x`` is a plain object that holds settings.
+
+    Its class is written in Python: allocated on the heap (flag 9) and not immutable (flag 8).
+    """
     written_in_python = type(x).__flags__ & (1 << 9) and not type(x).__flags__ & (1 << 8)
     other = isinstance(x, (nn.Module, torch.Tensor, type)) or callable(x)
     return bool(written_in_python) and hasattr(x, "__dict__") and not other

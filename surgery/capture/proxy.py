@@ -1,8 +1,16 @@
-"""A ``torch.fx`` proxy that carries the example value of its node.
+"""Define a ``torch.fx`` proxy that carries the example value of its node.
 
-Python asks a traced value for answers that a graph does not have: is it true, how many elements,
-is it a Tensor. The value beside the node answers; an answer that could differ in another call is
-recorded as a *guard*, so that the graph is used only where it would be the same.
+A forward asks the values that it computes with for their truth, length or type, and a graph has no
+answer. The value beside the node answers:
+
+    if x.dim() == 3             the value's; no guard, as equal signatures have equal dims
+    isinstance(x, Tensor)       the value's class, through the property ``__class__``
+    if cache.is_updated         the value's truth; a *guard* records it
+    x.shape[0] * 2              a node: sizes stay symbolic
+    cache.update(k, v)          a node
+
+An answer that could differ in another call of the same signature becomes a guard, and the graph is
+used only where the guard holds.
 """
 
 from __future__ import annotations
@@ -16,7 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-# What is fixed by the structure of a call (host/call_signature.py): read as a constant, no guard.
+# Attributes and methods of tensors that are read as constants, without a guard: the signature of a
+# call fixes them (host/call_signature.py).
 _CONSTANT_ATTRIBUTES = frozenset(
     (
         "dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_mkldnn is_quantized "
@@ -36,7 +45,8 @@ IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow".split()
 _COUNTED = frozenset("split chunk unbind tensor_split split_with_sizes tolist".split())
 
 
-# fx.Proxy is callable whatever it stands for, and ``callable()`` looks at the class alone.
+# The methods of fx.Proxy without ``__call__``: models ask ``callable()``, which looks at the class
+# alone.
 _Operators: type = type(
     "_Operators",
     (),
@@ -45,7 +55,7 @@ _Operators: type = type(
 
 
 class ValueProxy(_Operators):  # type: ignore[misc]
-    """A node and the value that it had for the example inputs."""
+    """A node and the value that the node has for the example inputs."""
 
     tracer: Any
     __getitem__: Any
@@ -63,7 +73,7 @@ class ValueProxy(_Operators):  # type: ignore[misc]
         value = self.value
         try:
             attribute = getattr(value, name)
-        except AttributeError:  # another object may have it the next time
+        except AttributeError:  # in the next call another object may have the attribute
             self.tracer.guard(self.node, _lacks(name), True)
             raise
         if isinstance(value, torch.Tensor):
@@ -90,7 +100,7 @@ class ValueProxy(_Operators):  # type: ignore[misc]
         return iter([self[i] for i in range(len(self))])
 
     def _counts_data(self) -> bool:
-        """Does how many items there are depend on sizes or data, not on structure alone?"""
+        """Whether the number of items depends on sizes or data, not on structure alone."""
         target = self.node.target
         return getattr(target, "__name__", target) in _COUNTED
 
@@ -141,12 +151,15 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 
 @functools.cache
 def _lacks(name: str) -> Callable[[Any], bool]:
-    """A question to be asked again: has a value no attribute of this name?"""
+    """Return the question whether a value lacks this attribute, one function for each name.
+
+    Guards with the same node and question are one; without the cache each would be new.
+    """
     return lambda value: not hasattr(value, name)
 
 
 class _Method:
-    """A bound method of a proxied value, not called yet."""
+    """A bound method of a proxied value; calling it makes the node."""
 
     def __init__(self, owner: ValueProxy, name: str) -> None:
         self.owner, self.name = owner, name
@@ -162,8 +175,8 @@ class _Method:
 
 
 def unwrapped(x: Any) -> Any:
-    """``x`` with every proxy in it, however nested, replaced by its value."""
-    kind = type(x)  # not isinstance: a proxy answers that for its value
+    """Return ``x`` with every proxy in it, however nested, replaced by the proxy's value."""
+    kind = type(x)  # isinstance would see the class of a proxy's value
     if issubclass(kind, ValueProxy):
         return x.value
     if kind is slice:
@@ -183,47 +196,52 @@ def unwrapped(x: Any) -> Any:
 
 
 def _in_place(name: str) -> Callable[[ValueProxy, Any], Any]:
-    """``x += y``: on a tensor of the caller's as it is said, else as ``x + y`` in x's dtype."""
+    """Return the method for ``x += y`` and its kin.
+
+    A tensor that the caller gave is changed in place, because the caller sees the change. Any other
+    tensor becomes ``x + y`` in the dtype of x.
+    """
 
     def operate(self: ValueProxy, other: Any) -> Any:
         if not isinstance(self.value, torch.Tensor):
             return getattr(operator, name[1:])(self, other)
         if self.node.op == "placeholder":
-            said = getattr(operator, name)
-            return self.tracer.create_proxy("call_function", said, (self, other), {})
-        made = getattr(operator, name[1:])(self, other)
-        return made if made.dtype == self.dtype else made.to(self.dtype)
+            in_place = getattr(operator, name)
+            return self.tracer.create_proxy("call_function", in_place, (self, other), {})
+        result = getattr(operator, name[1:])(self, other)
+        return result if result.dtype == self.dtype else result.to(self.dtype)
 
     return operate
 
 
-for _name in IN_PLACE:  # fx.Proxy has none, and Python makes ``x = x + y`` of it then
+for _name in IN_PLACE:  # fx.Proxy lacks them, and then Python runs ``x = x + y``
     setattr(ValueProxy, f"__{_name}__", _in_place(_name))
 
 
 class CallableProxy(ValueProxy):
-    """A proxy of something that is called; ``callable()`` asks the class."""
+    """A proxy whose value can be called. It has a class of its own for ``callable()``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_function", call, (self, *args), kwargs)
 
 
 def is_proxy(x: Any) -> bool:
-    """Is this a proxy? (``isinstance`` sees what the proxy stands for.)"""
+    """Whether ``x`` is a proxy. ``isinstance`` would see the class of the proxy's value."""
     return issubclass(type(x), ValueProxy)
 
 
 def call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a callable that came in as an argument (as a node of a graph)."""
+    """Call a callable that is a value of the graph; a node needs a function as its target."""
     return function(*args, **kwargs)
 
 
 def apply(function: Any, *args: Any) -> Any:
-    """Apply an autograd function of the model's own (as a node of a graph)."""
+    """Apply an autograd function that the model defines; a node needs a function as its target."""
     return function.apply(*args)
 
 
 def any_proxy(structure: Any) -> bool:
+    """Whether there is a proxy among these nested arguments."""
     if is_proxy(structure):
         return True
     if isinstance(structure, (tuple, list)):

@@ -1,7 +1,12 @@
-"""The tracer: turns what a forward does with its example values into nodes of a graph.
+"""Trace a forward: make a node of each operation, and run it on the example values.
 
-Every operation becomes a node and runs on the values beside the proxies (proxy.py). Modules that
-are not on the way to a site stay whole; those that are keep their hooks at their border.
+    create_proxy(kind, target, args, kwargs)
+      run      the operation on the values beside the proxies, without gradient, unrecorded
+      wrap     the new node and its value: a proxy, or the plain value where Python needs one
+
+A module on the way to a site becomes the nodes of its own forward, between two nodes that run its
+hooks (module_hooks.py); every other module becomes one node. Beside the nodes the tracer collects
+what the graph relies on, see :class:`Captured`.
 """
 
 from __future__ import annotations
@@ -25,10 +30,16 @@ IsLeaf = Callable[[nn.Module, str], bool | None]
 
 @dataclass
 class Captured:
-    """The graph of one forward, with what it relied on.
+    """The graph of one forward, and the conditions under which it is the right one.
 
-    Nodes carry ``meta["value"]`` (the example value) and ``meta["owner"]`` (the path, below the
-    root, of the module whose forward made them).
+    Each node carries ``meta["value"]``, its example value, and ``meta["owner"]``, the path below
+    the host of the module whose forward made the node.
+
+    Attributes:
+        guards: values that Python branched on.
+        reads: attributes of modules and configs that the forward read: ``(owner, name, value)``.
+        parts: modules traced through or read from, and their parents: ``(parent, name, module)``.
+        ambient: gradient mode and autocast, if the forward asked: ``(question, answer)``.
     """
 
     graph: fx.Graph
@@ -39,6 +50,8 @@ class Captured:
 
 
 class Tracer(TracerBase):
+    """The state of one capture; ``root`` is the host."""
+
     def __init__(
         self, root: nn.Module, through: Iterable[str], is_leaf: IsLeaf | None = None
     ) -> None:
@@ -52,18 +65,15 @@ class Tracer(TracerBase):
         }
         self.paths[id(root)] = ""
         self.tensors = {id(t): n for n, t in _named_tensors(root)}
-        self.fetched: dict[str, fx.Node] = {}
         self.root_node: fx.Node | None = None
         self.guards: list[Guard] = []
         self.guarded: set[tuple[fx.Node, Any]] = set()
-        self.modes: list[fx.Node] = []  # gradient modes that the forward has left and comes back to
+        self.saved_modes: list[fx.Node] = []  # gradient modes that the forward comes back to
         self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.met: set[str] = set()  # paths of modules whose insides decided what was captured
+        self.relied_on: set[str] = set()  # paths of modules whose insides decided the graph
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
-        self.owner = [""]
-        self.executing = 0
-
-    # -- nodes and their values -----------------------------------------------------------
+        self.owners = [""]  # paths of the modules whose forwards are running, innermost last
+        self.executing = 0  # how many ``paused`` blocks are open
 
     def create_proxy(
         self,
@@ -75,29 +85,32 @@ class Tracer(TracerBase):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
+        """Make a node of an operation and run it; return what the forward gets for the result."""
         arguments, options = self.create_arg(args), self.create_arg(kwargs)
         value = self.run(kind, target, args, kwargs)
         node = self.graph.create_node(kind, target, arguments, options, name)
         return self.wrap(node, value)
 
     def wrap(self, node: fx.Node, value: Any) -> Any:
-        node.meta.update(value=value, owner=self.owner[-1])
+        """Return a proxy of ``node``, or ``value`` itself where Python may compare by ``is``."""
+        node.meta.update(value=value, owner=self.owners[-1])
         if isinstance(value, (torch.dtype, torch.device, torch.layout, type, type(...))):
             return value
-        if type(value) in (bool, str):  # also compared by ``is``: only the plain value will do
+        if type(value) in (bool, str):
             self.guard(node, type(value), value)
             return value
         if value is None:
-            if is_pure(node):  # read from an input: it may be something in another call
+            if is_pure(node):  # read from an input: in another call it may be a value
                 self.guard(node, _is_none, True)
             return None
         if isinstance(value, nn.Module) and id(value) in self.paths:
             return value
-        if isinstance(value, Tensor) and reads_opaque(node):  # None, perhaps, in another call
+        if isinstance(value, Tensor) and reads_opaque(node):  # may be None in another call
             self.guard(node, _is_none, False)
         return (CallableProxy if callable(value) else ValueProxy)(node, self, value)
 
     def run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on the example values."""
         args, kwargs = unwrapped(args), unwrapped(kwargs)
         with self.paused(), torch.no_grad():
             if kind == "call_module":
@@ -108,7 +121,7 @@ class Tracer(TracerBase):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run code for its value only: nothing that it does is recorded."""
+        """Record nothing inside this block: the code in it runs for its value only."""
         self.executing += 1
         try:
             with torch._C.DisableTorchFunction():
@@ -117,6 +130,7 @@ class Tracer(TracerBase):
             self.executing -= 1
 
     def create_arg(self, a: Any) -> Any:
+        """Turn a value into an argument of a node; what fx cannot write becomes a node, too."""
         if is_proxy(a):
             return a.node
         if isinstance(a, nn.Module):
@@ -131,10 +145,11 @@ class Tracer(TracerBase):
             return self.constant_node(a)
         try:
             return super().create_arg(a)
-        except NotImplementedError:  # fx's way to say that it cannot print such a constant
+        except NotImplementedError:  # fx raises it for a constant that generated code cannot print
             return self.constant_node(a)
 
     def module_node(self, module: nn.Module) -> Any:
+        """Return a node for a module: looked up below the host, or a constant if it is outside."""
         path = self.paths.get(id(module))
         if path is None:
             return self.constant_node(module)
@@ -142,54 +157,57 @@ class Tracer(TracerBase):
         assert node is not None
         for name in path.split(".") if path else ():
             node = self.graph.call_function(getattr, (node, name))
-            node.meta.update(value=None, owner=self.owner[-1])
+            node.meta.update(value=None, owner=self.owners[-1])
         return node
 
     def tensor_node(self, tensor: Tensor) -> fx.Node:
+        """Return a node for a real tensor: parameters and buffers are looked up by name."""
         name = self.tensors.get(id(tensor))
         if name is None:
             return self.attribute_node(tensor)
         node = self.graph.create_node("get_attr", name)
-        node.meta.update(value=tensor, owner=self.owner[-1])
+        node.meta.update(value=tensor, owner=self.owners[-1])
         return node
 
     def attribute_node(self, tensor: Tensor) -> fx.Node:
-        """A plain attribute of a module, which may be another tensor in the next call."""
+        """Return a node that reads ``tensor`` from the module that has it as a plain attribute."""
         for module in self.root.modules():
             for name, value in vars(module).items():
-                if value is tensor:
+                if value is tensor:  # not a constant: the attribute may be set again
                     node = self.graph.call_function(getattr, (self.module_node(module), name))
-                    node.meta.update(value=tensor, owner=self.owner[-1])
+                    node.meta.update(value=tensor, owner=self.owners[-1])
                     return node
         return self.constant_node(tensor)
 
     def constant_node(self, value: Any) -> fx.Node:
+        """Return a node for an object that generated code cannot print."""
+
         def constant() -> Any:
             return value
 
         node = self.graph.call_function(constant)
-        node.meta.update(value=value, owner=self.owner[-1])
+        node.meta.update(value=value, owner=self.owners[-1])
         return node
 
-    # -- answers ---------------------------------------------------------------------------
-
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any]) -> Any:
+        """Return ``convert(value)`` of a proxy to Python, under a guard."""
         with self.paused():
             value = convert(proxy.value)
         self.guard(proxy.node, convert, value)
         return value
 
     def guard(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
+        """Add a guard; the same question about the same node is guarded once."""
         if (node, convert) not in self.guarded:
             self.guarded.add((node, convert))
             self.guards.append(Guard(node, convert, expected, user_line()))
 
     def ask(self, question: Callable[[], Any]) -> Callable[[], Any]:
-        """Remember the answer of a question about the surroundings (gradient mode, autocast)."""
+        """Return ``question`` (gradient mode, autocast), recording the answers the model gets."""
 
         def answer(*args: Any) -> Any:
             value = question(*args)
-            asker = sys._getframe(2).f_globals.get("__name__", "")  # behind patching's wrapper
+            asker = sys._getframe(2).f_globals.get("__name__", "")  # 1 is the dispatcher
             if not self.executing and asker not in ("torch.autograd.grad_mode", __name__):
                 self.ambient.setdefault((question, args), value)
             return value
@@ -197,28 +215,31 @@ class Tracer(TracerBase):
         return answer
 
     def gradient_mode(self, mode: bool) -> None:
-        """Record a ``no_grad`` and its end: what it goes back to is known only when it runs."""
+        """Record the beginning or the end of ``no_grad`` and its kin.
+
+        Both only call ``_set_grad_enabled``; the call stack tells them apart. The mode to restore
+        is known only when the graph runs: the node of the beginning returns it to that of the end.
+        """
         frame = sys._getframe(1)
-        steps = []  # no_grad leaves by way of set_grad_enabled
+        steps = []  # innermost first: no_grad.__enter__ calls set_grad_enabled.__init__
         while frame := frame.f_back:  # type: ignore[assignment]
             if frame.f_globals.get("__name__") == "torch.autograd.grad_mode":
                 steps.append((frame.f_code.co_name, frame.f_locals.get("self")))
             elif steps:
                 break
         step, context = steps[-1] if steps else ("", None)
-        ends = step == "__exit__" or (step == "__call__" and self.modes)
+        ends = step == "__exit__" or (step == "__call__" and self.saved_modes)
         if step == "__enter__" and isinstance(context, torch.set_grad_enabled):
-            return  # it was set when the object was made
-        if ends and self.modes:
-            node = self.graph.call_function(torch._C._set_grad_enabled, (self.modes.pop(),))
+            return  # set_grad_enabled sets the mode in __init__ already
+        if ends and self.saved_modes:
+            node = self.graph.call_function(torch._C._set_grad_enabled, (self.saved_modes.pop(),))
         else:
             node = self.graph.call_function(enter_gradient_mode, (mode,))
-            self.modes.append(node)
-        node.meta.update(value=None, owner=self.owner[-1])
-
-    # -- modules ---------------------------------------------------------------------------
+            self.saved_modes.append(node)
+        node.meta.update(value=None, owner=self.owners[-1])
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a module call: as one node, or as the nodes of the module's own forward."""
         path = self.paths.get(id(module))
         if self.executing or path is None:
             return module.forward(*args, **kwargs)
@@ -227,36 +248,37 @@ class Tracer(TracerBase):
         bound = self.create_proxy("call_function", run_pre_hooks, (module, args, kwargs), {})
         args = tuple(bound[0][i] if any_proxy(a) else a for i, a in enumerate(args))
         kwargs = {name: bound[1][name] if any_proxy(a) else a for name, a in kwargs.items()}
-        self.met.add(path)
-        self.owner.append(path)
+        self.relied_on.add(path)
+        self.owners.append(path)
         try:
             output = module.forward(*args, **kwargs)
         finally:
-            self.owner.pop()
+            self.owners.pop()
         return self.unpack(
             self.create_proxy("call_function", run_forward_hooks, (module, bound, output), {})
         )
 
     def unpack(self, proxy: Any) -> Any:
+        """Return a proxy of a tuple as a tuple of proxies, and anything else as it is."""
         return tuple(proxy) if is_proxy(proxy) and type(proxy.value) is tuple else proxy
 
     def read(self, owner: Any, name: str, value: Any) -> None:
-        """Note that a plain attribute of a module, or of its config, decided what was captured."""
+        """Record that the forward has read a plain attribute of a module or of its config."""
         if not self.executing:
             self.reads.setdefault((id(owner), name), (owner, name, value))
-            self.met.add(self.paths.get(id(owner), ""))
+            self.relied_on.add(self.paths.get(id(owner), ""))
 
     def parts(self) -> Iterator[tuple[Any, str, nn.Module]]:
-        """Where these modules, and those above them, are held: ``(parent, name, module)``."""
-        left = self.met - {""}
+        """Yield ``Captured.parts``."""
+        left = self.relied_on - {""}
         while left:
             parent, _, name = (path := left.pop()).rpartition(".")
             yield self.root.get_submodule(parent), name, self.root.get_submodule(path)
-            left |= {parent} - {""}  # what holds it may be replaced, too
+            left |= {parent} - {""}  # the parent may be replaced, too
 
 
 def enter_gradient_mode(mode: bool) -> bool:
-    """Set whether gradients are recorded; what it was before."""
+    """Set whether gradients are recorded, and return the mode before."""
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(mode)
     return before

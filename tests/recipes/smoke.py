@@ -17,9 +17,8 @@ import torch
 import transformers as tr
 from rich.console import Console
 
-from surgery_recipes import finetune
-from surgery_recipes.recipe import read_recipe
-from surgery_recipes.shipped import find
+from surgery_recipes.recipe_files import find_recipe, read_recipe
+from surgery_recipes.run import finetune
 from tests.recipes import tiny
 
 ROWS = {"webnlg": "inducer_lora", "coqa": "mam_inducer", "mnli": "inducer", "sst2": "lora"}
@@ -62,7 +61,7 @@ def run(task: str, row: str, data: Path, folder: Path) -> None:
     if task == "coqa":
         overrides.append("data.max_document=60")
     console = Console()
-    rows = finetune.train(read_recipe(find(f"{task}/{row}"), overrides), console)
+    rows = finetune.train(read_recipe(find_recipe(f"{task}/{row}"), overrides), console)
     losses = [loss for _, loss in rows[-1].losses]
     if finetune.evaluate(folder / task, Console(quiet=True)) != rows[-1].scores:
         raise SystemExit(f"{task}: loaded afresh, it scores differently.")

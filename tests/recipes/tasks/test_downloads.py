@@ -20,8 +20,8 @@ import pytest
 
 import surgery
 from surgery.errors import RecipeError
-from surgery_recipes.files import fetch, find_file, read_json, read_rows, read_text
 from surgery_recipes.tasks import webnlg
+from surgery_recipes.tasks.data_files import download, find_file, read_json, read_rows, read_text
 from tests.recipes import tiny
 from tests.recipes.stand_in import Files, Web, serve
 
@@ -101,17 +101,19 @@ def test_a_download_that_fails_is_named_and_leaves_nothing(cache: Path) -> None:
     with serve({"/a.json": content, "/b.json": b"something else"}) as web:
         url = f"{web.url}/a.json"
         web.broken.add("/a.json")
-        with pytest.raises(RecipeError, match=f"a.json cannot be had: IncompleteRead.*{advice}"):
-            fetch(url, digest)
+        with pytest.raises(
+            RecipeError, match=f"a.json cannot be downloaded: IncompleteRead.*{advice}"
+        ):
+            download(url, digest)
         with pytest.raises(RecipeError, match=f"14 bytes have the SHA-256 .* not {digest}"):
-            fetch(f"{web.url}/b.json", digest)
+            download(f"{web.url}/b.json", digest)
         with pytest.raises(RecipeError, match="HTTPError 404"):
-            fetch(f"{web.url}/c.json", digest)
+            download(f"{web.url}/c.json", digest)
         assert kept(cache) == []
         web.broken.clear()
-        assert fetch(url, digest).read_bytes() == content
-    with pytest.raises(RecipeError, match=r"cannot be had: .*refused"):
-        fetch(url, sha256(b""))
+        assert download(url, digest).read_bytes() == content
+    with pytest.raises(RecipeError, match=r"cannot be downloaded: .*refused"):
+        download(url, sha256(b""))
     assert kept(cache) == ["a.json"]
 
 
@@ -207,3 +209,35 @@ def test_the_hubs_data_sets_are_downloaded_and_read_like_files(root: Path, tmp_p
 @pytest.mark.data
 def test_the_real_data_are_the_same_from_the_hub(real: Path, tmp_path: Path) -> None:
     check_hub(real, {"sst2": {}, "mnli": {}, "coqa": {}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "hub"),
+    [
+        ("sst2", "stanfordnlp/sst2"),
+        ("mnli", "nyu-mll/multi_nli"),
+        ("coqa", "stanfordnlp/coqa"),
+    ],
+)
+def test_without_a_path_data_come_from_the_hub(
+    task: str, hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def offline(name: str, *args: Any, **options: Any) -> Any:
+        asked.append(name)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(RecipeError, match=f"{hub}.*offline.*data=PATH"):
+        surgery.task(task).splits()
+    assert asked == [hub]
+
+
+def test_rows_of_the_hub_are_read_like_those_of_files(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = {"source": "mctest", "story": "It was.", "questions": ["What?"]}
+    rows = [{**story, "answers": {"input_text": ["it"]}}] * 2
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **o: rows)
+    assert surgery.task("coqa").splits()["train"][0]["target"] == "it"

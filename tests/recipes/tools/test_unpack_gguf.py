@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 import surgery
 from surgery.errors import RecipeError
-from surgery_recipes import unpack_gguf
+from surgery_recipes.tools import unpack_gguf
 
 D, F, HEADS, LAYERS = 64, 96, 4, 2
 TOKENS = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), "Ġa"]

@@ -35,7 +35,7 @@ def _changed(by: float) -> Any:
 @pytest.mark.parametrize("by", [0.01, 0.1, 3.0])
 def test_other_weights_are_noticed(saved: Path, by: float) -> None:
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"trained upon other weights than this GPT2LMHeadModel"):
+    with pytest.warns(UserWarning, match=r"trained with other weights than this GPT2LMHeadModel"):
         model = surgery.load(_changed(by), saved)
     assert surgery.summary(model).inserted
 

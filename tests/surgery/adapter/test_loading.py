@@ -102,7 +102,7 @@ def test_an_adapter_that_replaces_the_head_of_another_says_so(tmp_path: Path) ->
     surgery.load(model, tmp_path / "a")
     surgery.remove(model, "a")
     surgery.load(model, tmp_path / "a")
-    with pytest.warns(UserWarning, match=r"its own classifier.out_proj.weight, in place of .* a\."):
+    with pytest.warns(UserWarning, match=r"its own classifier.out_proj.weight and replaces .* a\."):
         surgery.load(model, tmp_path / "b")
 
 

@@ -86,10 +86,10 @@ def test_bits_of_weights_that_no_method_names_stay() -> None:
 @pytest.mark.parametrize(
     ("chosen", "reason"),
     [
-        ([("prefix", {})], "'prefix' at .* no linear map"),
-        ([("ffn_adapter", {"rank": 2})], "'ffn_adapter' at .* no linear map"),
-        ([("inducer", {"value_rank": 2})], "'inducer' at .* only a part of it is linear"),
-        ([("lora", {"bias": True})], "'lora' at .* has no bias to take up its own"),
+        ([("prefix", {})], "'prefix' at .* not a linear map"),
+        ([("ffn_adapter", {"rank": 2})], "'ffn_adapter' at .* not a linear map"),
+        ([("inducer", {"value_rank": 2})], "'inducer' at .* only a part of its module is linear"),
+        ([("lora", {"bias": True})], "'lora' at .* has no bias to fold the module's into"),
         (BEHIND, "cannot be merged"),
     ],
 )

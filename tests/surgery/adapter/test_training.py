@@ -112,4 +112,4 @@ def test_freezing_says_which_rows_it_forgot() -> None:
     surgery.splice(model, surgery.method("lora"))
     surgery.train_rows(model, "transformer.wte.weight", [7])
     shown = repr(surgery.freeze_base(model))
-    assert "trained no more of transformer.wte.weight: call surgery.train_rows again" in shown
+    assert "train_rows was reset for transformer.wte.weight; call surgery.train_rows again" in shown

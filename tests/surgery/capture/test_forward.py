@@ -65,7 +65,7 @@ class PlainCache(Attention):
 
 def test_a_dict_that_a_forward_fills_is_refused() -> None:
     _, model = pair(PlainCache)
-    with pytest.raises(surgery.ForwardError, match="changes a dict that it is given"):
+    with pytest.raises(surgery.ForwardError, match="changes a dict among its arguments"):
         model(tokens(), {})
 
 

@@ -1,0 +1,96 @@
+"""Run the recipes of a grid, one at a time or one on each GPU, and write tables and plots.
+
+Each run is a process of its own, ``surgery train TASK/ROW``, in the folder OUTPUT/TASK/ROW/SEED. A
+finished run is not repeated, and an unfinished one continues from its checkpoint, both only if they
+had the settings that the grid has now.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from surgery import RecipeError
+from surgery_recipes.comparison import tables
+from surgery_recipes.comparison.grid import Cell, Grid, cells, check, settings
+
+COMMAND = "from surgery.cli import app; app()"
+GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+def run_grid(grid: Grid, console: Console) -> list[Cell]:
+    """Run what is not finished, then write the tables.
+
+    Returns:
+        The cells whose runs failed. The folder of each has a ``log.txt``.
+
+    Raises:
+        RecipeError: some run would fail. None has been started.
+    """
+    everything = cells(grid)
+    if grid.baseline and len(grid.seeds) > 1 and importlib.util.find_spec("scipy") is None:
+        raise RecipeError("significance over seeds needs scipy. pip install 'surgery[recipes]'")
+    check(grid, everything)
+    todo = [cell for cell in everything if not cell.finished]
+    console.print(f"{grid.title}: {len(everything)} runs, {len(everything) - len(todo)} finished")
+    failed = list(_run_all(grid, todo, console)) if todo else []
+    made = tables.write(grid, everything)
+    if made is not None:
+        console.print(made)
+        console.print(f"tables and plots: {grid.output}/table.md .html .csv, *.png")
+    for cell in failed:
+        console.print(f"failed: {cell.folder}, see {cell.folder}/log.txt", style="bold red")
+    return failed
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that its environment gives them."""
+    count, allowed = torch.cuda.device_count(), os.environ.get(GPUS)
+    names = map(str, range(count)) if allowed is None else allowed.split(",")
+    return [name.strip() for name in names][:count]
+
+
+def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:
+    """Run cells, one at a time on each GPU or in all; yield those that failed."""
+    devices: Queue[str] = Queue()
+    for name in gpus() or [""]:
+        devices.put(name)
+
+    def run(cell: Cell) -> bool:
+        device = devices.get()
+        try:
+            return _run(grid, cell, device)
+        finally:
+            devices.put(device)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task(grid.title, total=len(todo))
+        with ThreadPoolExecutor(devices.qsize()) as pool:
+            for cell, well in zip(todo, pool.map(run, todo), strict=True):
+                progress.update(bar, advance=1, description=str(cell))
+                if not well:
+                    yield cell
+
+
+def _run(grid: Grid, cell: Cell, device: str) -> bool:
+    """Run one cell in a process of its own; whether it finished."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **({GPUS: device} if device else {})}
+    resume = ["--resume" if cell.begun else "--overwrite"]
+    command = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *resume]
+    with (cell.folder / "log.txt").open("a") as log:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, *command],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+    return done.returncode == 0 and cell.finished

@@ -1,0 +1,213 @@
+"""Read a grid, which says which recipes a table compares, and check all its runs beforehand.
+
+A grid is a YAML file with its tasks, rows and scores, and the numbers that a paper reports.
+
+    title: Table 1            output: runs/table1           baseline: prefix
+    tasks: [webnlg, coqa]     rows: [prefix, inducer]       set: [training.num_train_epochs=5]
+    scores: {webnlg: [bleu_seen, bleu], coqa: [em, f1]}
+    paper: {inducer: {webnlg.bleu: 49.2, coqa.f1: 66.1}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery import RecipeError, suggest
+from surgery_recipes.recipe_files import (
+    Recipe,
+    find_recipe,
+    find_table,
+    read_extended,
+    read_recipe,
+    shipped_recipes,
+)
+from surgery_recipes.run import (
+    Prepared,
+    begun,
+    finished,
+    planned_methods,
+    prepare_run,
+    same_settings,
+    training_arguments,
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to run and what to show of it.
+
+    Attributes:
+        title: the title of the table.
+        about: a sentence below the table.
+        output: the folder of the table and its runs.
+        tasks, rows: the recipes TASK/ROW. A row that a task does not have is left out.
+        scores: for each task, the scores to show; the first one is plotted.
+        seeds: the seeds of the runs.
+        set: ``key=value`` overrides for every run.
+        task_set, row_set: overrides for the runs of one task or row.
+        given: overrides from the command line, which win over the others.
+        baseline: the row that the others are tested against.
+        paper: for each row, ``TASK.SCORE: number``, to show beside ours.
+    """
+
+    title: str
+    tasks: list[str]
+    rows: list[str]
+    scores: dict[str, list[str]]
+    output: str = "runs/table"
+    about: str = ""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    set: list[str] = field(default_factory=list)
+    task_set: dict[str, list[str]] = field(default_factory=dict)
+    row_set: dict[str, list[str]] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
+    baseline: str = ""
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: a recipe, a seed and the folder of the run."""
+
+    task: str
+    row: str
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.task}/{self.row} {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return finished(self.folder)
+
+    @property
+    def begun(self) -> bool:
+        return begun(self.folder)
+
+
+def read_grid(path: str | Path) -> Grid:
+    """Read a grid from a YAML file, or from the shipped table of that name.
+
+    Raises:
+        RecipeError: there is no such file, a key, task, row or baseline is unknown, or a value is
+            of the wrong kind.
+    """
+    file = find_table(str(path))
+    content = read_extended(file)
+    known = {f.name: f for f in dataclasses.fields(Grid) if f.name != "given"}
+    for key, value in content.items():
+        if key not in known:
+            raise RecipeError(
+                f"{path}: unknown key {key!r}. {suggest(str(key), known)}Keys: {', '.join(known)}."
+            )
+        kind = {"dict": dict, "list": list}.get(str(known[key].type).partition("[")[0], str)
+        if type(value) is not kind:
+            raise RecipeError(f"{path}: {key}={value!r} must be a {kind.__name__}.")
+    for key in ("title", "tasks", "rows", "scores"):
+        if not content.get(key):
+            raise RecipeError(f"{path}: the key {key!r} is missing or empty.")
+    grid = Grid(**content)
+    recipes = shipped_recipes()
+    names = {name.split("/")[-1] for name in recipes}
+    for row in grid.rows:
+        if not any(f"{task}/{row}" in recipes for task in grid.tasks):
+            raise RecipeError(f"{path}: no task has a row {row!r}. {suggest(row, names)}")
+    for task in grid.tasks:
+        if task not in grid.scores:
+            raise RecipeError(f"{path}: no scores of task {task!r}. Add them to 'scores'.")
+    if not grid.seeds or not all(type(seed) is int for seed in grid.seeds):
+        raise RecipeError(f"{path}: seeds={grid.seeds!r} must be numbers, one or more.")
+    for key in ("tasks", "rows", "seeds"):
+        twice = [x for x in getattr(grid, key) if getattr(grid, key).count(x) > 1]
+        if twice:
+            raise RecipeError(f"{path}: {key} has {twice[0]!r} twice.")
+    lists: dict[str, Any] = {"set": grid.set}
+    for key in ("scores", "task_set", "row_set"):
+        lists |= {f"{key} of {name}": texts for name, texts in getattr(grid, key).items()}
+    for what, texts in lists.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RecipeError(f"{path}: {what} is {texts!r}; write a list of texts, [a=1, b=2].")
+    if grid.baseline and grid.baseline not in grid.rows:
+        raise RecipeError(
+            f"{path}: the baseline {grid.baseline!r} is not one of the rows."
+            f" Rows: {', '.join(grid.rows)}."
+        )
+    columns = {f"{task}.{name}" for task in grid.tasks for name in grid.scores[task]}
+    _known(path, "task_set", grid.task_set, grid.tasks)
+    _known(path, "row_set", grid.row_set, grid.rows)
+    _known(path, "paper", grid.paper, grid.rows)
+    for row, numbers in grid.paper.items():
+        _known(path, f"paper of {row}", numbers, columns)
+    return grid
+
+
+def _known(path: str | Path, key: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise if a name in ``given`` is not one of ``names``."""
+    for name in given:
+        if name not in names:
+            raise RecipeError(f"{path}: {key} has {name!r}. {suggest(name, names)}")
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """Every run, ordered by seed, so that all recipes have one result before any has two."""
+    recipes = shipped_recipes()
+    return [
+        Cell(task, row, seed, Path(grid.output) / task / row / str(seed))
+        for seed in grid.seeds
+        for task in grid.tasks
+        for row in grid.rows
+        if f"{task}/{row}" in recipes
+    ]
+
+
+def settings(grid: Grid, cell: Cell) -> list[str]:
+    """The overrides of one run, of which later ones win."""
+    own = [*grid.set, *grid.task_set.get(cell.task, []), *grid.row_set.get(cell.row, [])]
+    return [*own, *grid.given, f"training.seed={cell.seed}", f"output={cell.folder}"]
+
+
+def recipe_of(grid: Grid, cell: Cell) -> Recipe:
+    """The recipe of one run, with all its overrides."""
+    return read_recipe(find_recipe(f"{cell.task}/{cell.row}"), settings(grid, cell))
+
+
+def check(grid: Grid, everything: list[Cell]) -> None:
+    """Check the settings, data and model of every run, before any of them starts.
+
+    Raises:
+        RecipeError: a setting is wrong, data are missing, the model is of the wrong kind, an
+            example is too long, or a folder holds a run with other settings.
+    """
+    tried: set[str] = set()
+    for cell in everything:
+        recipe = recipe_of(grid, cell)
+        if cell.finished or cell.begun:
+            same_settings(cell.folder, recipe, "this grid asks for")
+        if cell.finished:
+            continue
+        planned_methods(recipe)
+        training_arguments(recipe)
+        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit))
+        if same not in tried:
+            _check_scores(grid, cell.task, prepare_run(recipe))
+            tried.add(same)
+
+
+def _check_scores(grid: Grid, name: str, prepared: Prepared) -> None:
+    """Raise unless the task computes every score to show, or its notes say why it does not."""
+    task, given = prepared.task, set(prepared.task.notes())
+    for split in prepared.scored:
+        examples = prepared.examples[split]
+        answer: Any = 0 if task.kind == "classifier" else "a"
+        given |= set(task.score([answer] * len(examples), examples))
+    for score in grid.scores[name]:
+        if score not in given and score.partition("_")[0] not in task.notes():
+            raise RecipeError(
+                f"scores: task {name!r} has no score {score!r}. {suggest(score, given)}"
+                f"Scores: {', '.join(sorted(given))}."
+            )

@@ -1,0 +1,27 @@
+"""Recipe files: find the YAML files of a recipe, merge them, and read them into a ``Recipe``."""
+
+from surgery_recipes.recipe_files.layered_yaml import read_extended
+from surgery_recipes.recipe_files.recipe import (
+    Recipe,
+    make_recipe,
+    read_recipe,
+    write_recipe,
+)
+from surgery_recipes.recipe_files.shipped import (
+    find_recipe,
+    find_table,
+    shipped_recipes,
+    shipped_tables,
+)
+
+__all__ = [
+    "Recipe",
+    "find_recipe",
+    "find_table",
+    "make_recipe",
+    "read_extended",
+    "read_recipe",
+    "shipped_recipes",
+    "shipped_tables",
+    "write_recipe",
+]

@@ -1,0 +1,241 @@
+"""Train the model of a recipe, score it, and score a finished run again.
+
+    Recipe -> planned_methods, training_arguments    its methods and arguments, checked
+           -> prepare_run   -> Prepared              its data, checked against the model
+           -> load_base, splice, try_out             the model, on the longest examples
+           -> make_trainer, train                    checkpoints, then the adapter
+           -> answers, task.score -> Row             metrics, answers, samples, plot
+
+Whatever can fail fails before the first step, and before anything is written.
+
+The run folder holds ``recipe.yaml`` (complete, extending nothing), ``adapter/`` (or ``model/`` if
+the whole model was trained), ``metrics.json``, ``loss.png``, ``answers.jsonl``, ``samples.html``
+and ``checkpoints/``. Under ``torchrun`` or ``accelerate launch`` every process trains, and the
+first one writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainingArguments, set_seed
+
+import surgery
+from surgery_recipes.recipe_files import Recipe, read_recipe
+from surgery_recipes.run import results
+from surgery_recipes.run.answers import answers
+from surgery_recipes.run.build import (
+    freeze_all_but_head,
+    load_base,
+    planned_methods,
+    splice,
+    trainable,
+    try_out,
+)
+from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.results import Row
+from surgery_recipes.run.run_folder import (
+    RunOptions,
+    check_folder,
+    last_checkpoint,
+    read_trained,
+    start_folder,
+    write_trained,
+)
+from surgery_recipes.run.trainer import make_trainer, training_arguments
+
+
+def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> list[Row]:
+    """Train and score the model of a recipe, and its baseline; write the run folder.
+
+    Returns:
+        The results: the baseline's, if the recipe has one, and those of the model.
+
+    Raises:
+        SurgeryError: the recipe, its data or the folder will not do. Nothing has been written.
+    """
+    run = run or RunOptions()
+    methods = planned_methods(recipe)
+    made = training_arguments(recipe, run.wandb)
+    folder = Path(recipe.output)
+    check_folder(folder, recipe, run)
+    prepared = prepare_run(recipe)
+    trained = read_trained(folder) if run.resume else None
+    checkpoint = last_checkpoint(folder) if run.resume and trained is None else None
+    if trained is None:
+        model = load_base(prepared, made.seed)
+        splice(model, prepared, methods)
+        try_out(model, prepared)
+    else:
+        model = _load(prepared, made, folder)
+    first = made.process_index == 0
+    if not first:
+        console = Console(quiet=True)
+    else:
+        start_folder(folder, recipe, run)
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
+    console.print(f"{recipe.model}: {sizes}", highlight=False, markup=False)
+    rows = []
+    if recipe.baseline:
+        console.rule("frozen base, new head")
+        rows.append(_baseline(prepared, made, console))
+    what = " + ".join(entry["method"] for entry in recipe.splice) or "fine-tuning"
+    console.rule(what)
+    if methods:
+        console.print(surgery.summary(model), highlight=False)
+    if trained is None:
+        trained = _fit(what, model, prepared, made, console, checkpoint, folder)
+    rows.append(_score(trained, model, prepared, made, console, folder))
+    if first:
+        results.write(folder, rows, prepared.task, made.seed)
+    console.print(results.table(rows, prepared.task.metric))
+    for name, note in prepared.task.notes().items():
+        console.print(f"{name}: {note}", highlight=False, markup=False)
+    last = rows[-1]
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in last.scores.items())
+    console.print(
+        f"{what}: {shown}; {last.seconds:.0f} s; results in {folder}",
+        highlight=False,
+        markup=False,
+    )
+    console.print(f"score it again with: surgery eval {folder}", highlight=False, markup=False)
+    return rows
+
+
+def dry_run(recipe: Recipe, console: Console) -> float:
+    """Build everything and run the longest examples once, without training; return the loss."""
+    methods = planned_methods(recipe)
+    made = training_arguments(recipe)
+    prepared = prepare_run(recipe)
+    model = load_base(prepared, made.seed)
+    splice(model, prepared, methods)
+    loss = try_out(model, prepared)
+    for name, split in prepared.examples.items():
+        console.print(f"{name}: {len(split):,} examples", highlight=False)
+    if methods:
+        console.print(surgery.summary(model), highlight=False)
+    console.print(f"trainable: {trainable(model):,}; loss of the longest examples: {loss:.3f}")
+    return loss
+
+
+def evaluate(folder: Path, console: Console) -> dict[str, float]:
+    """Score a finished run again, from its files and a freshly loaded base."""
+    recipe = read_recipe(folder / "recipe.yaml")
+    prepared = prepare_run(recipe)
+    made = training_arguments(recipe)
+    model = _load(prepared, made, folder)
+    _, scores = _answer(model, prepared, made, console)
+    for name, value in scores.items():
+        console.print(f"{folder}: {name} {value}")
+    return scores
+
+
+def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
+    """A freshly loaded base with the adapter of a run, or the model that it trained as a whole."""
+    if prepared.recipe.splice:
+        model = surgery.load(load_base(prepared, made.seed), folder / "adapter")
+    else:
+        model = load_base(prepared, made.seed, str(folder / "model"))
+    return model.to(made.device)
+
+
+def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:
+    model = load_base(prepared, made.seed)
+    freeze_all_but_head(model)
+    trained = _fit("frozen base, new head", model, prepared, made, console, None, None)
+    return _score(trained, model, prepared, made, console, None)
+
+
+def _fit(
+    what: str,
+    model: Any,
+    prepared: Prepared,
+    made: TrainingArguments,
+    console: Console,
+    checkpoint: str | None,
+    folder: Path | None,
+) -> dict[str, Any]:
+    """Train one model, save it in ``folder`` unless that is None, and return its numbers."""
+    set_seed(made.seed)
+    trainer = make_trainer(model, prepared, made)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if folder is not None and made.process_index == 0:
+            where = _keep(model, prepared, folder)
+            step = trainer.state.global_step
+            console.print(f"\ninterrupted at step {step}: what was learnt is in {where}")
+        raise
+    counts = surgery.summary(model)
+    whole = all(p.requires_grad for p in model.parameters())
+    trained = {
+        "what": what,
+        "inserted": counts.inserted,
+        "percent": 100.0 if whole else counts.percent,
+        "stored": 100.0 if whole else 100 * counts.stored / counts.base,
+        "trainable": trainable(model),
+        "seconds": trainer.seconds,
+        "peak_mib": results.peak_mib(),
+        "losses": [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+    }
+    if folder is not None and made.process_index == 0:
+        _keep(model, prepared, folder)
+        write_trained(folder, trained)
+    return trained
+
+
+def _score(
+    trained: dict[str, Any],
+    model: Any,
+    prepared: Prepared,
+    made: TrainingArguments,
+    console: Console,
+    folder: Path | None,
+) -> Row:
+    """Score one model, and write its answers into ``folder`` unless that is None."""
+    try:
+        sets, scores = _answer(model, prepared, made, console)
+    except KeyboardInterrupt:
+        if folder is not None:
+            console.print(f"\ninterrupted: training is over, --resume scores it; see {folder}")
+        raise
+    if folder is not None and made.process_index == 0:
+        results.write_answers(folder, prepared.task, sets)
+    scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
+    examples, given = map(list, zip(*scored, strict=True))
+    return Row(
+        **trained,
+        score=scores[prepared.task.metric],
+        scores=scores,
+        by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
+    )
+
+
+def _keep(model: Any, prepared: Prepared, folder: Path) -> Path:
+    """Save the adapter, or the model if it was trained as a whole; return the folder."""
+    if surgery.summary(model).reports:
+        prepared.tokenizer.save_pretrained(folder / "adapter")
+        return surgery.save(model, folder / "adapter")
+    model.save_pretrained(folder / "model")
+    prepared.tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def _answer(
+    model: Any, prepared: Prepared, made: TrainingArguments, console: Console
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The examples and answers of every scored split, and the scores."""
+    sets = {}
+    scores: dict[str, float] = {}
+    task, size = prepared.task, made.per_device_eval_batch_size
+    for name in prepared.scored:
+        examples = prepared.examples[name]
+        given = answers(model, task, prepared.tokenizer, examples, size, console)
+        sets[name] = (examples, given)
+        scores |= task.score(given, examples)
+    return sets, scores

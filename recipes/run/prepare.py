@@ -1,0 +1,193 @@
+"""Read, sample, encode and check the data of a recipe, before any weight is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+)
+
+import surgery
+from surgery import Example, Features, RecipeError, suggest
+from surgery_recipes.recipe_files import Recipe
+from surgery_recipes.run.model_source import model_path
+
+FITTED = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its task, tokenizer and data.
+
+    Attributes:
+        source: the folder or hub id of the base.
+        new: the ids of the tokens that were added to the vocabulary.
+        examples: the examples of every split.
+        features: the encoded examples of the training and the validation split.
+        longest: a batch of the longest encoded examples, and one of the longest prompts. Whatever
+            is too long for the model fails on these two.
+    """
+
+    recipe: Recipe
+    task: surgery.Task
+    source: str
+    tokenizer: Any
+    new: tuple[int, ...]
+    examples: dict[str, list[Example]]
+    features: dict[str, list[Features]]
+    longest: tuple[list[Features], list[Features]]
+
+    @property
+    def scored(self) -> list[str]:
+        """The splits that are scored at the end."""
+        return [name for name in self.examples if name not in FITTED]
+
+
+def prepare_run(recipe: Recipe) -> Prepared:
+    """Read the data of a recipe and check that they suit the model.
+
+    Raises:
+        RecipeError: the model is of the wrong kind, data are missing, or an example is too long.
+    """
+    task = surgery.task(recipe.task, **recipe.data)
+    if recipe.baseline and task.kind != "classifier":
+        raise RecipeError(
+            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
+            "baseline out."
+        )
+    source = model_path(recipe.model)
+    config = _config(source, task)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model {source!r} has no tokenizer that loads: {error}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"model {source!r}: its tokenizer has neither a padding nor an end token. Set one in "
+            "its tokenizer_config.json."
+        )
+    before = set(tokenizer.get_vocab())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
+    new = [token for token in task.tokens if token not in before]
+    examples = _limited(task.splits(), recipe.limit)
+    features = {
+        name: [task.encode(example, tokenizer) for example in examples[name]]
+        for name in FITTED
+        if name in examples
+    }
+    prompts = {
+        name: [task.prompt(example, tokenizer) for example in examples[name]]
+        for name in examples
+        if name not in FITTED
+    }
+    if task.kind == "classifier":
+        _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
+    for name, rows in features.items():
+        _check_room(rows, name, config, task, 0)
+    for name, rows in prompts.items():
+        _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
+    longest = (
+        _longest([row for rows in features.values() for row in rows]),
+        _longest([row for rows in prompts.values() for row in rows]),
+    )
+    ids = tuple(tokenizer.convert_tokens_to_ids(new))
+    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
+
+
+def _config(source: str, task: surgery.Task) -> Any:
+    """The configuration of the base.
+
+    Raises:
+        RecipeError: there is none, or the base is not of the kind that the task needs.
+    """
+    here = Path(source)
+    meant = here.is_absolute() or source.startswith(".") or source.count("/") > 1
+    if meant and not here.is_dir():
+        raise RecipeError(f"model {source!r}: no such folder.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        also = "" if here.is_dir() else ", and there is no such folder here"
+        raise RecipeError(f"model {source!r} cannot be loaded{also}: {error}") from error
+    what = f"model {source!r} ({config.model_type})"
+    if task.kind == "classifier" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise RecipeError(
+            f"{what} cannot take a classification head, which task {task.name!r} needs. "
+            "Take an encoder such as FacebookAI/roberta-base."
+        )
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
+    if task.kind == "decoder" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encoder):
+        raise RecipeError(
+            f"{what} does not write text from left to right, which task {task.name!r} needs. "
+            "Take a decoder such as openai-community/gpt2."
+        )
+    if task.segments and not _adds_segments(config):
+        raise RecipeError(
+            f"{what} does not look segments up in its token embedding. "
+            "Set data.with_segments=false."
+        )
+    return config
+
+
+def _adds_segments(config: Any) -> bool:
+    """Whether the model looks ``token_type_ids`` up in its token embedding, as GPT-2 does."""
+    forward = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward)
+    return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
+
+
+def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[str, list[Example]]:
+    for name, count in limit.items():
+        if name not in splits:
+            raise RecipeError(
+                f"limit: no split {name!r}. {suggest(name, splits)}Splits: {', '.join(splits)}."
+            )
+        if not isinstance(count, int) or count < 1:
+            raise RecipeError(f"limit: {name}={count!r} must be a number of examples, 1 or more.")
+    drawn = {}
+    for name, examples in splits.items():
+        if not examples:
+            raise RecipeError(f"split {name!r} has no examples.")
+        count = min(limit.get(name, len(examples)), len(examples))
+        chosen = sorted(random.Random(0).sample(range(len(examples)), count))
+        drawn[name] = [examples[i] for i in chosen]
+    return drawn
+
+
+def _check_scored(task: surgery.Task, examples: list[Example]) -> None:
+    if task.metric not in task.score([0] * len(examples), examples):
+        raise RecipeError(
+            f"{task.metric!r} cannot be computed from the {len(examples)} scored examples: their "
+            "sample misses a kind of example. Raise the limit of their split, or leave it "
+            "out."
+        )
+
+
+def _check_room(
+    rows: list[Features], split: str, config: Any, task: surgery.Task, written: int
+) -> None:
+    room = getattr(config, "max_position_embeddings", None)
+    if room is None or task.kind != "decoder":
+        return
+    for number, row in enumerate(rows):
+        needed = len(row["input_ids"]) + written
+        if needed > room:
+            raise RecipeError(
+                f"{split}, example {number + 1}: {len(row['input_ids'])} tokens"
+                + (f" and {written} to generate" if written else "")
+                + f", but the model has {room} positions. Shorten the example or remove it, lower "
+                "data.max_new_tokens if the example is scored, or take a model with more positions."
+            )
+
+
+def _longest(features: Sequence[Features], count: int = 2) -> list[Features]:
+    return sorted(features, key=lambda f: len(f["input_ids"]), reverse=True)[:count]

@@ -1,0 +1,207 @@
+"""Adapt transformers' Trainer: checkpoints hold what is trained and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+import surgery
+from surgery import RecipeError, restore, suggest, trained_rows
+from surgery_recipes.recipe_files import Recipe
+from surgery_recipes.run.answers import pad_id
+from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.prepare import Prepared
+from surgery_recipes.run.run_folder import CHECKPOINTS
+
+
+class LossInBar(ProgressCallback):
+    """A progress bar that shows the loss, in place of a printed line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Counts the seconds of training, including those before an interruption."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self.before = before
+        self.begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.begun
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"before": self.seconds}, "attributes": {}}
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints are adapters, and whose weight decay spares rows and biases."""
+
+    @property
+    def seconds(self) -> float:
+        """How long training took, over all its interruptions."""
+        clocks = (c for c in self.callback_handler.callbacks if isinstance(c, Clock))
+        return next(clocks).seconds
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters that decay.
+
+        Left out are those that a module's ``no_weight_decay()`` names, such as its biases, and
+        those of which only some rows are trained, because decay would move the other rows too.
+        """
+        spared = set(trained_rows(self.model))
+        for path, module in self.model.named_modules():
+            own = getattr(module, "no_weight_decay", None)
+            names = own() if callable(own) else ()
+            spared |= {f"{path}.{name}" if path else name for name in names}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Validate in order: ``compute_metrics`` pairs predictions with examples by place."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        if not surgery.summary(self.model).reports:
+            super()._save(folder, state_dict)
+        elif self.args.should_save:
+            surgery.save(self.model, folder, plain=False)
+            torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if surgery.summary(self.model).reports:
+            restore(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if surgery.summary(self.model).reports:
+            restore(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+
+def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
+    """The ``training`` of a recipe as transformers' arguments.
+
+    Raises:
+        RecipeError: a key is unknown, a value is of the wrong kind, or there is no GPU to use.
+    """
+    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    for key, given in recipe.training.items():
+        if key not in known:
+            raise RecipeError(
+                f"training: transformers.TrainingArguments has no {key!r}. {suggest(key, known)}"
+            )
+        if known[key] in (bool, "bool") and isinstance(given, str):
+            raise RecipeError(f"training.{key}={given!r} must be true or false.")
+        kind = str(known[key])
+        if isinstance(given, str) and "str" not in kind and ("int" in kind or "float" in kind):
+            raise RecipeError(f"training.{key}={given!r} must be a number.")
+        if key.startswith("per_device_") and not (isinstance(given, int) and given >= 1):
+            raise RecipeError(f"training.{key}={given!r} must be a whole number, 1 or more.")
+        if key == "output_dir":
+            raise RecipeError("training.output_dir: checkpoints go below output=PATH. Set that.")
+    _check_device(recipe)
+    logs = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("--wandb: the package is not installed. pip install wandb")
+    defaults = {
+        "output_dir": str(Path(recipe.output) / CHECKPOINTS),
+        "report_to": [*logs, *(["wandb"] if wandb else [])] or "none",
+        "save_strategy": "no",
+        "restore_callback_states_from_checkpoint": True,
+        "disable_tqdm": False,  # by default it follows the level of transformers' log
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
+    }
+    try:
+        made = TrainingArguments(**{**defaults, **recipe.training})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training: {error}") from error
+    if recipe.patience and not made.load_best_model_at_end:
+        raise RecipeError(
+            "patience compares checkpoints with the best one. Set training.load_best_model_at_end="
+            "true, training.eval_strategy=epoch and training.save_strategy=epoch."
+        )
+    return made
+
+
+def _check_device(recipe: Recipe) -> None:
+    there = torch.cuda.is_available()
+    if recipe.device == "cuda" and not there:
+        raise RecipeError("device=cuda, but torch finds no GPU here. Use device=auto or cpu.")
+    if recipe.training.get("fp16") and (not there or recipe.device == "cpu"):
+        raise RecipeError(
+            "training.fp16 is for a GPU, and there is none to use. Set training.bf16=true, which "
+            "works on a CPU too, or leave both out."
+        )
+
+
+def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArguments) -> None:
+    """Raise if the best checkpoint is chosen by a score that validation does not compute."""
+    name = made.metric_for_best_model
+    if not made.load_best_model_at_end or name is None:
+        return
+    given = {"loss"}
+    if task.kind == "classifier" and validation:
+        given |= set(task.score([0] * len(validation), validation))
+    if name.removeprefix("eval_") not in given:
+        raise RecipeError(
+            f"training.metric_for_best_model={name!r}: validation has no such score. "
+            f"{suggest(name, given)}Scores: {', '.join(sorted(given))}."
+        )
+
+
+def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> AdapterTrainer:
+    """A Trainer for a prepared recipe.
+
+    Raises:
+        RecipeError: transformers' Trainer refuses an argument.
+    """
+    task = prepared.task
+    validation = prepared.examples.get("validation", [])
+
+    def accuracy(prediction: Any) -> dict[str, float]:
+        return task.score(np.argmax(prediction.predictions, -1).tolist(), validation)
+
+    _check_best(task, validation, made)
+    try:
+        AdapterTrainer.get_optimizer_cls_and_kwargs(made, model)
+        trainer = AdapterTrainer(
+            model,
+            made,
+            data_collator=Collator(pad_id(prepared.tokenizer)),
+            train_dataset=prepared.features["train"],
+            eval_dataset=prepared.features.get("validation"),
+            compute_metrics=accuracy if task.kind == "classifier" else None,
+        )
+    except (ImportError, ValueError, TypeError) as error:
+        raise RecipeError(f"training: transformers' Trainer refuses it: {error}") from error
+    trainer.can_return_loss = True
+    if task.kind == "classifier":  # their loss is a mean already: it takes no num_items_in_batch
+        trainer.model_accepts_loss_kwargs = False
+    trainer.add_callback(Clock)
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    if not made.disable_tqdm:
+        trainer.add_callback(LossInBar)
+    if prepared.recipe.patience:
+        trainer.add_callback(EarlyStoppingCallback(prepared.recipe.patience))
+    return trainer

@@ -1,0 +1,37 @@
+"""What the tests of comparisons share: a small grid, and runs that look finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from surgery_recipes.comparison.grid import Cell, Grid, recipe_of
+from surgery_recipes.recipe_files import write_recipe
+
+QUIET = Console(quiet=True)
+
+
+def finished(cell: Cell, score: float, made: Grid | None = None, **more: Any) -> None:
+    """Leave what a run of this cell would."""
+    row = {
+        "scores": {"accuracy": score}, "percent": 0.5, "stored": 0.25,
+        "trainable": 1000 + len(cell.row), "seconds": 60.0, **more,
+        "by_length": [[5, score], [9, score], [14, score], [30, score]],
+    }  # fmt: skip
+    cell.folder.mkdir(parents=True)
+    about = {"machine": "a machine", "versions": {"torch": "2"}, "notes": {"ter": "no TER today"}}
+    (cell.folder / "metrics.json").write_text(json.dumps({"rows": [row], **about}))
+    if made is not None:
+        write_recipe(recipe_of(made, cell), cell.folder / "recipe.yaml")
+
+
+def grid(output: Path, **more: Any) -> Grid:
+    shape: dict[str, Any] = {
+        "title": "A table", "tasks": ["sst2"], "rows": ["prefix", "inducer", "lora"],
+        "scores": {"sst2": ["accuracy"]}, "seeds": [1, 2, 3], "baseline": "prefix",
+        "paper": {"inducer": {"sst2.accuracy": 94.2}}, "output": str(output),
+    }  # fmt: skip
+    return Grid(**{**shape, **more})
