@@ -33,7 +33,7 @@ from torch import nn
 
 from surgery.capture.guards import line_of
 from surgery.capture.interception import intercepted
-from surgery.capture.proxy import any_proxy, fixed
+from surgery.capture.proxy import any_proxy, unwrapped
 from surgery.capture.tracer import Captured, IsLeaf, Tracer
 from surgery.errors import CaptureError
 from surgery.interop import (
@@ -135,8 +135,8 @@ def _output(tracer: Tracer, output: Any) -> Any:
     made = tracer.create_arg(output)
     if isinstance(made, tuple) and hasattr(made, "_fields"):
         made = tracer.graph.call_function(type(made), tuple(made))
-        made.meta.update(value=fixed(output), owner="")
-    return made
+        made.meta.update(value=unwrapped(output), owner="")
+    return argument
 
 
 def _containers(*given: Any) -> Iterator[Any]:
