@@ -128,14 +128,14 @@ def _record(
 
 
 def _output(tracer: Tracer, output: Any) -> Any:
-    """The argument of the output node; a named tuple is built by a node of its own.
+    """Return the argument of the output node; a named tuple gets a node of its own.
 
-    ``fx`` of torch 2.11 prints the name of its class there, which the code does not know.
+    ``fx`` of torch 2.11 prints the class name of a returned named tuple without importing it.
     """
-    made = tracer.create_arg(output)
-    if isinstance(made, tuple) and hasattr(made, "_fields"):
-        made = tracer.graph.call_function(type(made), tuple(made))
-        made.meta.update(value=unwrapped(output), owner="")
+    argument = tracer.create_arg(output)
+    if isinstance(argument, tuple) and hasattr(argument, "_fields"):
+        argument = tracer.graph.call_function(type(argument), tuple(argument))
+        argument.meta.update(value=unwrapped(output), owner="")
     return argument
 
 
