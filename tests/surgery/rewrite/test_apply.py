@@ -23,10 +23,10 @@ from tests.support.splices import built_with
     ("bend", "what"),
     [
         (lambda h: h[..., :1], r"\(2, 7, 1\) torch.float32, where port 'output' has \(2, 7, 32\)"),
-        (lambda h: h[:, :1], r"x_output gives \(2, 1, 32\)"),
+        (lambda h: h[:, :1], r"x_output returns \(2, 1, 32\)"),
         (lambda h: h.double(), r"torch.float64, where port 'output' has .* torch.float32\. Return"),
-        (lambda h: None, "x_output gives None"),
-        (lambda h: (h, h), r"x_output gives \(tensor"),
+        (lambda h: None, "x_output returns None"),
+        (lambda h: (h, h), r"x_output returns \(tensor"),
     ],
 )
 def test_what_a_module_gives_must_fit_its_port(bend: Any, what: str, start: str) -> None:
