@@ -83,6 +83,9 @@ def test_every_named_test_and_file_is_there() -> None:
         assert (ROOT / name).exists(), f"no {name}"
 
 
-def test_every_named_make_target_is_there() -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"`make ([\w-]+)`", TEXT)) <= set(targets)
+def test_every_make_target_that_tests_something_is_named_and_no_other() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"`make ([\w-]+)`", TEXT))
+    parts = {"compat-oldest", "compat-newest"}
+    assert named == targets - parts - {"quickstart", "clean"}
