@@ -33,7 +33,8 @@ assert torch.equal(surgery.load(make_model("fused"), "adapter")(input_ids=ids).l
 surgery.remove(model)
 assert torch.equal(model(input_ids=ids).logits, base)
 app(["methods"], standalone_mode=False)
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
+imported = "ignore::pytest.PytestAssertRewriteWarning"  # a pytest plugin that transformers uses
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", imported, sys.argv[1]]))
 """
 
 

@@ -14,7 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import surgery
+
 CHECKS = ("locate", "attention", "ffn", "eval", "train", "batch1", "alive", "generate", "remove")
+
+LIBRARY = str(Path(surgery.__file__).parent)
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -24,7 +28,7 @@ def failure(error: BaseException) -> dict[str, str]:
     while link is not None:
         for frame in traceback.extract_tb(link.__traceback__):
             short = "/".join(frame.filename.split("/")[-2:])
-            if "/main/surgery/" in frame.filename:
+            if frame.filename.startswith(LIBRARY):
                 places["surgery"] = f"{short}:{frame.lineno} {frame.name}"
             elif "/transformers/" in frame.filename:
                 places["modeling"] = f"{short}:{frame.lineno} {frame.line}"

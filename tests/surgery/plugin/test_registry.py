@@ -144,7 +144,7 @@ def test_plugins_that_offer_nothing_are_reported() -> None:
         name = "plain"
         rank: int = 3
 
-    for offered, what in ((Plain, "not a dataclass"), (Custom(), r"no class. Call register")):
+    for offered, what in ((Plain, "not a dataclass"), (Custom(), r"not a class. Call register")):
         bad: Any = types.SimpleNamespace(
             register_methods=surgery.hookimpl(lambda register, offered=offered: register(offered))
         )

@@ -36,10 +36,10 @@ def test_what_a_module_gives_must_fit_its_port(bend: Any, what: str, start: str)
 def test_what_is_added_or_replaces_must_fit_too() -> None:
     narrow = nn.Linear(WIDTH, WIDTH - 1)
     refused(
-        lambda s: s.port("output").add(narrow, "x", ("input",)), rf"gives \(2, 7, {WIDTH - 1}\)"
+        lambda s: s.port("output").add(narrow, "x", ("input",)), rf"returns \(2, 7, {WIDTH - 1}\)"
     )
     refused(lambda s: s.port("output").replace(narrow, "x", ("input",)), "where port 'output' has")
-    refused(lambda s: s.port("up").feed(narrow, "x"), "x_up gives")
+    refused(lambda s: s.port("up").feed(narrow, "x"), "x_up returns")
 
 
 class Raw(nn.Module):

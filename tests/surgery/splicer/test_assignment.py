@@ -28,5 +28,5 @@ def test_sites_may_be_a_list_or_a_slice() -> None:
     assert len(surgery.splice(model, surgery.method("lora"), at=sites[:1]).sites) == 1
     report = surgery.splice(model, surgery.method("lora"), at=list(sites)[1:], name="b")
     assert len(report.sites) == len(sites) - 1
-    with pytest.raises(SurgeryError, match=r"Take it from surgery.locate"):
+    with pytest.raises(SurgeryError, match=r"Take the site from surgery.locate"):
         surgery.splice(model, surgery.method("lora"), at=report.sites, name="c")
