@@ -1,5 +1,6 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
-# make test         the same set-up, and the default test suite
+# make test         the same set-up, and the default tier of tests: under 7 minutes on 2 cores
+# make slow         the slow tier: what the default one leaves out, and each property on 200 examples
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make check        what a commit must pass: lint, format, types, tests
@@ -19,8 +20,9 @@ quickstart: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
+# Hypothesis marks its tests itself: those are in both tiers, with 10 examples and with 200.
 slow: .venv/dev
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "(slow or hypothesis) and not gpu"
 
 lint: .venv/dev
 	$(BIN)/ruff check .
