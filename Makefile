@@ -1,8 +1,9 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
-# make test         the same set-up, and the default test suite
+# make test         the same set-up, and the default tier of tests: under 7 minutes on 2 cores
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make slow         the slow tier: what repeats the default tests over more options and models
+# make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
@@ -21,11 +22,11 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
-# The properties with 200 examples each instead of 10.
+# The properties with 200 examples each instead of 10; Hypothesis marks its tests itself.
 properties: .venv/dev
-	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/whole/test_properties.py
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest -n 2 -m "hypothesis and not gpu"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

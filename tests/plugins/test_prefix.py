@@ -131,7 +131,7 @@ def test_a_gate_starts_at_the_base_and_opens(name: str) -> None:
     [
         ({"length": 108}, gpt2_small, 1_990_656),
         ({"length": 10}, gpt2_small, 184_320),
-        ({"length": 20}, qwen_half_billion, 122_880),
+        pytest.param({"length": 20}, qwen_half_billion, 122_880, marks=pytest.mark.slow),
         ({"length": 20, "gate": True}, gpt2_small, 20 * 18_432 + 144),
     ],
 )

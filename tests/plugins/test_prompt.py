@@ -172,7 +172,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     ],
 )
 def test_parameter_counts_are_those_of_the_papers(options: Any, trained: int) -> None:
-    model = gpt2_small()  # where a prompt goes is seen from values, not on the meta device
+    # Where a prompt goes is seen from values, not on the meta device; width alone sets its size.
+    model = gpt2_small(n_layer=2, vocab_size=100, bos_token_id=0, eos_token_id=0)
     surgery.splice(model, surgery.method("prompt", **options))
     summary = surgery.summary(model)
     assert (summary.inserted, summary.stored) == (trained, 15_360)

@@ -141,9 +141,9 @@ def perturb(model: nn.Module, scale: float = 0.1, seed: int = 3) -> None:
             parameter.add_((noise * scale).to(parameter.dtype))
 
 
-def gpt2_small() -> Any:
+def gpt2_small(**options: Any) -> Any:
     """The real shape, as in the papers' parameter counts; build it on the meta device."""
-    return tr.GPT2LMHeadModel(tr.GPT2Config())
+    return tr.GPT2LMHeadModel(tr.GPT2Config(**options))
 
 
 def roberta_base() -> Any:

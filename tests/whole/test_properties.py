@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 import surgery
 from tests.support.models import GENERATORS, NAMES, TEXT, build, inputs, logits, perturb
@@ -237,6 +237,7 @@ def test_adapter_dropout_leaves_the_training_outputs_of_the_base(named: Any, cho
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=settings().max_examples // 2)  # for each of six models
 @given(splices)
 def test_saving_and_loading_is_the_identity(tmp_path_factory: Any, name: str, chosen: Any) -> None:
     folder = tmp_path_factory.mktemp("adapter")
