@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter.merge_plan import MergePlan
+from surgery.adapter.merged_weights import MergePlan
 from surgery.errors import SpliceError
 from surgery.splicer import Inserted, forget, reports, require_spliced
 

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.interop import huggingface, leaves
 from surgery.locator.call_sites import call_sites
+from surgery.locator.host_choice import Group, groups_of
 from surgery.locator.module_sites import module_sites
 from surgery.locator.observation import Observation, observe
-from surgery.locator.pattern_sites import Group, groups_of, pattern_site
+from surgery.locator.pattern_sites import pattern_site
 from surgery.patterns import (
     Match,
     find_matches,

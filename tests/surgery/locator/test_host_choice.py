@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import fx, nn
 
-from surgery.locator.pattern_sites import groups_of
+from surgery.locator.host_choice import groups_of
 from surgery.patterns import Match
 
 

@@ -1,0 +1,74 @@
+"""Choose the host of each attention and FFN: the smallest module that contains the site whole.
+
+A module is a candidate if every node of the match was run by it or below it. Two hosts overlap if
+one traces through the other; they become one, so that one graph holds both sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from surgery.locator.call_sites import common_ancestor
+from surgery.locator.observation import Observation
+from surgery.patterns import Match
+
+
+@dataclass
+class Group:
+    """The matches that share a host.
+
+    Attributes:
+        path: the module path of the host.
+        matches: the matches whose nodes all lie inside the host.
+    """
+
+    path: str
+    matches: list[Match] = field(default_factory=list)
+
+    def through(self) -> frozenset[str]:
+        """Return the modules on the way from the host to its sites, the host excluded.
+
+        These own a node of a match, or lie between such a module and the host.
+        """
+        paths = set()
+        for owner in {owner for match in self.matches for owner in _owners(match)}:
+            while owner != self.path:
+                paths.add(owner)
+                owner = owner.rpartition(".")[0]
+        return frozenset(paths)
+
+
+def _owners(match: Match) -> set[str]:
+    """Return the paths of the modules whose forwards made the nodes of a match."""
+    return {str(node.meta["owner"]) for node in match.nodes}
+
+
+def groups_of(matches: list[Match], observation: Observation, model: nn.Module) -> list[Group]:
+    """Choose a host for every match, and join hosts of which one is on the other's way.
+
+    Two hosts one inside the other would each rewrite a forward that the other traces through.
+    """
+    groups: dict[str, Group] = {}
+    for match in matches:
+        path = common_ancestor([*_owners(match)])
+        # A ModuleList is never called, so it has no forward to rewrite. A Sequential calls all its
+        # children, so it would call the inserted ones, too.
+        while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
+            path = path.rpartition(".")[0]
+        groups.setdefault(path, Group(path)).matches.append(match)
+    while overlap := _overlap(groups):
+        outer, inner = overlap
+        outer.matches += groups.pop(inner.path).matches
+    return list(groups.values())
+
+
+def _overlap(groups: dict[str, Group]) -> tuple[Group, Group] | None:
+    """Return two groups of which the first traces through the host of the second."""
+    for outer in groups.values():
+        through = outer.through()
+        for inner in groups.values():
+            if inner is not outer and inner.path in through:
+                return outer, inner
+    return None
