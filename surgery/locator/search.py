@@ -8,7 +8,8 @@
       |  patterns/           match attention, FFN and single projections in the graph
       v
     list[Match]
-      |  pattern_sites.py    give each match a host; describe it as a Site with its ports
+      |  host_choice.py      choose the host of each match
+      |  pattern_sites.py    describe each match as a Site with its ports
       |  module_sites.py     add the sites that are one module: norm, position, embedding
       |  call_sites.py       add the sites that wrap a module's call: block, stack, trunk
       v
