@@ -108,7 +108,7 @@ class Attend(Part):
         if self.shared.running or self.seen is None:
             return merged
         if self.window is not None and k.shape[-2] + self.shared.length > self.window:
-            raise surgery.SpliceError(
+            raise surgery.ForwardError(
                 f"method 'prompt': {k.shape[-2]} tokens and {self.shared.length} of the prompt are "
                 f"more than the {self.window} that a token sees here. Shorten one of them."
             )
@@ -158,7 +158,7 @@ class Call(Part):
     def forward(self, forward: Any, **arguments: Any) -> Any:
         prompt, ids = self.shared, arguments.get(self.ids)
         if not isinstance(ids, Tensor):
-            raise surgery.SpliceError(
+            raise surgery.ForwardError(
                 f"method 'prompt': the model was called without {self.ids!r}. The rows stand "
                 "before token embeddings: pass token ids, or switch the method off with disabled()."
             )
@@ -179,7 +179,7 @@ class Call(Part):
             if not isinstance(x, Tensor) or x.dim() < 2 or ids.shape[1] not in x.shape[1:]:
                 continue
             if x.shape != ids.shape:
-                raise surgery.SpliceError(
+                raise surgery.ForwardError(
                     f"method 'prompt': {name!r} of shape {tuple(x.shape)} cannot be made longer. "
                     f"Pass masks of the shape {tuple(ids.shape)} of {self.ids!r}."
                 )

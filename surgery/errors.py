@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
-    """Base of every error that the library raises."""
+    """Base of the library's errors."""
 
 
 class RefusedError(SurgeryError):
@@ -25,7 +25,7 @@ class CaptureError(RefusedError):
 
 
 class SiteError(RefusedError):
-    """There is no site, or other sites than were asked for."""
+    """No site was found, or the sites found are not those that were asked for."""
 
 
 class PortError(RefusedError):

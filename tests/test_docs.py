@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -78,3 +79,9 @@ def test_the_plugin_in_contributing_is_the_one_that_is_tested() -> None:
     for file in ("pyproject.toml", "surgery_red.py", "test_red.py"):
         assert (folder / file).read_text().strip() in text
     assert len((folder / "surgery_red.py").read_text().splitlines()) <= 40
+
+
+def test_the_tests_that_need_a_gpu_are_a_tier() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/surgery"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "tests/surgery/attention/test_kernels.py::" in done.stdout

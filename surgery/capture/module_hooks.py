@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -39,16 +40,26 @@ class Bound(NamedTuple):
 
     args: Any
     kwargs: Any
+    hooked: bool = False  # torch decides once, when the call begins
     backward: BackwardHook | None = None
     non_full: Any = ()  # backward hooks of the deprecated kind
+    entry: Any = None  # of a module with hooks that are always called
 
 
-class _Entry(NamedTuple):
-    """An inlined module whose ``always_call`` hooks are still to run, and those that have run."""
+@dataclass(eq=False)
+class _Entry:
+    """An inlined module whose ``always_call`` hooks are still to run.
+
+    Attributes:
+        args, kwargs, output: what the hooks would be called with, as far as the forward came.
+        called: the hooks that have run.
+    """
 
     module: nn.Module
-    bound: Bound
-    called: set[int]
+    args: Any
+    kwargs: Any
+    output: Any = None
+    called: set[int] = field(default_factory=set)
 
 
 class _Entered(threading.local):
@@ -68,6 +79,10 @@ def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
     if not _hooked(module) or capturing():
         return Bound(args, kwargs)
+    entry = None
+    if module._forward_hooks_always_called or _GLOBAL_ALWAYS:
+        entry = _Entry(module, args, kwargs)
+        _entered.stack.append(entry)
     given, touched = (args, kwargs), False
     for key, hook in (*_GLOBAL_PRE.items(), *module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
@@ -95,24 +110,21 @@ def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if full or pre:
         backward = BackwardHook(module, full, pre)
         args = backward.setup_input_hook(args)  # type: ignore[no-untyped-call]
-    bound = Bound(args, kwargs, backward, non_full)
-    if module._forward_hooks_always_called or _GLOBAL_ALWAYS:
-        _entered.stack.append(_Entry(module, bound, set()))
-    return bound
+    if entry is not None:
+        entry.args, entry.kwargs = args, kwargs
+    return Bound(args, kwargs, True, backward, non_full, entry)
 
 
 def run_forward_hooks(module: nn.Module, bound: Bound, output: Any) -> Any:
     """Run the forward hooks of an inlined module, and attach its backward hooks."""
-    if not _hooked(module) or capturing():
+    if not bound.hooked or capturing():
         return output
-    entry = None
-    if module._forward_hooks_always_called or _GLOBAL_ALWAYS:
-        entry = _entered.stack[-1] if _entered.stack else None
-        entry = entry if entry is not None and entry.module is module else None
+    entry = bound.entry
     for key, hook in (*_GLOBAL_FORWARD.items(), *module._forward_hooks.items()):
         if entry is not None:
+            entry.output = output
             entry.called.add(key)
-        output = _after_hook(module, key, hook, bound, output)
+        output = _after_hook(module, key, hook, bound.args, bound.kwargs, output)
     if bound.backward is not None:
         if not isinstance(output, (Tensor, tuple)):
             warnings.warn(
@@ -124,27 +136,30 @@ def run_forward_hooks(module: nn.Module, bound: Bound, output: Any) -> Any:
     if bound.non_full:
         _attach_non_full(module, bound, output)
     if entry is not None:
-        _entered.stack.pop()
+        del _entered.stack[_entered.stack.index(entry) :]  # and entries of an abandoned graph
     return output
 
 
 def run_always_called_hooks(host: nn.Module) -> None:
     """After an exception in a host's graph: run the hooks that asked to be called always.
 
-    As in torch, such a hook gets None as the output, its result is ignored, and an exception in it
-    is a warning.
+    As in torch, such a hook gets the output as far as it was computed (None if the forward itself
+    failed), its result goes to the next hook, and an exception in it is a warning.
     """
     inside = set(host.modules()) if _entered.stack else ()
     while _entered.stack and _entered.stack[-1].module in inside:
-        module, bound, called = _entered.stack.pop()
+        entry = _entered.stack.pop()
+        module = entry.module
         asked = {**_GLOBAL_ALWAYS, **module._forward_hooks_always_called}
         every = {**_GLOBAL_FORWARD, **module._forward_hooks}
         hooks = {key: hook for key, hook in every.items() if key in asked}
         for key, hook in hooks.items():
-            if key in called:
+            if key in entry.called:
                 continue
             try:
-                _after_hook(module, key, hook, bound, None)
+                entry.output = _after_hook(
+                    module, key, hook, entry.args, entry.kwargs, entry.output
+                )
             except Exception as error:
                 warnings.warn(
                     f"a forward hook of {type(module).__name__} with always_call=True raised "
@@ -167,11 +182,12 @@ def _hooked(module: nn.Module) -> Any:
     )
 
 
-def _after_hook(module: nn.Module, key: int, hook: Any, bound: Bound, output: Any) -> Any:
+def _after_hook(module: nn.Module, key: int, hook: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """Call one forward hook, and return the output that it leaves."""
     if key in module._forward_hooks_with_kwargs or key in _GLOBAL_WITH_KWARGS:
-        changed = hook(module, bound.args, bound.kwargs, output)
+        changed = hook(module, args, kwargs, output)
     else:
-        changed = hook(module, bound.args, output)
+        changed = hook(module, args, output)
     return output if changed is None else changed
 
 

@@ -68,7 +68,7 @@ class HostState:
         self.recent = ()
 
     def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
-        """Drop every other graph."""
+        """Replace the variants by these."""
         self.variants, self.recent = variants, ()
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
@@ -77,7 +77,7 @@ class HostState:
         return self.variants.get(key, []), inputs
 
     def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
-        """Ask first for this variant from now on."""
+        """Put this variant's recogniser first."""
         recognise = variant.recogniser(args, kwargs)
         if recognise is not None:
             others = [pair for pair in self.recent if pair[1] is not variant]

@@ -108,7 +108,7 @@ def _public_names(module: nn.Module) -> Iterable[str]:
 
 
 def _near(name: str, offers: Iterable[str]) -> str:
-    """The offer that ``name`` almost is, or ''. Short names must agree but for case and plural."""
+    """Return the offer that a name almost is, or "". Short names differ in case or plural only."""
     plain = {offer: _plain(offer) for offer in offers}
     for offer, text in plain.items():
         if _plain(name) == text:

@@ -22,7 +22,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 
-@runtime_checkable
 class AddsOnto(Protocol):
     """A module that adds its update to the port itself (verb ``add``).
 

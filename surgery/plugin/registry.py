@@ -2,7 +2,7 @@
 
     entry points -> Registry.load -> Registry.add, per plugin -> methods() and tasks() by name
 
-The plugins that come with the package are entry points too; there is no other door. Entry points
+The plugins that come with the package are entry points too; there is no other way in. Entry points
 load one by one: one that fails, or repeats a name, is reported, and the others still load. The
 registry of the process is filled on first use and lives as long as the process.
 """

@@ -78,7 +78,7 @@ def verify_wraps(
     args: Any,
     kwargs: Any,
 ) -> None:
-    """Do the same for any forward, such as one that runs modules around the call."""
+    """Raise unless a gradient reaches every inserted parameter when ``forward`` runs the host."""
     named = [
         (child, name, parameter)
         for child in children

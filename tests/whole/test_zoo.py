@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,3 +176,14 @@ def outputs(model: Any, given: dict[str, Any]) -> list[torch.Tensor]:
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
     assert len(a) == len(b)
     assert all(map(torch.equal, a, b))
+
+
+def test_the_zoo_checks_single_types_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "zoo.jsonl"
+    command = [sys.executable, "-m", "tests.zoo.check", "gpt2", "--out", str(out)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["type"] for row in rows] == ["gpt2"]
+    assert rows[0]["build"] == "ok"
+    assert "1 of 1" in done.stdout
