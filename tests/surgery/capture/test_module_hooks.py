@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from surgery.capture.module_hooks import _entered
 from tests.support.forwards import Attention, pair, tokens
 from tests.support.models import NAMES, build, inputs, logits
 from tests.support.splices import with_inducer_and_lora
@@ -199,3 +200,34 @@ def test_hooks_that_are_always_called_run_after_an_exception(everywhere: bool) -
         counts.append((after_error, len([c for c in called if c == type(each.inner).__name__])))
     assert counts[0] == counts[1]
     assert counts[0][0] != []
+
+
+def test_an_always_called_hook_runs_if_a_pre_hook_fails_and_leaves_nothing_behind() -> None:
+    logs = []
+    for each in pair(Wrapped):
+        seen: list[bool] = []
+        each.inner.register_forward_hook(
+            lambda m, a, o, seen=seen: seen.append(o is None), always_call=True
+        )
+        failing = each.inner.register_forward_pre_hook(lambda m, a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            each(tokens())
+        failing.remove()
+        logs.append(seen)
+    assert logs[0] == logs[1] == [True]
+    assert _entered.stack == []
+
+
+def test_a_hook_that_is_removed_or_registered_during_the_forward_counts_as_in_the_base() -> None:
+    logs = []
+    for each in pair(Wrapped):
+        seen: list[str] = []
+        handle = each.inner.register_forward_hook(
+            lambda m, a, o, seen=seen: seen.append("removed"), always_call=True
+        )
+        projection = next(m for m in each.inner.modules() if isinstance(m, nn.Linear))
+        projection.register_forward_pre_hook(lambda m, a, handle=handle: handle.remove())
+        each(tokens())
+        logs.append(seen)
+    assert logs[0] == logs[1]
+    assert _entered.stack == []
