@@ -123,7 +123,7 @@ def test_a_prompt_that_would_slip_out_of_a_window_is_an_error() -> None:
     rows.copy_(base.get_input_embeddings().weight[4:7])
     expected = base(torch.cat([torch.tensor([[4, 5, 6]]), IDS[:, :8]], 1)).logits[:, 3:]
     torch.testing.assert_close(tuned(IDS[:, :8]).logits, expected, rtol=1e-5, atol=1e-4)
-    with pytest.raises(surgery.SpliceError, match="9 tokens and 3 of the prompt are more than"):
+    with pytest.raises(surgery.ForwardError, match="9 tokens and 3 of the prompt are more than"):
         tuned(IDS)
 
 
