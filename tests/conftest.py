@@ -46,6 +46,7 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # graphs are many small objects that live
     gc.enable()
 
 

@@ -31,11 +31,26 @@ def lora(rank: int, bias: bool) -> surgery.Method:
     ("build", "methods", "count"),
     [
         (gpt2_small, [options(key_rank=10, value_rank=15)], 2_003_472),
-        (gpt2_small, [lora(24, True), options(key_rank=5, value_rank=12)], 2_002_320),
+        pytest.param(
+            gpt2_small,
+            [lora(24, True), options(key_rank=5, value_rank=12)],
+            2_002_320,
+            marks=pytest.mark.slow,
+        ),
         (gpt2_small, [options(key_rank=0, value_rank=16)], 1_928_448),
         (roberta_base, [options(key_rank=6, value_rank=4)], 609_696),
-        (roberta_base, [lora(4, False), options(key_rank=2, value_rank=4)], 609_120),
-        (qwen_half_billion, [options(key_rank=10, value_rank=15)], 5_319_888),
+        pytest.param(
+            roberta_base,
+            [lora(4, False), options(key_rank=2, value_rank=4)],
+            609_120,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            qwen_half_billion,
+            [options(key_rank=10, value_rank=15)],
+            5_319_888,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             qwen_half_billion,
             [lora(24, False), options(key_rank=5, value_rank=12)],

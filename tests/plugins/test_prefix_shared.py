@@ -86,10 +86,18 @@ def test_without_gradient_the_tables_are_made_once_and_never_stale() -> None:
     ("options", "base", "trained", "stored"),
     [
         ({"length": 108, "share": "global"}, gpt2_small, 9_932_288, 1_990_656),
-        ({"length": 5, "share": "global"}, gpt2_small, 9_853_184, 92_160),
+        pytest.param(
+            {"length": 5, "share": "global"}, gpt2_small, 9_853_184, 92_160, marks=pytest.mark.slow
+        ),
         ({"length": 10, "share": "layer", "hidden": 48}, gpt2_small, 1_438_272, 184_320),
         ({"length": 10, "share": "simple"}, gpt2_small, 92_160, 184_320),
-        ({"length": 20, "share": "global"}, qwen_half_billion, 3_629_056, 122_880),
+        pytest.param(
+            {"length": 20, "share": "global"},
+            qwen_half_billion,
+            3_629_056,
+            122_880,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_counts_to_train_and_to_store(options: Any, base: Any, trained: int, stored: int) -> None:

@@ -45,10 +45,18 @@ def test_a_preset_is_its_parts_one_by_one(name: str, model_name: str) -> None:
     [
         ("inducer_lora", {}, gpt2_small, 2_002_320),
         ("mam_inducer", {}, gpt2_small, 2_001_816),
-        ("mam_inducer", {"layer_norm": True}, gpt2_small, 2_020_248),
+        pytest.param(
+            "mam_inducer", {"layer_norm": True}, gpt2_small, 2_020_248, marks=pytest.mark.slow
+        ),
         ("mam_adapter", {"length": 6, "rank": 102}, gpt2_small, 2_001_096),
-        ("mam_adapter", {}, gpt2_small, 10_005_504),
-        ("mam_adapter", {"length": 16, "rank": 16, "scale": 2.0}, roberta_base, 599_232),
+        pytest.param("mam_adapter", {}, gpt2_small, 10_005_504, marks=pytest.mark.slow),
+        pytest.param(
+            "mam_adapter",
+            {"length": 16, "rank": 16, "scale": 2.0},
+            roberta_base,
+            599_232,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_parameter_counts_are_those_of_the_papers(
