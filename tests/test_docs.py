@@ -81,6 +81,7 @@ def test_the_plugin_in_contributing_is_the_one_that_is_tested() -> None:
     assert len((folder / "surgery_red.py").read_text().splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_the_tests_that_need_a_gpu_are_a_tier() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/surgery"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

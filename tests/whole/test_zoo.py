@@ -178,6 +178,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
     assert all(map(torch.equal, a, b))
 
 
+@pytest.mark.slow
 def test_the_zoo_checks_single_types_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "zoo.jsonl"
     command = [sys.executable, "-m", "tests.zoo.check", "gpt2", "--out", str(out)]
