@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter.files import read
+from surgery.adapter.atomic_write import read
 from surgery.adapter.fingerprint import warn_of_other_weights
 from surgery.adapter.parameters import full_state
 from surgery.adapter.row_training import rows_fit, train_rows

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from surgery.adapter.files import FORMAT, JSON, file_of, write_whole
+from surgery.adapter.atomic_write import FORMAT, JSON, file_of, write_whole
 from surgery.adapter.fingerprint import fingerprint
 from surgery.adapter.parameters import full_state, plain_state, spliced_parameters
 from surgery.adapter.row_training import trained_rows

@@ -9,10 +9,10 @@
       |  a call of a submodule             one node; on the way to a site the module is traced
       |                                    through, and two nodes run its hooks (module_hooks.py)
       |  a call that takes no proxy        one node, such as a factory that makes a mask
-      |  bool(), len(), int() of a proxy   the value answers, a guard records it (guards.py)
+      |  bool(), len(), int() of a proxy   the value answers, a branch records it (branches.py)
       |  an attribute, the gradient mode   the value that was read is recorded
       v
-    Captured(graph, guards, reads, parts, ambient)
+    Captured(graph, branches, reads, parts, ambient)
 
 ``torch.fx.symbolic_trace`` fails on today's attention code, which asks proxies for their truth,
 length and type. Here every proxy carries its value (proxy.py), and sizes stay nodes, so that one
@@ -31,7 +31,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.capture.guards import line_of
+from surgery.capture.branches import line_of
 from surgery.capture.interception import intercepted
 from surgery.capture.proxy import any_proxy, unwrapped
 from surgery.capture.tracer import Captured, IsLeaf, Tracer
@@ -124,7 +124,7 @@ def _record(
         (partial(ask, *args), answer) for (ask, args), answer in tracer.ambient.items()
     ]
     reads, parts = list(tracer.reads.values()), list(tracer.parts())
-    return Captured(tracer.graph, tracer.guards, reads, parts, ambient)
+    return Captured(tracer.graph, tracer.branches, reads, parts, ambient)
 
 
 def _output(tracer: Tracer, output: Any) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from surgery.capture.guards import MATH
+from surgery.capture.branches import MATH
 from surgery.capture.proxy import any_proxy, apply, call
 from surgery.capture.tracer import Tracer
 from surgery.interop import (

@@ -3,14 +3,14 @@
 A forward asks the values that it computes with for their truth, length or type, and a graph has no
 answer. The value beside the node answers:
 
-    if x.dim() == 3             the value's; no guard, as equal signatures have equal dims
+    if x.dim() == 3             the value's; no branch, as equal signatures have equal dims
     isinstance(x, Tensor)       the value's class, through the property ``__class__``
-    if cache.is_updated         the value's truth; a *guard* records it
+    if cache.is_updated         the value's truth; a *branch* records it
     x.shape[0] * 2              a node: sizes stay symbolic
     cache.update(k, v)          a node
 
-An answer that could differ in another call of the same signature becomes a guard, and the graph is
-used only where the guard holds.
+An answer that could differ in another call of the same signature becomes a branch, and the graph is
+used only where the answer is the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# Attributes and methods of tensors that are read as constants, without a guard: the signature of a
+# Attributes and methods of tensors that are read as constants, without a branch: the signature of a
 # call fixes them (host/call_signature.py).
 _CONSTANT_ATTRIBUTES = frozenset(
     (
@@ -74,7 +74,7 @@ class ValueProxy(_Operators):  # type: ignore[misc]
         try:
             attribute = getattr(value, name)
         except AttributeError:  # in the next call another object may have the attribute
-            self.tracer.guard(self.node, _lacks(name), True)
+            self.tracer.branch(self.node, _lacks(name), True)
             raise
         if isinstance(value, torch.Tensor):
             if name in _CONSTANT_ATTRIBUTES:
@@ -153,7 +153,7 @@ class ValueProxy(_Operators):  # type: ignore[misc]
 def _lacks(name: str) -> Callable[[Any], bool]:
     """Return the question whether a value lacks this attribute, one function for each name.
 
-    Guards with the same node and question are one; without the cache each would be new.
+    Branches with the same node and question are one; without the cache each would be new.
     """
     return lambda value: not hasattr(value, name)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from surgery.capture.guards import Guard, is_pure, reads_opaque, user_line
+from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy, unwrapped
 
@@ -36,14 +36,14 @@ class Captured:
     the host of the module whose forward made the node.
 
     Attributes:
-        guards: values that Python branched on.
+        branches: values that Python branched on.
         reads: attributes of modules and configs that the forward read: ``(owner, name, value)``.
         parts: modules traced through or read from, and their parents: ``(parent, name, module)``.
         ambient: gradient mode and autocast, if the forward asked: ``(question, answer)``.
     """
 
     graph: fx.Graph
-    guards: list[Guard]
+    branches: list[Branch]
     reads: list[tuple[Any, str, Any]] = field(default_factory=list)
     parts: list[tuple[Any, str, nn.Module]] = field(default_factory=list)
     ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
@@ -66,8 +66,8 @@ class Tracer(TracerBase):
         self.paths[id(root)] = ""
         self.tensors = {id(t): n for n, t in _named_tensors(root)}
         self.root_node: fx.Node | None = None
-        self.guards: list[Guard] = []
-        self.guarded: set[tuple[fx.Node, Any]] = set()
+        self.branches: list[Branch] = []
+        self.asked: set[tuple[fx.Node, Any]] = set()
         self.saved_modes: list[fx.Node] = []  # gradient modes that the forward comes back to
         self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.relied_on: set[str] = set()  # paths of modules whose insides decided the graph
@@ -97,16 +97,16 @@ class Tracer(TracerBase):
         if isinstance(value, (torch.dtype, torch.device, torch.layout, type, type(...))):
             return value
         if type(value) in (bool, str):
-            self.guard(node, type(value), value)
+            self.branch(node, type(value), value)
             return value
         if value is None:
             if is_pure(node):  # read from an input: in another call it may be a value
-                self.guard(node, _is_none, True)
+                self.branch(node, _is_none, True)
             return None
         if isinstance(value, nn.Module) and id(value) in self.paths:
             return value
         if isinstance(value, Tensor) and reads_opaque(node):  # may be None in another call
-            self.guard(node, _is_none, False)
+            self.branch(node, _is_none, False)
         return (CallableProxy if callable(value) else ValueProxy)(node, self, value)
 
     def run(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,17 +190,17 @@ class Tracer(TracerBase):
         return node
 
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any]) -> Any:
-        """Return ``convert(value)`` of a proxy to Python, under a guard."""
+        """Return ``convert(value)`` of a proxy to Python, and record a branch."""
         with self.paused():
             value = convert(proxy.value)
-        self.guard(proxy.node, convert, value)
+        self.branch(proxy.node, convert, value)
         return value
 
-    def guard(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
-        """Add a guard; the same question about the same node is guarded once."""
-        if (node, convert) not in self.guarded:
-            self.guarded.add((node, convert))
-            self.guards.append(Guard(node, convert, expected, user_line()))
+    def branch(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
+        """Record a branch; the same question about the same node is recorded once."""
+        if (node, convert) not in self.asked:
+            self.asked.add((node, convert))
+            self.branches.append(Branch(node, convert, expected, user_line()))
 
     def ask(self, question: Callable[[], Any]) -> Callable[[], Any]:
         """Return ``question`` (gradient mode, autocast), recording the answers the model gets."""

@@ -6,7 +6,7 @@
     recogniser of each recent variant     straight-line code; a few microseconds
       |  none fits
       v
-    signature -> variants with this signature -> conditions hold?
+    signature -> variants with this signature -> guards hold?
       |  none fits
       v
     new_variant: capture the host's own forward, apply every edit, compile
@@ -101,7 +101,7 @@ def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -
     if not variant.matches(module, inputs):
         raise ForwardError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
-            f"be captured anew. It relies on: {variant.guards}. Keep the module that decides "
+            f"be captured anew. It relies on: {variant.branches}. Keep the module that decides "
             "whole with the is_leaf hook."
         )
     try:
@@ -139,7 +139,7 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
         if total == _MANY:
             warnings.warn(
                 f"{state.path}: {total} variants of one host so far; each new one costs a capture. "
-                f"The latest differs in: {variant.guards or key}. See surgery.variants(model).",
+                f"The latest differs in: {variant.branches or key}. See surgery.variants(model).",
                 stacklevel=2,
             )
         return variant

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from surgery.host.call_signature import signature
+from surgery.host.guards import Recogniser
 from surgery.host.variant import Children, Variant
-from surgery.host.variant_conditions import Recogniser
 from surgery.plugin import Edit
 
 STATE = "_surgery"

@@ -1,11 +1,11 @@
 """One captured and edited graph of a host, compiled, with the guards that choose it.
 
-Capture takes one path through the host's forward. Each branch that the path decided by a value is
-a guard. A guard on values that can be evaluated without tensor work or side effects is *early*: it
-is checked before the graph runs, with the other conditions (host/variant_conditions.py). Any other
-guard is *late*: a node of the graph checks it where the branch was decided. A late guard that flips
-raises :class:`GuardFlipped`, and the host tries another graph; once the KV cache has changed that
-is no longer possible, and :class:`FlippedTooLate` reaches the caller.
+Capture takes one path through the host's forward and records the branches that it took. A branch
+on values that can be evaluated without tensor work or side effects is *early*: it is checked before
+the graph runs, with the other guards (host/guards.py). Any other branch is *late*: a node of the
+graph checks it where it was decided. A late branch that flips raises :class:`GuardFlipped`, and the
+host tries another graph; once the KV cache has changed that is no longer possible, and
+:class:`FlippedTooLate` reaches the caller.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.capture import IN_PLACE, Captured, Guard, is_pure, reads_opaque
+from surgery.capture import IN_PLACE, Branch, Captured, is_pure, reads_opaque
 from surgery.errors import ForwardError
-from surgery.host.variant_conditions import Conditions, Recogniser, recogniser
+from surgery.host.guards import Guards, Recogniser, recogniser
 from surgery.rewrite import lse_of, output_of
 
 _count = 0
@@ -46,18 +46,18 @@ class Variant:
     def __init__(self, captured: Captured) -> None:
         self.graph = captured.graph
         changed = _behind_a_change(captured.graph)
-        early = [g for g in captured.guards if _early(g.node, changed)]
-        self._conditions = Conditions(
+        early = [g for g in captured.branches if _early(g.node, changed)]
+        self._guards = Guards(
             [(vars(m), name, expected) for m, name, expected in captured.reads],
             [(m._modules, name, part) for m, name, part in captured.parts],
             captured.ambient,
-            _guard_function(captured.graph, early),
+            _early_function(captured.graph, early),
         )
         self._recogniser: Recogniser | None = None
-        self.guards = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.guards]
-        late = [g for g in captured.guards if g not in early]
-        for guard in late:
-            _check_inside(captured.graph, guard)
+        self.branches = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.branches]
+        late = [g for g in captured.branches if g not in early]
+        for branch in late:
+            _check_inside(captured.graph, branch)
         _shorten(captured.graph)
         _drop_unused(captured.graph)
         captured.graph.lint()
@@ -67,12 +67,12 @@ class Variant:
 
     def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
         """Whether the host's own forward would now take the path of this graph for ``inputs``."""
-        return self._conditions.hold(host, inputs)
+        return self._guards.hold(host, inputs)
 
     def recogniser(self, args: Any, kwargs: Any) -> Recogniser | None:
         """Return the recogniser of calls like the one with ``args`` and ``kwargs``."""
         if self._recogniser is None:
-            self._recogniser = recogniser(args, kwargs, self._conditions)
+            self._recogniser = recogniser(args, kwargs, self._guards)
         return self._recogniser
 
 
@@ -127,59 +127,59 @@ def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
     return True
 
 
-def _guard_function(graph: fx.Graph, guards: list[Guard]) -> Callable[..., bool] | None:
-    """Compile the early guards into one function of the host and the inputs; None without any."""
-    if not guards:
+def _early_function(graph: fx.Graph, branches: list[Branch]) -> Callable[..., bool] | None:
+    """Compile the early branches into one function of the host and the inputs; None without any."""
+    if not branches:
         return None
     small = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    needed = {g.node for g in guards}
+    needed = {b.node for b in branches}
     for node in reversed(list(graph.nodes)):
         if node in needed and node.op != "placeholder":
             needed.update(node.all_input_nodes)
     for node in graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = small.node_copy(node, lambda n: copies[n])
-    asked = [(g.convert, g.expected) for g in guards]
+    asked = [(b.convert, b.expected) for b in branches]
 
     def hold(*values: Any) -> bool:
         pairs = zip(asked, values, strict=True)
         return all(convert(v) == expected for (convert, expected), v in pairs)
 
-    small.output(small.call_function(hold, tuple(copies[g.node] for g in guards)))
+    small.output(small.call_function(hold, tuple(copies[b.node] for b in branches)))
     asks = compile_graph(small)[0]
 
     def early(host: nn.Module, inputs: list[Any]) -> bool:
         try:
             return bool(asks(host, host, *inputs))
-        except (AttributeError, TypeError, LookupError):  # the inputs lack what a guard reads
+        except (AttributeError, TypeError, LookupError):  # the inputs lack what a branch reads
             return False
 
     return early
 
 
-def _check_inside(graph: fx.Graph, guard: Guard) -> None:
-    """Insert a node that checks a late guard where the branch was decided.
+def _check_inside(graph: fx.Graph, branch: Branch) -> None:
+    """Insert a node that checks a late branch where it was decided.
 
     Before a cache update the host can still turn to another graph; after it the check raises
     :class:`FlippedTooLate`.
     """
-    node = guard.node
+    node = branch.node
     order = list(graph.nodes)
     touched = any(_changes_something(n) for n in order[: order.index(node)])
 
-    convert, expected = guard.convert, guard.expected
+    convert, expected = branch.convert, branch.expected
 
     def check(value: Any) -> None:
         if convert(value) != expected:
             if touched:
                 raise FlippedTooLate(
-                    f"the branch at {guard.where} depends on values that are known only after the "
+                    f"the branch at {branch.where} depends on values that are known only after the "
                     "KV cache has changed, and it would now go the other way. Start again with a "
                     "fresh cache, and keep the module that branches whole with the is_leaf hook."
                 )
             raise GuardFlipped(
-                f"the branch at {guard.where} goes the other way now: what is spliced in changes "
+                f"the branch at {branch.where} goes the other way now: what is spliced in changes "
                 "the value that decides it. Keep the module that branches whole with the is_leaf "
                 "hook."
             )

@@ -14,7 +14,7 @@ import transformers as tr
 from torch import nn
 
 import surgery
-from surgery.adapter.files import read
+from surgery.adapter.atomic_write import read
 from surgery.errors import RecipeError
 from surgery_recipes.run import finetune
 from surgery_recipes.run.prepare import prepare_run

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.host.call_signature import signature
-from surgery.host.variant_conditions import Conditions
-from surgery.host.variant_conditions import recogniser as recogniser_of
+from surgery.host.guards import Guards
+from surgery.host.guards import recogniser as recogniser_of
 
 
 class Kind(Enum):
@@ -26,7 +26,7 @@ class Cache:
 
 def recogniser(args: Any, kwargs: Any) -> Any:
     """One without conditions."""
-    known = recogniser_of(args, kwargs, Conditions())
+    known = recogniser_of(args, kwargs, Guards())
     return known if known is None else functools.partial(known, None)
 
 
@@ -162,7 +162,7 @@ def test_a_call_is_known_if_and_only_if_its_conditions_hold(
     parts = [(children, name, part) for name, part in children.items()]
     questions = [(lambda: now["answer"], answer)]
     last = data.draw(st.sampled_from([asked_early, None]))
-    conditions = Conditions(reads, parts, questions, last)
+    conditions = Guards(reads, parts, questions, last)
     known = recogniser_of((x,), {}, conditions)
     assert known is not None
     for changed in (*owners, children):  # a value is another one now, or gone

@@ -10,9 +10,9 @@ signature and if everything that capture read beside the arguments is as it was:
 
 Describing a call costs about as much as a small operator, which is noticeable when decoding one
 token at a time. So a :class:`Recogniser` is written for each graph: straight-line Python that
-compares a call with the graph's signature and conditions and builds nothing but the list of
+compares a call with the graph's signature and guards and builds nothing but the list of
 inputs. It may miss a call that fits; it never accepts one that does not. A missed call takes the
-slow way, ``signature`` and ``Conditions.hold``.
+slow way, ``signature`` and ``Guards.hold``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MISSING = object()
 Recogniser = Callable[[Any, Any, Any], list[Any] | None]
 
 
-class Conditions(NamedTuple):
+class Guards(NamedTuple):
     """What a graph relies on beside the signature of its call."""
 
     reads: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (attributes, name, value)
@@ -48,7 +48,7 @@ class Conditions(NamedTuple):
     early: Callable[..., bool] | None = None  # called with the host and the inputs
 
     def hold(self, module: Any, inputs: list[Any]) -> bool:
-        """Whether all conditions hold for a call with these inputs."""
+        """Whether all guards hold for a call with these inputs."""
         for attributes, name, expected in self.reads:
             if attributes.get(name, _MISSING) != expected:
                 return False
@@ -61,11 +61,11 @@ class Conditions(NamedTuple):
         return self.early is None or self.early(module, inputs)
 
 
-def recogniser(args: Any, kwargs: Any, conditions: Conditions) -> Recogniser | None:
+def recogniser(args: Any, kwargs: Any, guards: Guards) -> Recogniser | None:
     """Write the recogniser of the calls like this one.
 
-    ``recogniser(args, kwargs, conditions)(module, args, kwargs)`` returns the inputs of the call's
-    graph, or None if the call has another signature or a condition does not hold. Under autocast
+    ``recogniser(args, kwargs, guards)(module, args, kwargs)`` returns the inputs of the call's
+    graph, or None if the call has another signature or a guard does not hold. Under autocast
     there is no recogniser, as it would miss every call.
     """
     if autocast_dtypes():
@@ -78,7 +78,7 @@ def recogniser(args: Any, kwargs: Any, conditions: Conditions) -> Recogniser | N
         *writer.sequence("args", args),
         *writer.mapping("kwargs", kwargs),
         f"    inputs = [{', '.join(writer.inputs)}]",
-        *writer.conditions(conditions),
+        *writer.guards(guards),
         "    return inputs",
     ]
     exec("\n".join(code), writer.names)
@@ -138,7 +138,7 @@ class _Writer:
         self._values.append(x)
         return [_unless(same)]
 
-    def conditions(self, these: Conditions) -> list[str]:
+    def guards(self, these: Guards) -> list[str]:
         """Write ``these.hold`` as straight-line code."""
         named = {id(known): known for known, _, _ in (*these.reads, *these.parts)}
         names = {key: self._bind(known) for key, known in named.items()}

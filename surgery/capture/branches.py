@@ -1,4 +1,4 @@
-"""Guard the values that a capture branched on, and tell which can be checked before a graph runs.
+"""Branch the values that a capture branched on, and tell which can be checked before a graph runs.
 
 A graph is one path through a forward. Where Python asked a proxy for its truth, its length or a
 number, the answer chose that path, so the graph fits another call only if the answer is the same
@@ -37,8 +37,8 @@ _PURE |= {getattr(math, n) for n in MATH}
 
 
 @dataclass
-class Guard:
-    """A condition of a graph: ``convert(value of node) == expected``.
+class Branch:
+    """What chose the path of a graph: ``convert(value of node) == expected``.
 
     Attributes:
         node: the node whose value Python asked for.
