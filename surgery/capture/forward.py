@@ -10,7 +10,7 @@
       |                                    through, and two nodes run its hooks (module_hooks.py)
       |  a call that takes no proxy        one node, such as a factory that makes a mask
       |  bool(), len(), int() of a proxy   the value answers, a branch records it (branches.py)
-      |  an attribute, the gradient mode   the value that was read is recorded
+      |  an attribute, a global, a mode    what was read is recorded (watching.py)
       v
     Captured(graph, branches, reads, parts, ambient)
 
@@ -34,6 +34,7 @@ from torch import nn
 from surgery.capture.branches import line_of
 from surgery.capture.interception import intercepted
 from surgery.capture.proxy import any_proxy, unwrapped
+from surgery.capture.side_effects import record_changes, undo_changes
 from surgery.capture.tracer import Captured, IsLeaf, Tracer
 from surgery.errors import CaptureError
 from surgery.interop import (
@@ -91,6 +92,7 @@ def _record(
     module = tracer.root
     tracer.root_node = tracer.graph.placeholder("host")
     tracer.root_node.meta.update(value=None, owner="")
+    tracer.watcher.look_into(forward)
     seen: dict[int, Any] = {}
 
     def placeholder(value: Any) -> Any:
@@ -106,7 +108,8 @@ def _record(
     try:
         with intercepted(module, tracer, attention_patch):
             output = forward(module, *inputs[0], **inputs[1])
-            tracer.graph.output(_output(tracer, output))
+        record_changes(tracer, path)
+        tracer.graph.output(_output(tracer, output))
     except CaptureError:
         raise
     except Exception as error:
@@ -116,6 +119,8 @@ def _record(
             "A graph cannot hold what this line does. Rewrite the line, move it into a submodule "
             "of its own, or keep such a submodule whole with the is_leaf hook."
         ) from error
+    finally:
+        undo_changes(tracer)
     _refuse_leaks(tracer, path)
     for container, before in containers:
         _refuse_change(container, before, path)
@@ -123,7 +128,7 @@ def _record(
     ambient: list[tuple[Callable[[], Any], Any]] = [
         (partial(ask, *args), answer) for (ask, args), answer in tracer.ambient.items()
     ]
-    reads, parts = list(tracer.reads.values()), list(tracer.parts())
+    reads, parts = tracer.watcher.finish(), list(tracer.parts())
     return Captured(tracer.graph, tracer.branches, reads, parts, ambient)
 
 

@@ -6,18 +6,16 @@ A torch call comes in by one of two ways:
     intercepted    replaced attributes, for calls that do not reach it with a proxy: functions
                    whose parser rejects a proxy, ``math``, scripted functions, module calls
 
-A third kind of replacement records nothing in the graph: attribute reads of modules and configs,
-and the questions whether gradients or autocast are on. The tracer notes their answers.
+A third kind of replacement records nothing in the graph: the questions whether gradients or
+autocast are on, whose answers the tracer notes, and what watching.py replaces.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 import torch
@@ -118,22 +116,8 @@ def intercepted(
     def by_tracer(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda mod, *args, **kwargs: tracer.call_module(mod, args, kwargs)
 
-    def noted(original: Callable[..., Any]) -> Callable[..., Any]:
-        def read(owner: Any, name: str) -> Any:
-            value = original(owner, name)
-            if _decides(value):
-                if id(owner) in known and name in vars(owner):
-                    tracer.read(owner, name, value)
-            return value
-
-        return read
-
-    configs = {id(c): c for m in module.modules() for c in vars(m).values() if _is_config(c)}
-    known = {*tracer.paths, *configs}
     replacements: list[Any] = [(nn.Module, "__call__", by_tracer)]
-    replacements += [(nn.Module, "__getattribute__", noted), *encoder_fastpath.WITHOUT_FASTPATH]
-    classes = dict.fromkeys(type(config) for config in configs.values())
-    replacements += [(each, "__getattribute__", noted) for each in classes]
+    replacements += encoder_fastpath.WITHOUT_FASTPATH
     replacements += [(torch, name, recorded("call_function")) for name in _FUNCTIONS]
     replacements += [(math, name, recorded("call_function")) for name in MATH]
     replacements += [(torch.Tensor, name, recorded("call_method", name)) for name in _SIZED]
@@ -144,23 +128,5 @@ def intercepted(
     ]
     if attention_patch is not None:
         replacements += attention_patch(kept_whole)
-    with untouched(module), patched(*replacements), Recorder(tracer):
+    with untouched(module), patched(*replacements), Recorder(tracer), tracer.watcher.watching():
         yield
-
-
-def _decides(value: Any) -> bool:
-    """Whether a value of this type decides branches, rather than being computed with."""
-    if type(value) is tuple:
-        return all(map(_decides, value))
-    plain = (bool, int, float, str, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
-    return value is None or type(value) in plain or isinstance(value, Enum)
-
-
-def _is_config(x: Any) -> bool:
-    """Whether ``x`` is a plain object that holds settings.
-
-    Its class is written in Python: allocated on the heap (flag 9) and not immutable (flag 8).
-    """
-    written_in_python = type(x).__flags__ & (1 << 9) and not type(x).__flags__ & (1 << 8)
-    other = isinstance(x, (nn.Module, torch.Tensor, type)) or callable(x)
-    return bool(written_in_python) and hasattr(x, "__dict__") and not other

@@ -24,6 +24,8 @@ from torch.fx.proxy import TracerBase
 from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy, unwrapped
+from surgery.capture.reads import Read
+from surgery.capture.watching import Watcher
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
 
@@ -37,14 +39,14 @@ class Captured:
 
     Attributes:
         branches: values that Python branched on.
-        reads: attributes of modules and configs that the forward read: ``(owner, name, value)``.
+        reads: what the forward read beside its arguments, with the answers (reads.py).
         parts: modules traced through or read from, and their parents: ``(parent, name, module)``.
         ambient: gradient mode and autocast, if the forward asked: ``(question, answer)``.
     """
 
     graph: fx.Graph
     branches: list[Branch]
-    reads: list[tuple[Any, str, Any]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     parts: list[tuple[Any, str, nn.Module]] = field(default_factory=list)
     ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
 
@@ -69,11 +71,11 @@ class Tracer(TracerBase):
         self.branches: list[Branch] = []
         self.asked: set[tuple[fx.Node, Any]] = set()
         self.saved_modes: list[fx.Node] = []  # gradient modes that the forward comes back to
-        self.reads: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.relied_on: set[str] = set()  # paths of modules whose insides decided the graph
+        self.relied_on: set[str] = set()  # paths of modules that were traced through
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owners = [""]  # paths of the modules whose forwards are running, innermost last
         self.executing = 0  # how many ``paused`` blocks are open
+        self.watcher = Watcher(lambda: bool(self.executing))
 
     def create_proxy(
         self,
@@ -170,14 +172,13 @@ class Tracer(TracerBase):
         return node
 
     def attribute_node(self, tensor: Tensor) -> fx.Node:
-        """Return a node that reads ``tensor`` from the module that has it as a plain attribute."""
-        for module in self.root.modules():
-            for name, value in vars(module).items():
-                if value is tensor:  # not a constant: the attribute may be set again
-                    node = self.graph.call_function(getattr, (self.module_node(module), name))
-                    node.meta.update(value=tensor, owner=self.owners[-1])
-                    return node
-        return self.constant_node(tensor)
+        """Return a node that reads ``tensor`` from the object that has it as a plain attribute."""
+        if id(tensor) not in self.watcher.tensors:
+            return self.constant_node(tensor)
+        owner, name = self.watcher.tensors[id(tensor)]  # no constant: it may be set again
+        node = self.graph.call_function(getattr, (self.create_arg(owner), name))
+        node.meta.update(value=tensor, owner=self.owners[-1])
+        return node
 
     def constant_node(self, value: Any) -> fx.Node:
         """Return a node for an object that generated code cannot print."""
@@ -261,12 +262,6 @@ class Tracer(TracerBase):
     def unpack(self, proxy: Any) -> Any:
         """Return a proxy of a tuple as a tuple of proxies, and anything else as it is."""
         return tuple(proxy) if is_proxy(proxy) and type(proxy.value) is tuple else proxy
-
-    def read(self, owner: Any, name: str, value: Any) -> None:
-        """Record that the forward has read a plain attribute of a module or of its config."""
-        if not self.executing:
-            self.reads.setdefault((id(owner), name), (owner, name, value))
-            self.relied_on.add(self.paths.get(id(owner), ""))
 
     def parts(self) -> Iterator[tuple[Any, str, nn.Module]]:
         """Yield ``Captured.parts``."""

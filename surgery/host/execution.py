@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.capture import Captured, capture, run_always_called_hooks
-from surgery.errors import ForwardError, RefusedError
+from surgery.capture import Captured, Read, capture, run_always_called_hooks
+from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.dynamo import prepare
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock
-from surgery.patterns import Match, find_matches, module_match
-from surgery.plugin import is_leaf
+from surgery.patterns import Match, find_matches, module_match, weights_in
+from surgery.plugin import Edit, is_leaf
 from surgery.rewrite import apply_edit
 
 _MANY = 24  # variants of one host; at this number a warning tells the user
@@ -101,7 +101,7 @@ def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -
     if not variant.matches(module, inputs):
         raise ForwardError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
-            f"be captured anew. It relies on: {variant.branches}. Keep the module that decides "
+            f"be captured anew. It relies on: {variant.relies_on()}. Keep the module that decides "
             "whole with the is_leaf hook."
         )
     try:
@@ -115,8 +115,12 @@ def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
     state = state_of(module)
     assert state is not None
     variants, inputs = state.find(args, kwargs)
-    if not any(variant.matches(module, inputs) for variant in variants):
-        new_variant(module, state, args, kwargs)
+    for variant in variants:
+        if variant.matches(module, inputs):
+            variants.remove(variant)
+            variants.insert(0, variant)  # where Dynamo, which cannot ask all, looks first
+            return
+    new_variant(module, state, args, kwargs)
 
 
 def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
@@ -129,7 +133,8 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
         try:
             captured, matches = capture_host(module, state.path, state.through, args, kwargs)
             for edit, child in state.active_edits():
-                apply_edit(matches, edit, child, module)
+                if not apply_edit(matches, edit, child, module):
+                    _require_absent(state, edit, child, captured, matches)
         except RefusedError as error:
             raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
         variant = Variant(captured)
@@ -143,6 +148,20 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
                 stacklevel=2,
             )
         return variant
+
+
+def _require_absent(
+    state: HostState, edit: Edit, child: str, captured: Captured, matches: list[Match]
+) -> None:
+    """Raise if this graph runs the weights of a site in which an edit could not be made."""
+    used = weights_in(captured.graph.nodes) & state.weights.get((edit.kind, edit.site), frozenset())
+    if used and not any(match.is_site(edit.kind, edit.site) for match in matches):
+        raise PortError(
+            f"the {edit.kind} that {child!r} was spliced into is not recognised in it any more, "
+            f"though it runs {', '.join(sorted(used))}: what this forward depends on was changed "
+            "after the splice. Undo that, or take the splice out first (surgery.remove) and "
+            "splice again."
+        )
 
 
 def capture_host(
@@ -160,11 +179,12 @@ def capture_host(
         path,
         is_leaf,
     )
-    known = {(id(owner), name) for owner, name, _ in captured.reads}
+    known = {(id(read.place), read.name) for read in captured.reads}
     for owner, name in huggingface.choices(module):
         answer = getattr(owner, name)
         if name not in vars(owner):
             captured.ambient.append((functools.partial(getattr, owner, name), answer))
-        elif (id(owner), name) not in known:
-            captured.reads.append((owner, name, answer))
+        elif (id(vars(owner)), name) not in known:
+            captured.reads.append(Read("item", vars(owner), name, answer))
+    captured.reads.append(Read("attribute", original_class(module), "forward", forward))
     return captured, find_matches(captured.graph, module) or module_match(captured.graph)

@@ -3,8 +3,8 @@
 A graph is one path through the host's forward. It fits a call if the call has the graph's
 signature and if everything that capture read beside the arguments is as it was:
 
-    reads      attributes of modules and configs that decided a branch
-    parts      the child modules that the graph calls or traces through
+    reads      what the forward read from Python's state: attributes, globals, closures, lists
+    parts      the child modules that the graph traces through
     ambient    gradient mode, autocast, the chosen attention function
     early      branches on values that can be evaluated before the graph runs
 
@@ -17,15 +17,19 @@ slow way, ``signature`` and ``Guards.hold``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from surgery.capture import MISSING, Read, TensorKind, contents, same
 from surgery.host.call_signature import PLAIN, autocast_dtypes
 from surgery.interop import CONSTANT
 
+_compiling = torch.compiler.is_dynamo_compiling
 _SINGLE = frozenset({type(None), bool, torch.dtype})  # equal ones are one object
 
 
@@ -33,7 +37,13 @@ _SINGLE = frozenset({type(None), bool, torch.dtype})  # equal ones are one objec
 _autocast_is_on = torch._C._is_any_autocast_enabled
 
 
-_MISSING = object()
+_NAMES: dict[str, Any] = {
+    "cast": _autocast_is_on,
+    "missing": MISSING,
+    "is_": operator.is_,
+    "same": same,
+    "contents": contents,
+}
 
 
 Recogniser = Callable[[Any, Any, Any], list[Any] | None]
@@ -42,16 +52,20 @@ Recogniser = Callable[[Any, Any, Any], list[Any] | None]
 class Guards(NamedTuple):
     """What a graph relies on beside the signature of its call."""
 
-    reads: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (attributes, name, value)
+    reads: Sequence[Read] = ()
+    followed: Sequence[tuple[dict[str, Any], str, Any]] = ()  # those that Dynamo can guard, too
     parts: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (children, name, module)
     ambient: Sequence[tuple[Callable[[], Any], Any]] = ()  # (question, answer)
     early: Callable[..., bool] | None = None  # called with the host and the inputs
 
     def hold(self, module: Any, inputs: list[Any]) -> bool:
         """Whether all guards hold for a call with these inputs."""
-        for attributes, name, expected in self.reads:
-            if attributes.get(name, _MISSING) != expected:
-                return False
+        if _compiling():
+            for attributes, name, expected in self.followed:
+                if attributes.get(name, MISSING) != expected:
+                    return False
+        elif not all(read.holds() for read in self.reads):
+            return False
         for children, name, part in self.parts:
             if children.get(name) is not part:
                 return False
@@ -59,6 +73,10 @@ class Guards(NamedTuple):
             if question() != expected:
                 return False
         return self.early is None or self.early(module, inputs)
+
+    def unmet(self) -> list[str]:
+        """Describe the reads that now give another answer."""
+        return [f"{read}, now {read.again()!r:.60}" for read in self.reads if not read.holds()]
 
 
 def recogniser(args: Any, kwargs: Any, guards: Guards) -> Recogniser | None:
@@ -78,6 +96,7 @@ def recogniser(args: Any, kwargs: Any, guards: Guards) -> Recogniser | None:
         *writer.sequence("args", args),
         *writer.mapping("kwargs", kwargs),
         f"    inputs = [{', '.join(writer.inputs)}]",
+        *writer.reads(guards.reads),
         *writer.guards(guards),
         "    return inputs",
     ]
@@ -90,7 +109,7 @@ class _Writer:
     """Writes lines of code that compare a value with a given one, and binds their names."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Any] = {"cast": _autocast_is_on, "missing": _MISSING}
+        self.names: dict[str, Any] = dict(_NAMES)
         self.inputs: list[str] = []
         self._values: list[Any] = []  # of the inputs
 
@@ -138,14 +157,46 @@ class _Writer:
         self._values.append(x)
         return [_unless(same)]
 
+    def reads(self, reads: Sequence[Read]) -> list[str]:
+        """Write ``read.holds()`` of all reads: items of one place are fetched together."""
+        lines = []
+        for _, group in groupby(sorted(reads, key=_place), key=_place):
+            these = list(group)
+            how, place = these[0].how, self._bind(these[0].place)
+            if how == "contents":
+                answer = self._bind(these[0].answer)
+                lines.append(_unless(f"same(contents({place}), {answer})"))
+            plain = [r for r in these if how == "item" and _is_plain(r.answer)]
+            absent = {r.name for r in these if how == "item" and r.answer is MISSING}
+            if plain:
+                fetch = self._bind(operator.itemgetter(*(r.name for r in plain)))
+                answers = tuple(r.answer for r in plain)
+                expected = self._bind(answers if len(plain) > 1 else answers[0])
+                lines.append(f"    now = {fetch}({place})")
+                quick = (
+                    f"all(map(is_, now, {expected}))" if len(plain) > 1 else f"now is {expected}"
+                )
+                lines.append(_unless(f"{quick} or same(now, {expected})"))
+            if absent:
+                lines.append(_unless(f"{place}.keys().isdisjoint({self._bind(absent)})"))
+            for read in these:
+                answer = self._bind(read.answer)
+                if how == "item" and type(read.answer) is TensorKind:
+                    lines.append(_unless(f"same({place}.get({read.name!r}), {answer})"))
+                elif how == "attribute":
+                    fetch = f"getattr({place}, {read.name!r}, missing)"
+                    lines.append(_unless(f"{fetch} is {answer} or same({fetch}, {answer})"))
+        inside = [f"    {line}" for text in lines for line in text.split("\n")]
+        caught = "(KeyError, AttributeError, ValueError)"  # gone: an item, an attribute, a cell
+        return (
+            ["    try:", *inside, f"    except {caught}:", "        return None"] if lines else []
+        )
+
     def guards(self, these: Guards) -> list[str]:
-        """Write ``these.hold`` as straight-line code."""
-        named = {id(known): known for known, _, _ in (*these.reads, *these.parts)}
+        """Write what ``these.hold`` asks after the reads."""
+        named = {id(known): known for known, _, _ in these.parts}
         names = {key: self._bind(known) for key, known in named.items()}
         lines = []
-        for known, name, value in these.reads:
-            place = f"{names[id(known)]}.get({name!r}, missing)"
-            lines.append(_unless(f"{place} == {self._bind(value)}"))
         for known, name, part in these.parts:
             lines.append(_unless(f"{names[id(known)]}.get({name!r}) is {self._bind(part)}"))
         for question, answer in these.ambient:
@@ -158,6 +209,15 @@ class _Writer:
         name = f"c{len(self.names)}"
         self.names[name] = x
         return name
+
+
+def _place(read: Read) -> tuple[str, int]:
+    return read.how, id(read.place)
+
+
+def _is_plain(answer: Any) -> bool:
+    """Whether ``answer`` is compared by itself, and is there."""
+    return answer is not MISSING and type(answer) is not TensorKind
 
 
 def _unless(condition: str) -> str:

@@ -34,6 +34,8 @@ class HostState:
     Attributes:
         path, through: where the host is, and the modules that its graphs trace through.
         operations: the splices in this host, by name.
+        weights: by kind and key of each site, the modules and parameters that it ran with when it
+            was spliced; a graph that runs with them and lacks the site is refused.
         off: the splices that are switched off.
         variants: the graphs so far, by the signature of their calls.
         recent: the recognisers of the latest calls, asked first.
@@ -46,6 +48,7 @@ class HostState:
     path: str
     through: frozenset[str]
     operations: dict[str, Operation] = field(default_factory=dict)
+    weights: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     off: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     recent: tuple[tuple[Recogniser, Variant], ...] = ()

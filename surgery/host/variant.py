@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.capture import IN_PLACE, Branch, Captured, is_pure, reads_opaque
+from surgery.capture import IN_PLACE, Branch, Captured, Read, is_pure, reads_opaque
 from surgery.errors import ForwardError
 from surgery.host.guards import Guards, Recogniser, recogniser
 from surgery.rewrite import lse_of, output_of
 
 _count = 0
+_FOLLOWED = (bool, int, float, str, torch.dtype)
 
 
 class GuardFlipped(ForwardError):
@@ -48,7 +49,8 @@ class Variant:
         changed = _behind_a_change(captured.graph)
         early = [g for g in captured.branches if _early(g.node, changed)]
         self._guards = Guards(
-            [(vars(m), name, expected) for m, name, expected in captured.reads],
+            captured.reads,
+            [(r.place, r.name, r.answer) for r in captured.reads if _dynamo_follows(r)],
             [(m._modules, name, part) for m, name, part in captured.parts],
             captured.ambient,
             _early_function(captured.graph, early),
@@ -68,6 +70,10 @@ class Variant:
     def matches(self, host: nn.Module, inputs: list[Any]) -> bool:
         """Whether the host's own forward would now take the path of this graph for ``inputs``."""
         return self._guards.hold(host, inputs)
+
+    def relies_on(self) -> list[str]:
+        """Describe what keeps this graph from being used: reads that changed, or all branches."""
+        return self._guards.unmet() or self.branches
 
     def recogniser(self, args: Any, kwargs: Any) -> Recogniser | None:
         """Return the recogniser of calls like the one with ``args`` and ``kwargs``."""
@@ -97,6 +103,12 @@ class Children:
     def belongs_to(self, module: nn.Module) -> bool:
         """Whether these are the children of ``module``, or of a host that no longer exists."""
         return self._surgery_host() in (module, None)
+
+
+def _dynamo_follows(read: Read) -> bool:
+    """Whether Dynamo guards this read: a number or its like that is an attribute."""
+    plain = read.answer is None or type(read.answer) in _FOLLOWED
+    return read.how == "item" and plain and "__builtins__" not in read.place
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:

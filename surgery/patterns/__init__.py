@@ -12,7 +12,7 @@ from surgery.patterns.dataflow import (
 from surgery.patterns.ffn import joins_residual
 from surgery.patterns.find import find_matches, linear_matches, module_match
 from surgery.patterns.layout import split_rows
-from surgery.patterns.match import Match, PortNode
+from surgery.patterns.match import Match, PortNode, weights_in
 from surgery.patterns.projection import (
     bias_of,
     input_of_call,
@@ -44,4 +44,5 @@ __all__ = [
     "stretch",
     "value",
     "weight_of",
+    "weights_in",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -84,9 +85,10 @@ class Match:
     def is_site(self, kind: str, key: str) -> bool:
         """Whether this is the site of a kind and key.
 
-        A whole module has one match, of kind ``module``, for its sites of every kind.
+        A whole module has one match, of kind ``module``, for its norm, embedding or position.
         """
-        return self.key == key and self.kind in (kind, "module")
+        whole = self.kind == "module" and kind not in ("attention", "ffn")
+        return self.key == key and (self.kind == kind or whole)
 
     @property
     def one_key(self) -> bool:
@@ -96,3 +98,8 @@ class Match:
         shape = value(self.ports["key_heads"].node).shape
         order = self.head_orders.get("key_heads") or range(len(shape))
         return bool(shape[order[-2]] == 1)
+
+
+def weights_in(nodes: Iterable[fx.Node]) -> frozenset[str]:
+    """Return the modules and parameters that these nodes run with, by their names in the host."""
+    return frozenset(str(n.target) for n in nodes if n.op in ("call_module", "get_attr"))

@@ -31,6 +31,7 @@ from surgery.host import (
     state_of,
     uninstall,
 )
+from surgery.patterns import Match, weights_in
 from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, opened
 from surgery.rewrite import apply_edit, port_values, require_applied
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
@@ -74,6 +75,7 @@ def _rewrite(
             apply_edit(matches, edit, child, module)
     one_key = {(p.kind, p.key) for p in matches if p.one_key}
     state, inserted = _insert(transaction, module, plan, pairs)
+    state.weights |= {(i.edit.kind, i.edit.site): _weights(matches, i.edit) for i in inserted}
     transaction.close_fused_path(path)
     results: list[Result] = []
     for i in inserted:
@@ -187,6 +189,11 @@ def _shows_in_example(edit: Edit, one_key: set[tuple[str, str]]) -> bool:
     With a single key the softmax is 1 whatever the query and key are.
     """
     return (edit.kind, edit.site) not in one_key or edit.port not in ("query", "key")
+
+
+def _weights(matches: list[Match], edit: Edit) -> frozenset[str]:
+    """Return the modules and parameters that an edit's site runs with."""
+    return weights_in(n for m in matches if m.is_site(edit.kind, edit.site) for n in m.nodes)
 
 
 def _lean(site: Site) -> Site:

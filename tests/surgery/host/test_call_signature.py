@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from enum import Enum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.capture import MISSING, Read, contents
 from surgery.host.call_signature import signature
 from surgery.host.guards import Guards
 from surgery.host.guards import recogniser as recogniser_of
@@ -158,14 +160,23 @@ def test_a_call_is_known_if_and_only_if_its_conditions_hold(
         return early
 
     now = {"answer": data.draw(ANSWERS)}
-    reads = [(owner, name, value) for owner in owners for name, value in owner.items()]
+    items = [(owner, name) for owner in owners for name in owner]
+    absent = [(owner, name) for owner in owners for name in "pqr" if name not in owner]
+    reads = [Read("item", owner, name, owner[name]) for owner, name in items]
+    reads += [Read("item", owner, name, MISSING) for owner, name in absent]
+    objects = [SimpleNamespace(**owner) for owner in owners]
+    kept = [{"a": owner} for owner in objects]
+    reads += [Read("attribute", o, name, value) for o in objects for name, value in vars(o).items()]
+    reads += [Read("contents", each, None, contents(each)) for each in kept]
     parts = [(children, name, part) for name, part in children.items()]
     questions = [(lambda: now["answer"], answer)]
     last = data.draw(st.sampled_from([asked_early, None]))
-    conditions = Guards(reads, parts, questions, last)
+    conditions = Guards(reads, parts=parts, ambient=questions, early=last)
     known = recogniser_of((x,), {}, conditions)
     assert known is not None
-    for changed in (*owners, children):  # a value is another one now, or gone
+    if data.draw(st.integers(0, 9)) == 0:
+        kept[0][data.draw(st.sampled_from("ab"))] = None  # type: ignore[assignment]
+    for changed in (*owners, *map(vars, objects), children):  # another value now, or gone
         for name in [n for n in changed if data.draw(st.integers(0, 4)) == 0]:
             other = data.draw(ANSWERS if changed is not children else st.sampled_from(CACHES))
             changed[name] = other
