@@ -108,7 +108,8 @@ def _record(
     try:
         with intercepted(module, tracer, attention_patch):
             output = forward(module, *inputs[0], **inputs[1])
-        record_changes(tracer, path)
+            with tracer.paused():
+                record_changes(tracer, path)
         tracer.graph.output(_output(tracer, output))
     except CaptureError:
         raise

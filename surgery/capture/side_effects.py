@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import fx
+
 from surgery.capture.reads import MISSING, Contents, Read, contents, same
 from surgery.capture.tracer import Tracer
 from surgery.errors import CaptureError
@@ -33,9 +35,9 @@ def record_changes(tracer: Tracer, path: str) -> None:
         if isinstance(container, dict) and now.keys[:grown] == before.keys:
             for key, value in zip(now.keys, now.values, strict=True):
                 if key not in before.keys or value is not before.values[now.keys.index(key)]:
-                    _node(tracer, operator.setitem, container, key, value)
+                    _node(tracer, operator.setitem, tracer.constant_node(container), key, value)
         elif isinstance(container, list) and same(Contents((), now.values[:grown]), before):
-            _node(tracer, extend, container, list(now.values[grown:]))
+            _node(tracer, extend, tracer.constant_node(container), list(now.values[grown:]))
         else:
             raise CaptureError(
                 f"the forward at {path or 'the root'} changes a {type(container).__name__} that it "
@@ -73,7 +75,8 @@ def extend(container: list[Any], items: list[Any]) -> None:
 
 def _node(tracer: Tracer, function: Callable[..., Any], *args: Any) -> None:
     """Add a node that is kept though nothing uses its result."""
-    node = tracer.graph.call_function(function, tuple(tracer.create_arg(a) for a in args))
+    arguments = tuple(a if isinstance(a, fx.Node) else tracer.create_arg(a) for a in args)
+    node = tracer.graph.call_function(function, arguments)
     node.meta.update(value=None, owner="", keep=True)
 
 

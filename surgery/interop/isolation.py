@@ -4,8 +4,8 @@ Each level does what the level below it does, and more:
 
     silenced        hosts run their own forward, as before any splice
       hookless      no hook fires; torch's fused encoder path is closed (encoder_fastpath.py)
-        untouched   random states and buffers are restored at the end; modes that the user has
-                    entered (selective checkpointing, counters of operations) see nothing
+        untouched   random states, buffers and attributes are restored at the end; modes that the
+                    user has entered (selective checkpointing, counters of operations) see nothing
 
 Beside these, ``evaluating`` sets evaluation mode, ``capture_running`` tells hosts to run their own
 forward, and ``real_tensors`` keeps tensors that are made inside out of torch.export's trace.
@@ -15,6 +15,7 @@ Nothing here turns gradients off; callers that need none add ``torch.no_grad()``
 
 from __future__ import annotations
 
+import operator
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from surgery.interop import encoder_fastpath
 from surgery.interop.patching import patched
+
+_OF_TORCH = frozenset(vars(nn.Module()))  # children, parameters, buffers, hooks
 
 
 class _Thread(threading.local):
@@ -72,8 +75,8 @@ def hookless(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Restore random states and the module's buffers at the end; hide the run from modes."""
-    with _modes_suspended(), random_state_kept(module):
+    """Restore random states, buffers and attributes at the end; hide the run from modes."""
+    with _modes_suspended(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(b, b.clone()) for b in module.buffers() if not b.is_meta]
         try:
@@ -83,6 +86,36 @@ def untouched(module: nn.Module) -> Iterator[None]:
                 for buffer, before in kept:  # such as running statistics
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore what modules keep as plain attributes, and the items of their lists and dicts.
+
+    A forward may keep tensors or counts there. Objects of other types are not looked into.
+    """
+    kept: list[tuple[Any, Any]] = []
+    for each in module.modules():
+        kept.append((vars(each), dict(vars(each))))
+        for name, value in vars(each).items():
+            if type(value) in (list, dict, set) and name not in _OF_TORCH:
+                kept.append((value, value.copy()))
+    try:
+        yield
+    finally:
+        for container, before in kept:
+            if not _same_items(container, before):
+                container.clear()
+                (container.extend if type(container) is list else container.update)(before)
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """Whether a container holds the very objects that its copy holds, in the same order."""
+    if len(now) != len(before):
+        return False
+    if type(now) is dict and not all(map(operator.is_, now.values(), before.values())):
+        return False
+    return all(map(operator.is_, now, before)) if type(now) is not set else now == before
 
 
 def _modes_suspended() -> Any:
