@@ -33,7 +33,7 @@ from torch import nn
 
 from surgery.capture.branches import line_of
 from surgery.capture.interception import intercepted
-from surgery.capture.proxy import any_proxy, unwrapped
+from surgery.capture.proxy import any_proxy
 from surgery.capture.side_effects import record_changes, undo_changes
 from surgery.capture.tracer import Captured, IsLeaf, Tracer
 from surgery.errors import CaptureError
@@ -110,7 +110,7 @@ def _record(
             output = forward(module, *inputs[0], **inputs[1])
             with tracer.paused():
                 record_changes(tracer, path)
-        tracer.graph.output(_output(tracer, output))
+        tracer.graph.output(tracer.create_arg(output))
     except CaptureError:
         raise
     except Exception as error:
@@ -131,18 +131,6 @@ def _record(
     ]
     reads, parts = tracer.watcher.finish(), list(tracer.parts())
     return Captured(tracer.graph, tracer.branches, reads, parts, ambient)
-
-
-def _output(tracer: Tracer, output: Any) -> Any:
-    """Return the argument of the output node; a named tuple gets a node of its own.
-
-    ``fx`` of torch 2.11 prints the class name of a returned named tuple without importing it.
-    """
-    argument = tracer.create_arg(output)
-    if isinstance(argument, tuple) and hasattr(argument, "_fields"):
-        argument = tracer.graph.call_function(type(argument), tuple(argument))
-        argument.meta.update(value=unwrapped(output), owner="")
-    return argument
 
 
 def _containers(*given: Any) -> Iterator[Any]:

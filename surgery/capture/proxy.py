@@ -15,7 +15,6 @@ used only where the answer is the same.
 
 from __future__ import annotations
 
-import copy
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -170,29 +169,8 @@ class _Method:
             if isinstance(owner.value, torch.Tensor):
                 return getattr(owner.value, self.name)()
         if self.name == "type" and args:
-            args = (unwrapped(args[0]), *args[1:])
+            args = (args[0].value if is_proxy(args[0]) else args[0], *args[1:])
         return owner.tracer.create_proxy("call_method", self.name, (owner, *args), kwargs)
-
-
-def unwrapped(x: Any) -> Any:
-    """Return ``x`` with every proxy in it, however nested, replaced by the proxy's value."""
-    kind = type(x)  # isinstance would see the class of a proxy's value
-    if issubclass(kind, ValueProxy):
-        return x.value
-    if kind is slice:
-        return slice(unwrapped(x.start), unwrapped(x.stop), unwrapped(x.step))
-    if issubclass(kind, tuple) and kind is not torch.Size:
-        parts = [unwrapped(y) for y in x]
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-    if kind is list:
-        return [unwrapped(y) for y in x]
-    if issubclass(kind, dict) and any(is_proxy(v) for v in x.values()):
-        changed = copy.copy(x)
-        changed.update((k, unwrapped(v)) for k, v in x.items())
-        return changed
-    if kind is dict:
-        return {k: unwrapped(v) for k, v in x.items()}
-    return x
 
 
 def _in_place(name: str) -> Callable[[ValueProxy, Any], Any]:

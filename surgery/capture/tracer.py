@@ -23,8 +23,9 @@ from torch.fx.proxy import TracerBase
 
 from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
-from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy, unwrapped
+from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy
 from surgery.capture.reads import Read
+from surgery.capture.records import attributes, is_record, items, make_record, unwrapped
 from surgery.capture.watching import Watcher
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
@@ -141,6 +142,8 @@ class Tracer(TracerBase):
             return self.tensor_node(a)
         if type(a) is torch.Size:
             return tuple(a)
+        if is_record(a):
+            return self.record_node(a)
         if isinstance(a, (int, float)) and type(a) not in (int, float, bool):  # a numpy scalar
             return self.constant_node(a)
         if isinstance(a, tuple) and type(a) is not tuple and not hasattr(a, "_fields"):
@@ -178,6 +181,14 @@ class Tracer(TracerBase):
         owner, name = self.watcher.tensors[id(tensor)]  # no constant: it may be set again
         node = self.graph.call_function(getattr, (self.create_arg(owner), name))
         node.meta.update(value=tensor, owner=self.owners[-1])
+        return node
+
+    def record_node(self, record: Any) -> fx.Node:
+        """Return a node that makes an object like this one, which holds proxies."""
+        kind = self.constant_node(type(record))
+        held, inside = self.create_arg(attributes(record)), self.create_arg(items(record))
+        node = self.graph.call_function(make_record, (kind, held, inside))
+        node.meta.update(value=unwrapped(record), owner=self.owners[-1])
         return node
 
     def constant_node(self, value: Any) -> fx.Node:

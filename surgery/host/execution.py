@@ -19,6 +19,7 @@ change. While ``torch.compile`` reads a host, a missing graph is captured beside
 from __future__ import annotations
 
 import functools
+import types
 import warnings
 from typing import Any
 
@@ -28,7 +29,9 @@ from torch import nn
 from surgery.capture import Captured, Read, capture, run_always_called_hooks
 from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
+from surgery.host.containers import hiding
 from surgery.host.dynamo import prepare
+from surgery.host.own_forward import own_forward, unbound
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock
@@ -47,12 +50,13 @@ def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
     if not state.wraps:
         return run_graph(module, state, args, kwargs)
 
-    own = original_class(module).forward
+    own = unbound(own_forward(module), module)
 
     def forward(**named: Any) -> Any:
         if state.edited:
             return run_graph(module, state, (), named)
-        return own(module, **named)
+        with hiding(module):
+            return own(module, **named)
 
     for child in state.wraps:
         forward = functools.partial(getattr(module, child), forward)
@@ -168,17 +172,19 @@ def capture_host(
     module: nn.Module, path: str, through: frozenset[str], args: Any, kwargs: Any
 ) -> tuple[Captured, list[Match]]:
     """Capture the unedited graph of a host for one call, and find the matches in it."""
-    forward = original_class(module).forward
-    captured = capture(
-        module,
-        forward,
-        args,
-        kwargs,
-        through,
-        huggingface.attention_patch,
-        path,
-        is_leaf,
-    )
+    own = own_forward(module)
+    forward = unbound(own, module)
+    with hiding(module):
+        captured = capture(
+            module,
+            forward,
+            args,
+            kwargs,
+            through,
+            huggingface.attention_patch,
+            path,
+            is_leaf,
+        )
     known = {(id(read.place), read.name) for read in captured.reads}
     for owner, name in huggingface.choices(module):
         answer = getattr(owner, name)
@@ -186,5 +192,6 @@ def capture_host(
             captured.ambient.append((functools.partial(getattr, owner, name), answer))
         elif (id(vars(owner)), name) not in known:
             captured.reads.append(Read("item", vars(owner), name, answer))
-    captured.reads.append(Read("attribute", original_class(module), "forward", forward))
+    if own == types.MethodType(original_class(module).forward, module):
+        captured.reads.append(Read("attribute", original_class(module), "forward", forward))
     return captured, find_matches(captured.graph, module) or module_match(captured.graph)

@@ -3,22 +3,34 @@
 The object keeps its place, parameters, hooks and attributes. Its class becomes a generated
 subclass of the same name whose ``forward`` runs the graph that fits the call
 (host/execution.py). ``uninstall`` puts the original class back: bit for bit the module that it was.
-``torch.nn.utils.parametrize`` and FSDP2's ``fully_shard`` swap classes the same way.
+``torch.nn.utils.parametrize`` and FSDP2's ``fully_shard`` swap classes the same way. If one of them
+has swapped the class after the splice, its class stays, and the host's below it only passes calls
+on.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from abc import ABCMeta
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import SpliceError
+from surgery.host.containers import container_methods, hiding
 from surgery.host.execution import run, run_graph
+from surgery.host.own_forward import next_around, own_forward, take_over
 from surgery.host.state import STATE, HostState, original_class, state_of
 from surgery.interop import capturing
 from surgery.plugin import HostPlan
+
+
+class _Silent:
+    """Keeps a class of the user's from hearing of the subclasses that are generated here."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if "_surgery_original" not in vars(cls):  # another library's subclass of a host
+            super().__init_subclass__(**kwargs)
 
 
 @functools.cache
@@ -27,13 +39,38 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        state: HostState = self.__dict__[STATE]
-        if not state.active or capturing():
+        state: HostState | None = self.__dict__.get(STATE)
+        if state is None:  # removed, and still called by who had kept this method
             return original.forward(self, *args, **kwargs)
+        if state.around and not capturing():
+            around = next_around(self, state)
+            if around is not None:
+                return around(*args, **kwargs)
+        if not state.active or capturing():
+            with hiding(self):
+                if state.own is not None:
+                    return state.own(*args, **kwargs)
+                return original.forward(self, *args, **kwargs)
         return (run if state.wraps else run_graph)(self, state, args, kwargs)
 
     def unspliced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return original.forward(self, *args, **kwargs)
+        with hiding(self):
+            return own_forward(self)(*args, **kwargs)
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        state = self.__dict__.get(STATE)
+        if name == "forward" and state is not None:
+            take_over(self, state, value)
+        else:
+            super(made, self).__setattr__(name, value)
+
+    def delete_attribute(self: nn.Module, name: str) -> None:
+        state = self.__dict__.get(STATE)
+        if name == "forward" and state is not None and (state.own or state.around):
+            state.own, state.around = None, ()
+            state.keep_only({})
+        else:
+            super(made, self).__delattr__(name)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuild, (original,), self.__dict__
@@ -41,13 +78,19 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
     body = {
         "forward": forward,
         "_unspliced_forward": unspliced,
+        "__setattr__": set_attribute,
+        "__delattr__": delete_attribute,
         "__reduce_ex__": reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_surgery_original": original,
+        **container_methods(original),
     }
-    return type(original.__name__, (original,), body)
+    kind = type(original)  # a metaclass of the user's may keep a register, too
+    maker = ABCMeta if issubclass(kind, ABCMeta) else type
+    made: type[nn.Module] = maker.__new__(kind, original.__name__, (_Silent, original), body)
+    return made
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
@@ -57,31 +100,31 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
 
 
 def install(module: nn.Module, plan: HostPlan) -> HostState:
-    """Make ``module`` a host, unless it is one already.
-
-    Raises:
-        SpliceError: something has set a forward on the object itself, which would hide the host's.
-    """
+    """Make ``module`` a host, unless it is one already; take over a forward set on the object."""
     state = state_of(module)
     if state is not None:
         return state
-    if "forward" in vars(module) and "_old_forward" not in vars(module):
-        raise SpliceError(
-            f"{plan.path}: something has set a forward on this {type(module).__name__} object "
-            "itself, which would hide the spliced one. Undo that first, splice, then redo it."
-        )
     state = HostState(plan.path, plan.through)
-    module.__class__ = _host_class(type(module))  # type: ignore[arg-type]
-    vars(module)[STATE] = state
-    if "_old_forward" in vars(module):  # accelerate's hooks call the forward that they found
-        vars(module)["_old_forward"] = types.MethodType(type(module).forward, module)
+    held = vars(module)
+    if "_old_forward" in held:  # accelerate's hooks call the forward that they found
+        state.around = (held.pop("forward"),) if "forward" in held else ()
+    elif "forward" in held:
+        state.own = held.pop("forward")
+    kind = type(module)
+    module.__class__ = _host_class(vars(kind).get("_surgery_original", kind))
+    held[STATE] = state
+    if "_old_forward" in held:
+        held["_old_forward"] = types.MethodType(type(module).forward, module)
     return state
 
 
 def uninstall(module: nn.Module) -> None:
-    """Give a host its own class back."""
+    """Give a host its own class back, and the forward that was set on the object."""
     original = original_class(module)
-    del vars(module)[STATE]
-    module.__class__ = original
+    state: HostState = vars(module).pop(STATE)
+    if "_surgery_original" in vars(type(module)):
+        module.__class__ = original
     if "_old_forward" in vars(module):
         vars(module)["_old_forward"] = types.MethodType(original.forward, module)
+    if state.around or state.own is not None:
+        vars(module)["forward"] = state.around[-1] if state.around else state.own

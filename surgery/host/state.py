@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,9 @@ class HostState:
         children: fast access to the host's submodules; a replica of the host has its own.
         active: the splices that are on, in order.
         wraps: the children that wrap the call, the innermost first.
+        own: a forward that another library has set on the object, in place of the class's.
+        around: functions that another library has set on the object around the host's forward, the
+            innermost first.
         edited: whether the forward itself runs a rewritten graph.
     """
 
@@ -55,6 +59,8 @@ class HostState:
     children: Children | None = None
     active: tuple[str, ...] = ()
     wraps: tuple[str, ...] = ()
+    own: Callable[..., Any] | None = None
+    around: tuple[Callable[..., Any], ...] = ()
     edited: bool = False
 
     def active_edits(self) -> list[tuple[Edit, str]]:
@@ -113,6 +119,17 @@ def hosts(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if is_host(m)}
 
 
+def inserted_children(module: nn.Module) -> set[str]:
+    """Return the names of the children that splices have inserted into a host."""
+    state = state_of(module)
+    operations = () if state is None else state.operations.values()
+    return {child for operation in operations for child in operation.children}
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module; of a host, the class that it had before."""
-    return type(module)._surgery_original if STATE in vars(module) else type(module)  # type: ignore[attr-defined]
+    kind = type(module)
+    if STATE not in vars(module) or "_surgery_original" not in vars(kind):
+        return kind if STATE not in vars(module) else kind._surgery_original  # type: ignore[attr-defined]
+    original: type[nn.Module] = vars(kind)["_surgery_original"]
+    return original

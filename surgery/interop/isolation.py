@@ -78,14 +78,21 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """Restore random states, buffers and attributes at the end; hide the run from modes."""
     with _modes_suspended(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
-            kept = [(b, b.clone()) for b in module.buffers() if not b.is_meta]
+            kept = [(t, t.clone()) for t in _state_tensors(module) if not t.is_meta]
         try:
             yield
         finally:
             with real_tensors(), torch.no_grad():
-                for buffer, before in kept:  # such as running statistics
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+                for tensor, before in kept:  # such as running statistics
+                    if not torch.equal(tensor, before):
+                        tensor.copy_(before)
+
+
+def _state_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the buffers of a module, and the tensors that it has as plain attributes."""
+    yield from module.buffers()
+    for each in module.modules():
+        yield from (t for t in vars(each).values() if isinstance(t, torch.Tensor))
 
 
 @contextmanager

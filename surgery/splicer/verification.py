@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +24,7 @@ from surgery.host import (
     GuardFlipped,
     HostState,
     Variant,
-    original_class,
+    own_forward,
 )
 from surgery.interop import detached_copy, hookless, leaves, map_leaves, silenced
 from surgery.plugin import Site
@@ -191,7 +190,7 @@ def verify_together(model: nn.Module, report: Report, others: list[Site]) -> Non
         return
     parameters = [parameter for _, parameter in named]
     with hookless(module):
-        base = _plain(module, partial(original_class(module).forward, module), given)
+        base = _plain(module, own_forward(module), given)
         now = _plain(module, module.forward, given)
         report.change[trunk.path] = difference(base, now)
         found = gradients(module.forward, parameters, given)
