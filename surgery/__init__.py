@@ -72,7 +72,7 @@ from surgery.plugin import (
     task,
     tasks,
 )
-from surgery.splicer import Inserted, Report, disabled, remove, splice, variants
+from surgery.splicer import Inserted, Report, disabled, refresh, remove, splice, variants
 
 __version__ = _version("surgery")
 
@@ -124,6 +124,7 @@ __all__ = [
     "merge",
     "method",
     "methods",
+    "refresh",
     "remove",
     "restore",
     "save",

@@ -5,6 +5,7 @@ from surgery.host.execution import capture_host, run, run_graph
 from surgery.host.installation import install, uninstall
 from surgery.host.own_forward import own_forward
 from surgery.host.state import HostState, Operation, hosts, is_host, original_class, state_of
+from surgery.host.switches import switched_off
 from surgery.host.variant import FlippedTooLate, GuardFlipped, Variant
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "run_graph",
     "signature",
     "state_of",
+    "switched_off",
     "uninstall",
 ]

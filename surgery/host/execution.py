@@ -32,7 +32,7 @@ from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
 from surgery.host.dynamo import prepare
 from surgery.host.own_forward import own_forward, unbound
-from surgery.host.state import HostState, original_class, state_of
+from surgery.host.state import HostState, Selection, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock
 from surgery.patterns import Match, find_matches, module_match, weights_in
@@ -45,36 +45,43 @@ _MANY = 24  # variants of one host; at this number a warning tells the user
 _compiling = torch.compiler.is_dynamo_compiling
 
 
-def run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+def run(
+    module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection | None = None
+) -> Any:
     """Run the host: its graph, inside the modules that wrap its call."""
-    if not state.wraps:
-        return run_graph(module, state, args, kwargs)
+    on = on or state.selection()
+    if not on.wraps:
+        return run_graph(module, state, args, kwargs, on)
 
     own = unbound(own_forward(module), module)
 
     def forward(**named: Any) -> Any:
-        if state.edited:
-            return run_graph(module, state, (), named)
+        if on.edited:
+            return run_graph(module, state, (), named, on)
         with hiding(module):
             return own(module, **named)
 
-    for child in state.wraps:
+    for child in on.wraps:
         forward = functools.partial(getattr(module, child), forward)
     return forward(**named_arguments(own, module, args, kwargs))
 
 
-def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+def run_graph(
+    module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection | None = None
+) -> Any:
     """Run the variant that fits this call; capture it if there is none.
 
     Raises:
         ForwardError: the forward cannot be captured for this call, or a branch inside the graph
             flips after a KV cache has changed.
     """
+    if on is None:
+        on = state.selection()
     if _compiling():
         prepare(module, args, kwargs, ensure_variant)
-        return _find_and_run(module, state, args, kwargs)
+        return _find_and_run(module, state, args, kwargs, on)
     try:
-        for recognise, variant in state.recent:
+        for recognise, variant in on.recent:
             inputs = recognise(module, args, kwargs)
             if inputs is not None:
                 children = state.children
@@ -84,24 +91,26 @@ def run_graph(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> An
                     return variant.run(children, module, *inputs)
                 except GuardFlipped:
                     continue
-        return _find_and_run(module, state, args, kwargs)
+        return _find_and_run(module, state, args, kwargs, on)
     except Exception:
         run_always_called_hooks(module)
         raise
 
 
-def _find_and_run(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Any:
+def _find_and_run(
+    module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection
+) -> Any:
     """Run a call that no recogniser knows: describe it and compare signatures."""
-    variants, inputs = state.find(args, kwargs)
+    variants, inputs = on.find(args, kwargs)
     for variant in variants:
         if variant.matches(module, inputs):
             if not _compiling():
-                state.remember(variant, args, kwargs)
+                on.remember(variant, args, kwargs)
             try:
                 return variant.run(module, module, *inputs)
             except GuardFlipped:
                 continue
-    variant = new_variant(module, state, args, kwargs)
+    variant = new_variant(module, state, args, kwargs, on)
     if not variant.matches(module, inputs):
         raise ForwardError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
@@ -118,16 +127,19 @@ def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Capture a variant for calls like this one, if there is none."""
     state = state_of(module)
     assert state is not None
-    variants, inputs = state.find(args, kwargs)
+    on = state.selection()
+    variants, inputs = on.find(args, kwargs)
     for variant in variants:
         if variant.matches(module, inputs):
             variants.remove(variant)
             variants.insert(0, variant)  # where Dynamo, which cannot ask all, looks first
             return
-    new_variant(module, state, args, kwargs)
+    new_variant(module, state, args, kwargs, on)
 
 
-def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> Variant:
+def new_variant(
+    module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection
+) -> Variant:
     """Capture the host's own forward for this call and apply every active edit.
 
     Raises:
@@ -136,15 +148,15 @@ def new_variant(module: nn.Module, state: HostState, args: Any, kwargs: Any) -> 
     with patch_lock:
         try:
             captured, matches = capture_host(module, state.path, state.through, args, kwargs)
-            for edit, child in state.active_edits():
+            for edit, child in on.edits:
                 if not apply_edit(matches, edit, child, module):
                     _require_absent(state, edit, child, captured, matches)
         except RefusedError as error:
             raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
         variant = Variant(captured)
-        key, _ = signature(args, kwargs, state.active)
-        state.variants.setdefault(key, []).insert(0, variant)
-        total = sum(map(len, state.variants.values()))
+        key, _ = signature(args, kwargs, on.names)
+        on.variants.setdefault(key, []).insert(0, variant)
+        total = sum(map(len, on.variants.values()))
         if total == _MANY:
             warnings.warn(
                 f"{state.path}: {total} variants of one host so far; each new one costs a capture. "

@@ -46,12 +46,13 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
             around = next_around(self, state)
             if around is not None:
                 return around(*args, **kwargs)
-        if not state.active or capturing():
+        on = state.selection()
+        if not on.names or capturing():
             with hiding(self):
                 if state.own is not None:
                     return state.own(*args, **kwargs)
                 return original.forward(self, *args, **kwargs)
-        return (run if state.wraps else run_graph)(self, state, args, kwargs)
+        return (run if on.wraps else run_graph)(self, state, args, kwargs, on)
 
     def unspliced(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with hiding(self):
@@ -68,7 +69,7 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
         state = self.__dict__.get(STATE)
         if name == "forward" and state is not None and (state.own or state.around):
             state.own, state.around = None, ()
-            state.keep_only({})
+            state.refresh()
         else:
             super(made, self).__delattr__(name)
 

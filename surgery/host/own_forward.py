@@ -67,7 +67,7 @@ def take_over(module: nn.Module, state: HostState, new: Forward) -> None:
         state.around = (*state.around, new)
     else:
         state.own, state.around = new, ()
-    state.keep_only({})
+    state.refresh()
 
 
 class _Calls(threading.local):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from surgery.host.call_signature import signature
 from surgery.host.guards import Recogniser
+from surgery.host.switches import Off, off_key, off_now
 from surgery.host.variant import Children, Variant
 from surgery.plugin import Edit
 
@@ -28,6 +29,44 @@ class Operation:
     children: list[str]
 
 
+class Selection:
+    """The splices of a host that are on in some context, and the graphs that have them.
+
+    Attributes:
+        names: their names, in order.
+        edits: their edits, each with the child that it inserts, in order.
+        wraps: the children that wrap the call, the innermost first.
+        edited: whether the forward itself runs a rewritten graph.
+        variants: the graphs so far, by the signature of their calls.
+        recent: the recognisers of the latest calls, asked first.
+    """
+
+    def __init__(self, operations: Iterable[Operation]) -> None:
+        on = list(operations)
+        self.names = tuple(operation.name for operation in on)
+        self.edits = [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
+        self.wraps = tuple(child for edit, child in self.edits if edit.verb == "wrap")
+        self.edited = len(self.wraps) < len(self.edits)
+        self.variants: dict[Any, list[Variant]] = {}
+        self.recent: tuple[tuple[Recogniser, Variant], ...] = ()
+
+    def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
+        """Return the graphs of calls with this signature, and the inputs that they take."""
+        key, inputs = signature(args, kwargs, self.names)
+        return self.variants.get(key, []), inputs
+
+    def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
+        """Put this variant's recogniser first."""
+        recognise = variant.recogniser(args, kwargs)
+        if recognise is not None:
+            others = [pair for pair in self.recent if pair[1] is not variant]
+            self.recent = ((recognise, variant), *others[: _ASKED_FIRST - 1])
+
+
+class _Selections:
+    """The selections so far, each an attribute: Dynamo guards the one that a call reads."""
+
+
 @dataclass
 class HostState:
     """What a host needs beside the module itself.
@@ -37,60 +76,48 @@ class HostState:
         operations: the splices in this host, by name.
         weights: by kind and key of each site, the modules and parameters that it ran with when it
             was spliced; a graph that runs with them and lacks the site is refused.
-        off: the splices that are switched off.
-        variants: the graphs so far, by the signature of their calls.
-        recent: the recognisers of the latest calls, asked first.
+        everything: the selection of all splices.
+        selections: the others, by the short name of what is off (host/switches.py).
         children: fast access to the host's submodules; a replica of the host has its own.
-        active: the splices that are on, in order.
-        wraps: the children that wrap the call, the innermost first.
         own: a forward that another library has set on the object, in place of the class's.
         around: functions that another library has set on the object around the host's forward, the
             innermost first.
-        edited: whether the forward itself runs a rewritten graph.
     """
 
     path: str
     through: frozenset[str]
     operations: dict[str, Operation] = field(default_factory=dict)
     weights: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
-    off: frozenset[str] = frozenset()
-    variants: dict[Any, list[Variant]] = field(default_factory=dict)
-    recent: tuple[tuple[Recogniser, Variant], ...] = ()
+    everything: Selection = field(default_factory=lambda: Selection(()))
+    selections: Any = field(default_factory=_Selections)
     children: Children | None = None
-    active: tuple[str, ...] = ()
-    wraps: tuple[str, ...] = ()
     own: Callable[..., Any] | None = None
     around: tuple[Callable[..., Any], ...] = ()
-    edited: bool = False
 
-    def active_edits(self) -> list[tuple[Edit, str]]:
-        """Every edit that is on, with the child that it inserts, in order."""
-        on = [self.operations[name] for name in self.active]
-        return [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
+    def selection(self) -> Selection:
+        """Return the splices that are on in this context."""
+        key = off_key()
+        if not key:
+            return self.everything
+        found: Selection | None = getattr(self.selections, key, None)
+        return found or self.without(off_now())
+
+    def without(self, off: Off) -> Selection:
+        """Return the splices that are on where these are off."""
+        on = [o for name, o in self.operations.items() if (id(self), name) not in off.pairs]
+        made = self.everything if len(on) == len(self.operations) else Selection(on)
+        setattr(self.selections, off.key, made)
+        return made
 
     def refresh(self) -> None:
-        """Derive the other fields again, after ``operations`` or ``off`` has changed."""
-        self.active = tuple(name for name in self.operations if name not in self.off)
-        pairs = self.active_edits()
-        self.wraps = tuple(child for edit, child in pairs if edit.verb == "wrap")
-        self.edited = len(self.wraps) < len(pairs)
-        self.recent = ()
+        """Forget all graphs; derive what is on again, after ``operations`` has changed."""
+        self.everything = Selection(self.operations.values())
+        self.selections = _Selections()
 
-    def keep_only(self, variants: dict[Any, list[Variant]]) -> None:
-        """Replace the variants by these."""
-        self.variants, self.recent = variants, ()
-
-    def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
-        """Return the graphs of calls with this signature, and the inputs that they take."""
-        key, inputs = signature(args, kwargs, self.active)
-        return self.variants.get(key, []), inputs
-
-    def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
-        """Put this variant's recogniser first."""
-        recognise = variant.recogniser(args, kwargs)
-        if recognise is not None:
-            others = [pair for pair in self.recent if pair[1] is not variant]
-            self.recent = ((recognise, variant), *others[: _ASKED_FIRST - 1])
+    def every_selection(self) -> list[Selection]:
+        """Return the selections so far, that of all splices first."""
+        others = [s for s in vars(self.selections).values() if s is not self.everything]
+        return [self.everything, *others]
 
     def children_of(self, module: nn.Module) -> Children:
         """Return the children of the host, or of a replica that shares this state."""
@@ -101,7 +128,12 @@ class HostState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs refer to this very module; a copy captures its own.
-        return {**self.__dict__, "variants": {}, "recent": (), "children": None}
+        left = {"everything": Selection(self.operations.values()), "selections": _Selections()}
+        return {**self.__dict__, **left, "children": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
 
 
 def state_of(module: nn.Module) -> HostState | None:

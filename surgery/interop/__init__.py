@@ -13,6 +13,7 @@ from surgery.interop.arguments import (
     snapshot,
     tensors_equal,
 )
+from surgery.interop.checkpointing import checkpointed_region
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.isolation import (
     capture_running,
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionPatch",
     "capture_running",
     "capturing",
+    "checkpointed_region",
     "detached",
     "detached_copy",
     "encoder_fastpath",

@@ -64,14 +64,14 @@ def _rewrite(
     path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
-    if known is not None and not known.edited and not known.through >= plan.through:
+    if known is not None and not known.everything.edited and not known.through >= plan.through:
         before = known.through  # so far only its call was wrapped
         transaction.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
     captured, matches = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
-        for edit, child in known.active_edits():
+        for edit, child in known.everything.edits:
             apply_edit(matches, edit, child, module)
     one_key = {(p.kind, p.key) for p in matches if p.one_key}
     state, inserted = _insert(transaction, module, plan, pairs)
@@ -82,8 +82,8 @@ def _rewrite(
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
         require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
     variant = Variant(captured)
-    key, _ = signature(plan.args, plan.kwargs, state.active)
-    state.keep_only({key: [variant]})
+    key, _ = signature(plan.args, plan.kwargs, state.everything.names)
+    state.everything.variants = {key: [variant]}
     with _named(_failing(path, report)):
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
@@ -225,8 +225,6 @@ def take_out(module: nn.Module, name: str, children: list[str]) -> None:
     operation.edits, operation.children = [e for e, _ in left], [c for _, c in left]
     if not left:
         state.operations.pop(name, None)
-        state.off -= {name}
     state.refresh()
-    state.keep_only({})
     if not state.operations:
         uninstall(module)

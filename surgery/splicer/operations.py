@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SpliceError, suggest
-from surgery.host import Variant, hosts, is_host, state_of
+from surgery.host import Variant, hosts, is_host, state_of, switched_off
 from surgery.interop import encoder_fastpath, evaluating
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites
@@ -180,22 +180,20 @@ def _settle(model: nn.Module) -> None:
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """Run the model without one splice, or without any, inside a ``with`` block.
 
+    This holds for the running thread or task alone; threads that are started inside the block run
+    the model as it is. Gradient checkpointing repeats a forward as it first ran.
+
     Raises:
         SpliceError: nothing is spliced under that name.
     """
     names = frozenset(reports(model)) if name is None else frozenset({name})
     require_spliced(model, list(names))
     states = [state for h in hosts(model).values() if (state := state_of(h))]
-    before = [state.off for state in states]
-    try:
+    pairs = [(id(state), each) for state in states for each in names if each in state.operations]
+    with switched_off(pairs):
         for state in states:
-            state.off |= names
-            state.refresh()
+            state.selection()  # made here, as Dynamo cannot make it
         yield model
-    finally:
-        for state, off in zip(states, before, strict=True):
-            state.off = off
-            state.refresh()
 
 
 def require_spliced(model: nn.Module, names: list[str]) -> None:
@@ -210,10 +208,23 @@ def require_spliced(model: nn.Module, names: list[str]) -> None:
             )
 
 
+def refresh(model: nn.Module) -> nn.Module:
+    """Drop every graph; each host captures its forward again at its next call.
+
+    Hosts notice what has changed in the state that their forwards read, so this is needed only
+    after a change that Python cannot show, such as one inside a C extension.
+    """
+    for host in hosts(model).values():
+        state = state_of(host)
+        if state is not None:
+            state.refresh()
+    return model
+
+
 def variants(model: nn.Module) -> dict[str, list[Variant]]:
     """Return the graphs that each host has so far; print their ``code`` or ``graph``."""
     return {
-        path: [v for group in state.variants.values() for v in group]
+        path: [v for s in state.every_selection() for group in s.variants.values() for v in group]
         for path, host in hosts(model).items()
         if (state := state_of(host)) is not None
     }

@@ -35,10 +35,13 @@ def present_outputs(module: nn.Module, args: Any, kwargs: Any, around: bool = Tr
     ``around`` decides whether modules that wrap the call of the host run too.
     """
     state = state_of(module)
-    if state is None or not (state.active if around else state.edited):
+    if state is None:
+        return outputs(module, own_forward(module), args, kwargs)
+    on = state.everything
+    if not (on.names if around else on.edited):
         return outputs(module, own_forward(module), args, kwargs)
     now = run if around else run_graph
-    return outputs(module, lambda *a, **k: now(module, state, a, k), args, kwargs)
+    return outputs(module, lambda *a, **k: now(module, state, a, k, on), args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_a_branch_that_the_splice_itself_turns_is_an_error_that_names_it() -> No
         perturb(model, 1.0, seed=seed)
         state = state_of(model)
         assert state is not None
-        state.variants.clear()
+        state.refresh()
         try:
             model(tokens())
         except surgery.ForwardError as error:

@@ -41,7 +41,7 @@ def test_a_host_that_nobody_needs_is_gone_at_once() -> None:
     for _ in range(3):
         attn(x)
     state = vars(attn)["_surgery"]
-    assert state.recent
+    assert state.everything.recent
     assert state.children is not None
     replica = attn._replicate_for_data_parallel()
     for name, child in attn.named_children():

@@ -1,0 +1,54 @@
+"""Tell a forward that gradient checkpointing repeats from the first run of the same forward.
+
+Both kinds of checkpointing run a function twice: forwards, and again in the backward pass. Both
+keep one object from the first run for the second, which the call stack shows:
+
+    reentrant       the ``ctx`` of the autograd function
+    non-reentrant   the frame object that ``torch.utils.checkpoint`` packs its tensors into
+
+That object is where what the first run decided is kept for the second.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import _CheckpointFrame
+
+_FORWARD_OR_BACKWARD = ("forward", "backward")
+
+
+def checkpointed_region() -> dict[str, Any] | None:
+    """Return what is kept for the checkpointed function that runs now; None if none does.
+
+    The dictionary is the same in the first run of a function and when it is repeated, and goes with
+    the autograd graph.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        keeper = _keeper(frame)
+        if keeper is not None:
+            kept: dict[str, Any] = vars(keeper).setdefault("_surgery_kept", {})
+            return kept
+        frame = frame.f_back
+    return None
+
+
+def _keeper(frame: Any) -> Any:
+    """Return the object that lives from a function's first run to its repetition."""
+    name, code = frame.f_code.co_name, frame.f_code
+    if name in _FORWARD_OR_BACKWARD and code.co_varnames[:1] == ("ctx",):
+        ctx = frame.f_locals["ctx"]
+        is_checkpoint = "run_function" in code.co_varnames or hasattr(ctx, "run_function")
+        is_context = isinstance(ctx, torch.autograd.function.FunctionCtx)
+        return ctx if is_checkpoint and is_context else None
+    if name == "checkpoint" and "gen" in code.co_varnames:
+        generator = frame.f_locals.get("gen")
+        suspended = getattr(generator, "gi_frame", None)
+        return None if suspended is None else suspended.f_locals.get("new_frame")
+    if name == "unpack_hook":
+        found = frame.f_locals.get("frame")
+        return found if isinstance(found, _CheckpointFrame) else None
+    return None
