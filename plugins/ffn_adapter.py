@@ -94,7 +94,8 @@ class After(nn.Module):
     def forward(self, forward: Any, **arguments: Any) -> Any:
         out = forward(**arguments)
         x = out[0] if isinstance(out, tuple) else out
-        x = x + self.adapter(x)
+        update = self.adapter(x.to(self.adapter.down.weight.dtype))
+        x = x + update.to(x.dtype)
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
 

@@ -72,7 +72,8 @@ def check_method(method: surgery.Method, shapes: Sequence[str] = SHAPES) -> Cont
     * A saved adapter, loaded into a fresh base, gives the same bits.
     * Switched off, and after removal, the model gives the bits of the base.
     * A merge keeps the outputs, or is refused with the name of the method.
-    * Inserted modules have the dtype and the device of their site.
+    * Inserted modules have the device of their site, and its dtype, but float32 in place of half
+      precision; the output has the base's dtype.
     * The options survive JSON.
 
     Args:
@@ -223,7 +224,7 @@ def _merged_is_the_same_or_refused(method: surgery.Method, shape: str) -> None:
 def _dtype_and_device_follow_the_site(method: surgery.Method, shape: str) -> None:
     model = make_model(shape).bfloat16()
     surgery.splice(model, method)
-    wrong = [n for n, p in surgery.spliced_parameters(model) if p.dtype != torch.bfloat16]
+    wrong = [n for n, p in surgery.spliced_parameters(model) if p.dtype != torch.float32]
     assert not wrong, f"{wrong} are not bfloat16"
     _perturb(model)
     out = _logits(model, _ids())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from surgery.adapter.parameters import plain_state, spliced_parameters
@@ -25,6 +27,7 @@ class Summary:
         stored: numbers that ``surgery.save`` stores of the inserted modules.
         trainable: parameters that require a gradient now.
         kept: parameters of the base among the trainable ones.
+        dtypes: those of inserted parameters, and those of the base.
     """
 
     model: str
@@ -34,6 +37,7 @@ class Summary:
     stored: int
     trainable: int
     kept: int
+    dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
 
     @property
     def total(self) -> int:
@@ -57,6 +61,9 @@ class Summary:
                     f"    {method}\n      at {len(sites)} sites ({', '.join(kinds)}), "
                     f"{len(own)} modules, {sum(i.parameters for i in own):,} parameters"
                 )
+        if self.dtypes[0] and self.dtypes[0] != self.dtypes[1]:
+            inner, outer = (" and ".join(str(d)[6:] for d in each) for each in self.dtypes)
+            lines.append(f"  inserted parameters are {inner}, the base is {outer}")
         if self.stored != self.inserted:
             share = 100 * self.stored / self.base
             lines.append(f"  stored    {self.stored:>14,}  {share:.4f} % of the base's")
@@ -81,8 +88,14 @@ def summary(model: nn.Module) -> Summary:
         base=sum(p.numel() for p in base),
         inserted=sum(p.numel() for p in inserted.values()),
         stored=sum(t.numel() for t in plain_state(model).values()),
+        dtypes=(_dtypes(inserted.values()), _dtypes(base)),
         trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
         kept=sum(
             numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted
         ),
     )
+
+
+def _dtypes(parameters: Iterable[torch.Tensor]) -> tuple[torch.dtype, ...]:
+    """Return the floating-point dtypes among parameters, in order of appearance."""
+    return tuple(dict.fromkeys(p.dtype for p in parameters if p.is_floating_point()))

@@ -15,6 +15,7 @@ examples have the shapes that Dynamo knows, filled with ones.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.comptime import ComptimeContext, ComptimeVar, comptime
+from torch._dynamo.variables import ConstDictVariable, TensorVariable
+from torch._dynamo.variables.lists import BaseListVariable
+from torch._dynamo.variables.tensor import SymNodeVariable
 
 from surgery.interop import map_leaves
 
@@ -54,7 +58,9 @@ def _start(context: ComptimeContext) -> None:
 
 def _note(context: ComptimeContext) -> None:
     """Append an example for the local variable ``leaf``."""
-    _seen.examples.append(_example(context.get_local("leaf")))
+    translator: Any = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    _seen.attributes = translator.output.side_effects.store_attr_mutations
+    _seen.examples.append(_example(_tracker(context.get_local("leaf"))))
 
 
 def _finish(context: ComptimeContext) -> None:
@@ -65,19 +71,53 @@ def _finish(context: ComptimeContext) -> None:
 
     structure = context.get_local("structure").as_python_constant()
     args, kwargs = map_leaves(structure, leaf)
-    _value(context.get_local("capture"))(_value(context.get_local("host")), args, kwargs)
+    capture, host = (_value(_tracker(context.get_local(name))) for name in ("capture", "host"))
+    capture(host, args, kwargs)
 
 
-def _example(variable: ComptimeVar) -> Any:
-    """Return a real value for what Dynamo holds; one tensor given twice stays one."""
-    if variable.is_python_constant():
-        return variable.as_python_constant()
-    if not variable.is_proxy():
-        return _value(variable)
-    fake = variable.as_fake()
-    if id(fake) not in _seen.made:
-        _seen.made[id(fake)] = fake, _real(fake)
-    return _seen.made[id(fake)][1]
+def _tracker(variable: ComptimeVar) -> Any:
+    """Return what Dynamo holds for a variable."""
+    return variable._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+
+
+def _example(tracker: Any) -> Any:
+    """Return a real value for what Dynamo holds; what is given twice stays one.
+
+    An object that the compiled code itself makes, such as a KV cache, exists only as a class and
+    the attributes that were set so far.
+    """
+    tracker = tracker.realize()
+    if tracker.is_python_constant():
+        return tracker.as_python_constant()
+    if tracker in _seen.made:
+        return _seen.made[tracker]
+    if hasattr(tracker, "as_proxy") and _is_fake(tracker):
+        fake = tracker.as_proxy().node.meta["example_value"]
+        if id(fake) not in _seen.made:
+            _seen.made[id(fake)] = fake, _real(fake)
+        return _seen.made[id(fake)][1]
+    if isinstance(tracker, BaseListVariable):
+        made: Any = []
+        _seen.made[tracker] = made
+        made += map(_example, tracker.items)
+        return tracker.python_type()(made) if tracker.python_type() is not list else made
+    if isinstance(tracker, ConstDictVariable):
+        made = _seen.made[tracker] = {}
+        made.update((key.vt.as_python_constant(), _example(x)) for key, x in tracker.items.items())
+        return made
+    changed = _seen.attributes.get(tracker, {})
+    value = _value(tracker)
+    if not changed:
+        return value
+    made = _seen.made[tracker] = copy.copy(value)
+    for name, attribute in changed.items():
+        object.__setattr__(made, name, _example(attribute))
+    return made
+
+
+def _is_fake(tracker: Any) -> bool:
+    """Whether Dynamo computes with this value: a tensor or a size."""
+    return isinstance(tracker, (TensorVariable, SymNodeVariable))
 
 
 def _real(fake: Any) -> Any:
@@ -88,7 +128,6 @@ def _real(fake: Any) -> Any:
     return torch.ones(shape, dtype=fake.dtype, device=fake.device)
 
 
-def _value(variable: ComptimeVar) -> Any:
-    """Return the Python object behind a variable that is neither a tensor nor a constant."""
-    tracker: Any = variable._i_will_not_complain_if_bc_breaks_VariableTracker()
+def _value(tracker: Any) -> Any:
+    """Return the Python object behind what is neither a tensor nor a constant."""
     return tracker.get_function() if hasattr(tracker, "get_function") else tracker.value

@@ -37,7 +37,7 @@ from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock
 from surgery.patterns import Match, find_matches, module_match, weights_in
 from surgery.plugin import Edit, is_leaf
-from surgery.rewrite import apply_edit
+from surgery.rewrite import apply_edit, dtype_reads
 
 _MANY = 24  # variants of one host; at this number a warning tells the user
 
@@ -151,6 +151,7 @@ def new_variant(
             for edit, child in on.edits:
                 if not apply_edit(matches, edit, child, module):
                     _require_absent(state, edit, child, captured, matches)
+                captured.reads += dtype_reads(module.get_submodule(child))
         except RefusedError as error:
             raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
         variant = Variant(captured)

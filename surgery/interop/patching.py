@@ -8,7 +8,9 @@ replace the same attribute would otherwise restore each other's dispatcher.
 
 from __future__ import annotations
 
+import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +35,9 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
         try:
             for owner, name, make in replacements:
                 own = vars(owner).get(name, _MISSING)
-                bound = isinstance(own, classmethod)
-                original = own.__func__ if isinstance(own, classmethod) else getattr(owner, name)
+                found = inspect.getattr_static(owner, name)
+                bound = isinstance(found, (classmethod, types.ClassMethodDescriptorType))
+                original = _of_class(found) if bound else getattr(owner, name)
                 saved.append((owner, name, own))
                 new = _for_thread(me, make(original), original)
                 setattr(owner, name, classmethod(new) if bound else new)
@@ -45,6 +48,13 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
                     delattr(owner, name)
                 else:
                     setattr(owner, name, own)
+
+
+def _of_class(method: Any) -> Callable[..., Any]:
+    """Return a class method, of Python or of C, as a function whose first argument is the class."""
+    if isinstance(method, classmethod):
+        return method.__func__
+    return lambda cls, *args, **kwargs: method.__get__(None, cls)(*args, **kwargs)
 
 
 def _for_thread(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -> Any:

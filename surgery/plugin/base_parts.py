@@ -24,11 +24,19 @@ class Reference:
 
 
 class FrozenModule(Reference):
-    """A module of the base, such as a norm, whose parameters get no gradient."""
+    """A module of the base, such as a norm, whose parameters get no gradient.
+
+    It runs in its own dtype; a tensor that it returns has the dtype of its first input.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frozen = {name: p.detach() for name, p in self.module.named_parameters()}
-        return functional_call(self.module, frozen, args, kwargs)
+        dtype = next((p.dtype for p in frozen.values() if p.is_floating_point()), None)
+        x = args[0] if args else None
+        if dtype is None or not isinstance(x, Tensor) or x.dtype == dtype:
+            return functional_call(self.module, frozen, args, kwargs)
+        y = functional_call(self.module, frozen, (x.to(dtype), *args[1:]), kwargs)
+        return y.to(x.dtype) if isinstance(y, Tensor) else y
 
 
 class FrozenProjection:

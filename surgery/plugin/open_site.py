@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import PortError
@@ -132,7 +133,7 @@ class OpenSite(Site):
         """
         if name in self.shared:
             return Reference(self.shared[name])
-        self.shared[name] = make().to(device=self.device, dtype=self.dtype)
+        self.shared[name] = make().to(device=self.device, dtype=inserted_dtype(self.dtype))
         return self.shared[name]
 
     def base(self) -> Any:
@@ -148,9 +149,18 @@ class OpenSite(Site):
     ) -> None:
         """Check one edit and note it; the verbs of :class:`OpenPort` call this."""
         require_insertable(self, self.base_parts, port, verb, module, name, reads)
-        module.to(device=self.device, dtype=self.dtype)
+        module.to(device=self.device, dtype=inserted_dtype(self.dtype))
         child = f"{name}_{port.name}"
         self.edits.append((Edit(self.key, self.kind, port.name, verb, child, reads), module))
+
+
+def inserted_dtype(base: torch.dtype) -> torch.dtype:
+    """Return the dtype of what is inserted: that of the base, float32 on half precision.
+
+    In half precision small steps of an optimiser are rounded away. Cast the inserted parameters
+    afterwards if they are to be half, too.
+    """
+    return torch.float32 if base in (torch.float16, torch.bfloat16) else base
 
 
 def opened(

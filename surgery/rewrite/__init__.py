@@ -1,6 +1,7 @@
 """Apply the edits of methods to the nodes of a captured graph."""
 
 from surgery.rewrite.apply import apply_edit, port_values, require_applied
+from surgery.rewrite.casts import dtype_reads
 from surgery.rewrite.lse import lse_of, output_of
 
-__all__ = ["apply_edit", "lse_of", "output_of", "port_values", "require_applied"]
+__all__ = ["apply_edit", "dtype_reads", "lse_of", "output_of", "port_values", "require_applied"]

@@ -32,6 +32,7 @@ from torch import fx, nn
 from surgery.errors import PortError
 from surgery.patterns import Match, PortNode, bias_of, input_of_call, module_call_of, value
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
+from surgery.rewrite.casts import as_module_takes, cast, needed_cast
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
     add,
@@ -67,7 +68,10 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     """Insert, add or replace at a port, and let the match's ports name the new node."""
     port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
-    reads = tuple(_read(match, name, root) for name in edit.reads)
+    module = root.get_submodule(child)
+    given = [_read(match, name, root) for name in edit.reads]
+    reads = as_module_takes(given, edit.reads, port.node, module)
+    dtype = needed_cast(port.node, module)
     fused = None if port.columns is None else column_functions(port.columns, device_of(port))
 
     def make(graph: fx.Graph) -> fx.Node:
@@ -80,9 +84,9 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
             and not sequence_first
             and _takes_onto(child, reads, y, root)
         ):
-            module = graph.get_attr(child)
-            with graph.inserting_after(module):
-                return graph.call_function(added, (module, y, *reads))
+            adding = graph.get_attr(child)
+            with graph.inserting_after(adding):
+                return graph.call_function(added, (adding, y, *reads))
         if edit.verb == "add":
             plain = add_sequence_first if sequence_first else add
             return chain(graph, (child, reads), (fused.add if fused else plain, (y, ...)))
@@ -90,16 +94,21 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
             return chain(
                 graph, (child, reads), (put_sequence_first if sequence_first else put, (y, ...))
             )
-        if fused is None:
+        if fused is None and dtype is None:
             return chain(graph, (child, reads or (y,)))
+        if fused is None:
+            first = [] if reads else [(cast, (y, dtype))]
+            return chain(graph, *first, (child, reads or (...,)), (put, (y, ...)))
         if reads:
             return chain(graph, (child, reads), (fused.put, (y, ...)))
-        return chain(graph, (fused.take, (y,)), (child, (...,)), (fused.put, (y, ...)))
+        cut: list[Any] = [(fused.take, (y,))]
+        cut += [] if dtype is None else [(cast, (..., dtype))]
+        return chain(graph, *cut, (child, (...,)), (fused.put, (y, ...)))
 
     nodes = [node for node in reads if node is not None]
     new = insert_after(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
-    if edit.port == "merged" and isinstance(root.get_submodule(child), CountsVirtualKeys):
+    if edit.port == "merged" and isinstance(module, CountsVirtualKeys):
         match.uncounted_virtual.append((child, tuple(nodes)))
     old = port.node
     for other in match.ports.values():
@@ -150,8 +159,14 @@ def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
         _split_off(match, port)
     port.own = port.own or module_call_of(projection.node)
     source = input_of_call(port.own)
+    dtype = needed_cast(source, root.get_submodule(child))
     with graph.inserting_before(port.own):
-        fed = graph.call_module(child, (source,))
+        if dtype is None:
+            fed = graph.call_module(child, (source,))
+        else:
+            taken = graph.call_function(cast, (source, dtype))
+            fed = graph.call_module(child, (taken,))
+            fed = graph.call_function(put, (source, fed))
     fed.meta.update(value=source.meta.get("value"), owner=source.meta.get("owner"))
     port.own.replace_input_with(source, fed)
 

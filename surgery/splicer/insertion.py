@@ -33,7 +33,7 @@ from surgery.host import (
 )
 from surgery.patterns import Match, weights_in
 from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, opened
-from surgery.rewrite import apply_edit, port_values, require_applied
+from surgery.rewrite import apply_edit, dtype_reads, port_values, require_applied
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
 from surgery.splicer.record import Inserted, Report
 from surgery.splicer.transaction import Transaction
@@ -81,6 +81,8 @@ def _rewrite(
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
         require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
+    for _, child in state.everything.edits:
+        captured.reads += dtype_reads(module.get_submodule(child))
     variant = Variant(captured)
     key, _ = signature(plan.args, plan.kwargs, state.everything.names)
     state.everything.variants = {key: [variant]}

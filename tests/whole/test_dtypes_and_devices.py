@@ -21,7 +21,11 @@ def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     base = logits(model, inputs(name))
     surgery.splice(model, THREE_METHODS, example_inputs=inputs(name))
-    assert {p.dtype for p in model.parameters()} == {dtype}
+    inserted = {id(p): p.dtype for _, p in surgery.spliced_parameters(model)}
+    assert set(inserted.values()) == {torch.float32}
+    assert {p.dtype for p in model.parameters() if id(p) not in inserted} == {dtype}
+    said = f"inserted parameters are float32, the base is {str(dtype)[6:]}"
+    assert said in repr(surgery.summary(model))
     assert torch.equal(logits(model, inputs(name)), base)
     perturb(model)
     moved = logits(model, inputs(name))
@@ -33,6 +37,10 @@ def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
     gap = (moved.float() - logits(wide, inputs(name))).abs().max()
     scale = logits(wide, inputs(name)).abs().max()
     assert gap < scale * 64 * torch.finfo(dtype).eps  # a few dozen roundings on the way
+    model.to(dtype)  # the user's choice, after all
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    gap = (logits(model, inputs(name)).float() - logits(wide, inputs(name))).abs().max()
+    assert gap < scale * 64 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -183,3 +184,38 @@ def test_virtual_tokens_compile_with_and_without_gradients(grad: bool, gate: boo
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for _ in range(2):
             torch.testing.assert_close(call(compiled, "gpt2"), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=slow)])
+def test_a_decoder_with_a_mask_and_its_own_cache_is_one_graph(name: str) -> None:
+    model = spliced(name)
+    ids = torch.arange(14).reshape(2, 7) + 3
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    more = {"input_ids": ids[:, :1], "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        cache, expected = compiled(**given).past_key_values, model(**given).past_key_values
+        assert torch.equal(cache.layers[1].keys, expected.layers[1].keys)
+        after = compiled(**more, past_key_values=cache).logits
+        assert torch.allclose(after, model(**more, past_key_values=expected).logits, atol=1e-6)
+
+
+def test_each_of_many_states_is_one_graph() -> None:
+    model = build("llama").eval()
+    for name in "abcd":
+        surgery.splice(model, surgery.method("lora", rank=2), name=name)
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.normal_()
+    backend, counts = Counted(), []
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for _ in range(3):
+            for kept in "abcd":
+                with contextlib.ExitStack() as stack:
+                    for other in set("abcd") - {kept}:
+                        stack.enter_context(surgery.disabled(model, other))
+                    expected = call(model, "llama")
+                    assert torch.allclose(call(compiled, "llama"), expected, atol=1e-5)
+            counts.append(backend.graphs)
+    assert counts == [4, 4, 4]
