@@ -139,15 +139,23 @@ class LoRA(surgery.Method):
     def suits(self, site: surgery.Site) -> bool:
         if site.kind not in PROJECTIONS:
             return False
-        own = set(PROJECTIONS[site.kind]) - {"output"}
-        if not own & set(self.ports) and set(self.ports) != {"output"}:
-            return False
-        wanted = [site.ports.get(p) for p in self.ports if p in PROJECTIONS[site.kind]]
-        return all(port is not None and port.in_width is not None for port in wanted)
+        return bool(self._present(site))
+
+    def named_ports(self, site: surgery.Site) -> tuple[str, ...]:
+        own = PROJECTIONS.get(site.kind, ())
+        if self.ports == ("all",):
+            return tuple(p for p in own if p in site.ports)
+        addressed = (set(own) - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
+        return tuple(p for p in self.ports if p in own) if addressed else ()
+
+    def _present(self, site: surgery.Site) -> tuple[str, ...]:
+        """Return the named ports that this site has."""
+        named = [p for p in self.named_ports(site) if p in site.ports]
+        return tuple(p for p in named if site.ports[p].in_width is not None)
 
     def splice(self, site: surgery.OpenSite) -> None:
-        for port in site.select(tuple(p for p in self.ports if p in PROJECTIONS[site.kind])):
-            assert port.in_width is not None  # suits() has refused other ports
+        for port in site.select(self._present(site)):
+            assert port.in_width is not None
             rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)
             scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
             update = LowRank(port.in_width, port.width, rank, scale, self.dropout, self.bias)

@@ -28,12 +28,19 @@ from surgery.adapter.training import (
     warn_of_replaced,
 )
 from surgery.errors import MethodError, StoreError
+from surgery.interop import outside_inference_mode
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
 from surgery.splicer import remove, reports, splice
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any = None) -> nn.Module:
+@outside_inference_mode
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    example_inputs: Any = None,
+    name: str | None = None,
+) -> nn.Module:
     """Splice a saved adapter into a base model, in place. Warn if the base has other weights.
 
     To continue training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as
@@ -43,6 +50,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
         model: the base; its sites must have the shapes that the adapter was made for.
         folder: the folder that ``save`` was given.
         example_inputs: as for :func:`surgery.locate`.
+        name: the name of the splice in this model; by default the name that it was saved under. An
+            adapter that consists of several splices keeps their names.
 
     Returns:
         the model.
@@ -51,6 +60,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
         StoreError: files are missing or damaged, or the base does not fit. Nothing has changed.
     """
     description, tensors = read(folder)
+    if name is not None:
+        _require_one(description["splices"], name, folder)
     sites = locate(model, example_inputs)
     plans = [_match(saved, sites, folder) for saved in description["splices"]]
     rows = description["rows"]
@@ -65,20 +76,44 @@ def load(model: nn.Module, folder: str | os.PathLike[str], example_inputs: Any =
     try:
         for saved, at in plans:
             methods = [_method(m, folder) for m in saved["methods"]]
-            report = splice(model, methods, at=at, name=saved["name"])
-            done.append(saved["name"])
+            report = splice(model, methods, at=at, name=name or saved["name"])
+            done.append(report.name)
             paths = [i.path for i in report.inserted]
-            if paths != saved["modules"]:
+            if name is not None or paths != saved["modules"]:
+                tensors = _moved(tensors, saved["modules"], paths)
+            if [p.rpartition(".")[0] for p in paths] != [
+                p.rpartition(".")[0] for p in saved["modules"]
+            ]:
                 raise StoreError(_misfit(folder, "inserted modules", saved["modules"], paths))
         _fill(model, tensors, rows, folder, done)
     except BaseException:
-        for name in reversed(done):
-            remove(model, name)
+        for each in reversed(done):
+            remove(model, each)
         raise
     keep_also(model, description["kept"])
-    for name, chosen in rows.items():
-        train_rows(model, name, chosen)
+    for parameter, chosen in rows.items():
+        train_rows(model, parameter, chosen)
     return model
+
+
+def _require_one(splices: list[dict[str, Any]], name: str, folder: Any) -> None:
+    """Raise if an adapter of several splices is to be loaded under one name."""
+    if len(splices) > 1:
+        raise StoreError(
+            f"the adapter in {folder} consists of the splices "
+            f"{', '.join(s['name'] for s in splices)}, so it cannot be named {name!r}. Leave "
+            "name= out."
+        )
+
+
+def _moved(tensors: dict[str, Tensor], saved: list[str], here: list[str]) -> dict[str, Tensor]:
+    """Return the tensors with the paths of the saved modules replaced by those in this model."""
+    moved = {f"inserted.{a}.": f"inserted.{b}." for a, b in zip(saved, here, strict=False)}
+    found = {}
+    for key, tensor in tensors.items():
+        old = next((path for path in moved if key.startswith(path)), None)
+        found[key if old is None else moved[old] + key.removeprefix(old)] = tensor
+    return found
 
 
 def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.adapter.merged_weights import MergePlan
 from surgery.errors import SpliceError
+from surgery.interop import out_of_reach, outside_inference_mode
 from surgery.splicer import Inserted, forget, reports, require_spliced
 
 
@@ -70,6 +71,7 @@ def sums_of(x: Tensor) -> list[float]:
     return [float(wide.sum()), float(wide.square().sum()), float((wide * ramp).sum())]
 
 
+@outside_inference_mode
 def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> Merged:
     """Fold one splice, or all, into the base's weights. Outputs stay the same, up to rounding.
 
@@ -87,6 +89,9 @@ def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> M
     """
     names = list(reports(model)) if name is None else [name]
     require_spliced(model, names)
+    reason = out_of_reach(model)
+    if reason:
+        raise SpliceError(f"nothing can be merged into this {type(model).__name__}: {reason}")
     stay: dict[str, str] = {}  # paths of modules that others hold back, and why
     while new := (plan := MergePlan(model, names, partial, stay)).conflicts():
         stay |= new

@@ -37,7 +37,14 @@ from surgery.adapter.training import (
     kept_parameters,
 )
 from surgery.errors import SpliceError
-from surgery.interop import huggingface
+from surgery.interop import (
+    huggingface,
+    is_first_process,
+    onloaded,
+    out_of_reach,
+    wait_for_others,
+    whole,
+)
 from surgery.plugin import Site, methods
 from surgery.splicer import reports
 
@@ -51,11 +58,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         plain: store only what inference needs, such as the keys and values of a prefix without the
             MLP that makes them. ``False`` stores everything, to continue training.
 
+    A model that is sharded over several processes must be saved by all of them; the first writes.
+
     Returns:
         the folder.
 
     Raises:
-        SpliceError: nothing is spliced in, or a splice is partly merged.
+        SpliceError: nothing is spliced in, a splice is partly merged, or numbers are offloaded.
     """
     if not reports(model):
         raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
@@ -67,11 +76,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         )
     own = dict(model.named_parameters())
     _warn_of_methods_not_offered(model)
-    inserted = plain_state(model) if plain else full_state(model)
-    tensors = {f"inserted.{name}": t for name, t in inserted.items()}
-    tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
-    tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
-    data = save_tensors({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    modules = [model.get_submodule(i.path) for r in reports(model).values() for i in r.inserted]
+    with onloaded(modules):
+        inserted = plain_state(model) if plain else full_state(model)
+        tensors = {f"inserted.{name}": t for name, t in inserted.items()}
+        tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
+        tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
+        away = [name for name, tensor in tensors.items() if tensor.is_meta]
+        if away:
+            raise SpliceError(f"{away[0]} holds no numbers to save. {out_of_reach(model)}")
+        stored = {n: whole(t.detach()).cpu().contiguous().clone() for n, t in tensors.items()}
+    data = save_tensors(stored)
     digest = hashlib.sha256(data).hexdigest()
     file = f"surgery-{digest[:12]}.safetensors"
     description = {
@@ -90,13 +105,20 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     }
     text = json.dumps(description, indent=1).encode()
     target = Path(folder)
+    if is_first_process():
+        _write(target, file, data, text)
+    wait_for_others()
+    return target
+
+
+def _write(target: Path, file: str, data: bytes, text: bytes) -> None:
+    """Write the tensors, then the description, and remove the tensors of the adapter before."""
     target.mkdir(parents=True, exist_ok=True)
     before = file_of(target)
     write_whole(target / file, data)
     write_whole(target / JSON, text)
     if before not in ("", file):  # other files may belong to a save that is under way
         (target / before).unlink(missing_ok=True)
-    return target
 
 
 def _trained(model: nn.Module) -> set[str]:

@@ -20,7 +20,7 @@ from torch import nn
 from surgery.host.containers import container_methods, hiding
 from surgery.host.execution import run, run_graph
 from surgery.host.own_forward import next_around, own_forward, take_over
-from surgery.host.state import STATE, HostState, original_class, state_of
+from surgery.host.state import STATE, HostState, inserted_children, original_class, state_of
 from surgery.interop import capturing
 from surgery.plugin import HostPlan
 
@@ -86,6 +86,7 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_surgery_original": original,
+        "_surgery_inserted": inserted_children,
         **container_methods(original),
     }
     kind = type(original)  # a metaclass of the user's may keep a register, too

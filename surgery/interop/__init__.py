@@ -16,33 +16,49 @@ from surgery.interop.arguments import (
 from surgery.interop.checkpointing import checkpointed_region
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.isolation import (
+    base_children,
     capture_running,
     capturing,
+    differentiable,
     evaluating,
     hookless,
+    outside_inference_mode,
     real_tensors,
     silenced,
     untouched,
+)
+from surgery.interop.offloading import (
+    is_first_process,
+    onloaded,
+    out_of_reach,
+    wait_for_others,
+    whole,
 )
 from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
 
 __all__ = [
     "CONSTANT",
     "AttentionPatch",
+    "base_children",
     "capture_running",
     "capturing",
     "checkpointed_region",
     "detached",
     "detached_copy",
+    "differentiable",
     "encoder_fastpath",
     "evaluating",
     "hookless",
     "huggingface",
     "input_key",
+    "is_first_process",
     "is_integer_tensor",
     "leaves",
     "map_leaves",
     "named_arguments",
+    "onloaded",
+    "out_of_reach",
+    "outside_inference_mode",
     "patch_lock",
     "patched",
     "real_tensors",
@@ -51,5 +67,7 @@ __all__ = [
     "tensors_equal",
     "unpatched",
     "untouched",
+    "wait_for_others",
+    "whole",
     "without_checkpointing",
 ]

@@ -15,6 +15,7 @@ Nothing here turns gradients off; callers that need none add ``torch.no_grad()``
 
 from __future__ import annotations
 
+import functools
 import operator
 import random
 import threading
@@ -164,6 +165,50 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def base_children(module: nn.Module) -> list[nn.Module]:
+    """Return the children of a module without those that a splice has inserted into it."""
+    inserted: set[str] = getattr(module, "_surgery_inserted", set)()
+    return [child for name, child in module._modules.items() if child and name not in inserted]
+
+
+def outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, leaving ``torch.inference_mode`` while it runs.
+
+    Parameters made in that mode could never be trained.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Put copies in place of parameters and buffers that were made in inference mode.
+
+    Autograd refuses such tensors; the copies let a trial differentiate all the same.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    for each in module.modules():
+        for held in (each._parameters, each._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_inference():
+                    kept.append((held, name, tensor))
+    try:
+        for held, name, tensor in kept:
+            copy = tensor.clone()
+            held[name] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+        yield
+    finally:
+        for held, name, tensor in kept:
+            held[name] = tensor
 
 
 def real_tensors() -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surgery.interop import is_integer_tensor, leaves, tensors_equal
+from surgery.interop import base_children, is_integer_tensor, leaves, tensors_equal
 from surgery.locator.observation import Call, Observation
 from surgery.plugin import HostPlan, Kind, Port, Site
 
@@ -26,7 +26,7 @@ def module_sites(model: nn.Module, observation: Observation, ids: list[Tensor]) 
     found = []
     for path, module in model.named_modules():
         call = observation.calls.get(path)
-        if call is not None and path and not any(True for _ in module.children()):
+        if call is not None and path and not base_children(module):
             kind = _kind(module, call, ids)
             if kind:
                 found.append(_site(kind, path, module, call))
@@ -34,7 +34,8 @@ def module_sites(model: nn.Module, observation: Observation, ids: list[Tensor]) 
 
 
 def _site(kind: Kind, path: str, module: nn.Module, call: Call) -> Site:
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    own = module.parameters(recurse=False)  # not those of what is spliced in
+    weight = next((p for p in own if p.is_floating_point()), torch.zeros(()))
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
     width = weight.shape[-1] if weight.dim() else 0
     names = {"norm": ("input", "output"), "embedding": ("ids", "output")}
@@ -53,7 +54,7 @@ def _has_bias(module: nn.Module) -> bool:
 def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
     """Return the kind of site that a childless module is, or None."""
     given = [x for x in leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
-    own = list(module.parameters())
+    own = list(module.parameters(recurse=False))
     widths = {p.numel() for p in own}
     if own and all(p.dim() == 1 for p in own) and len(widths) == 1:
         reads = next((x for x in given if x.is_floating_point() and x.dim() > 1), None)

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.interop import (
     AttentionPatch,
+    base_children,
     detached_copy,
     encoder_fastpath,
     evaluating,
@@ -172,7 +173,7 @@ class _Observer(TorchFunctionMode):
         for hook in module._forward_hooks.values():
             if self.keeps_hook(hook):  # the model collects its outputs with this hook
                 hook(module, args, result)
-        if _has_tensor(result) and (not any(module.children()) or stacks_weights(module)):
+        if _has_tensor(result) and (not base_children(module) or stacks_weights(module)):
             self.collapse(start, path, args, kwargs, result)
         return result
 

@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
-from surgery.interop import huggingface, leaves
+from surgery.interop import huggingface, leaves, outside_inference_mode
 from surgery.locator.call_sites import call_sites
 from surgery.locator.host_choice import Group, groups_of
 from surgery.locator.module_sites import module_sites
@@ -47,6 +47,7 @@ from surgery.patterns import (
 from surgery.plugin import Site, Sites
 
 
+@outside_inference_mode
 def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     """Find every attention and FFN of a model.
 

@@ -16,6 +16,7 @@ from itertools import takewhile
 
 from torch import Tensor, fx, nn
 
+from surgery.interop import base_children
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     VIEWS,
@@ -57,7 +58,7 @@ _CONTEXT_OPS = VIEWS | frozenset(
 def may_precede_heads(root: nn.Module, node: fx.Node) -> bool:
     """Whether an operation may stand between a projection and the heads."""
     if node.op == "call_module":  # a norm or a dropout; a module with children is a network
-        return not any(True for _ in root.get_submodule(str(node.target)).children())
+        return not base_children(root.get_submodule(str(node.target)))
     return op_name(node) in PROJECTED_OPS
 
 

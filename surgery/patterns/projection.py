@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from surgery.interop import base_children
 from surgery.patterns.dataflow import (
     forwarded,
     from_parameters,
@@ -218,7 +219,7 @@ def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
     Several matrices count if one has the input's width and one the output's: a low-rank pair. A
     quantised matrix is an integer tensor packed in any shape, so its shape is not compared.
     """
-    if any(True for _ in module.children()) or isinstance(module, nn.modules.conv._ConvNd):
+    if base_children(module) or isinstance(module, nn.modules.conv._ConvNd):
         return False
     if stacks_weights(module):
         return False

@@ -2,7 +2,7 @@
 
 from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
 from surgery.plugin.base_parts import Reference, frozen_inside, referred
-from surgery.plugin.dropout import Dropout, draw_by_name
+from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
@@ -58,6 +58,7 @@ __all__ = [
     "methods",
     "opened",
     "referred",
+    "settle_advance",
     "task",
     "tasks",
 ]

@@ -71,6 +71,14 @@ class Method:
         """Whether the method can be spliced at this site."""
         return site.kind in self.kinds
 
+    def named_ports(self, site: Site) -> tuple[str, ...]:
+        """Return the ports that the options name for sites of this kind.
+
+        One list of ports may serve any architecture: what a site lacks is left out there, and the
+        report of the splice names it.
+        """
+        return ()
+
     def check(self, sites: list[Site]) -> None:
         """Look at all chosen sites at once; raise if one is missing."""
 

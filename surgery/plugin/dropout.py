@@ -1,29 +1,38 @@
 """Draw dropout masks of inserted modules from a random stream of their own.
 
-The base model's random draws stay as they were. So a zero-initialised adapter leaves the base
-model's *training* outputs unchanged under the same seed.
+The base model's random draws stay as they were, so a zero-initialised adapter leaves the base
+model's *training* outputs unchanged under the same seed. A mask is keyed by
+
+    the global random state    one seed is one run, and a resumed run goes on as the whole one would
+    the name of the dropout    modules draw different masks
+    how often it has drawn     in this forward, under this state: for modules that run repeatedly
+
+A forward that draws nothing leaves the global state where it was, so the next one would draw the
+same masks. Therefore the state is advanced by one draw at the end of each training forward
+(:func:`advance`, a hook of the model). Gradient checkpointing restores the state of a forward that
+it repeats, and so its masks.
 """
 
 from __future__ import annotations
 
 import itertools
 import zlib
-from collections import deque
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgery.interop import checkpointed_region
+
 _salts = itertools.count(1)
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """``x * mask / (1 - p)`` in training, ``x`` otherwise, without touching the global stream.
 
-    A mask is seeded by the global random state, so a seeded run is reproducible; by the name of
-    this dropout; and by the number of masks that it has drawn under that state. When gradient
-    checkpointing runs a forward again in the backward pass, under the random state of the first
-    run, the mask of the first run comes again.
+    It is an ``nn.Dropout``: what sets ``p`` of all dropouts of a model reaches it, too. A mask is
+    keyed as the top of this file says.
 
     Args:
         p: probability of a zero, 0 <= p < 1.
@@ -32,12 +41,8 @@ class Dropout(nn.Module):
     """
 
     def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
+        super().__init__(p)
         self.salt = next(_salts)
-        self._drawn: deque[tuple[int, Tensor, int]] = deque(
-            maxlen=256
-        )  # (state, first inputs, seed)
         self._state, self._times = -1, 0  # the last state, and masks drawn under it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,28 +51,64 @@ class Dropout(nn.Module):
         if torch.compiler.is_compiling():
             return F.dropout(x, self.p)
         generator = torch.Generator(x.device)
-        generator.manual_seed(self._seed(x))
+        generator.manual_seed(self._seed(x.device))
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
         return x * keep / (1 - self.p)
 
-    def _seed(self, x: Tensor) -> int:
-        """Return the seed of the next mask, or in a recomputed forward that of the first mask."""
-        state, probe = _fingerprint(x.device), x.detach().flatten()[:16].clone()
-        recomputing = torch._C._current_graph_task_id() != -1  # inside a backward pass
-        if recomputing:
-            same = [entry for entry in reversed(self._drawn) if entry[0] == state]
-            same.sort(key=lambda entry: not torch.equal(entry[1], probe))  # the same input first
-            if same:
-                self._drawn = deque((e for e in self._drawn if e is not same[0]), maxlen=256)
-                return same[0][2]
+    def _seed(self, device: torch.device) -> int:
+        """Return the seed of the next mask; in a repeated forward that of its first run."""
+        state = _fingerprint(device)
+        region = checkpointed_region()
+        times = self._drawn_under(state) if region is None else self._in_region(region, state)
+        return zlib.crc32(f"{state} {self.salt} {times}".encode())
+
+    def _drawn_under(self, state: int) -> int:
+        """Return how many masks were drawn under this state before, and count this one."""
         self._times = self._times + 1 if state == self._state else 0
         self._state = state
-        seed = zlib.crc32(f"{state} {self.salt} {self._times}".encode())
-        self._drawn.append((state, probe, seed))
-        return seed
+        return self._times
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
+    def _in_region(self, region: dict[str, Any], state: int) -> int:
+        """Return the count of this mask; a repetition counts as the first run did."""
+        drawn: list[int] = region.setdefault(f"masks of {self.salt}", [])
+        if torch._C._current_graph_task_id() == -1:
+            drawn.append(self._drawn_under(state))
+            return drawn[-1]
+        repeated = region.setdefault(f"repeated masks of {self.salt}", itertools.count())
+        return drawn[next(repeated) % len(drawn)] if drawn else 0
+
+    def forget(self) -> None:
+        """Begin to count anew: a forward has ended."""
+        self._state = -1
+
+
+def advance(model: nn.Module, *_: Any) -> None:
+    """End a training forward: count masks anew, and advance the global random state by one draw.
+
+    A forward hook of a model with adapter dropout. Nothing is drawn where no mask was.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return
+    devices: dict[str, torch.device] = {}
+    for module in model.modules():
+        if isinstance(module, Dropout) and module._state != -1:
+            module.forget()
+            parameter = next(model.parameters(), None)
+            device = torch.device("cpu") if parameter is None else parameter.device
+            devices[str(device)] = device
+    for device in devices.values():
+        torch.rand((), device=device)
+
+
+def settle_advance(model: nn.Module) -> None:
+    """Give ``model`` the hook :func:`advance` if it has adapter dropout; else take it away."""
+    mine = [key for key, hook in model._forward_hooks.items() if hook is advance]
+    needed = any(isinstance(module, Dropout) for module in model.modules())
+    if needed and not mine:
+        model.register_forward_hook(advance, always_call=True)
+    for key in mine if not needed else ():
+        del model._forward_hooks[key]
+        model._forward_hooks_always_called.pop(key, None)
 
 
 def draw_by_name(module: nn.Module, path: str) -> None:

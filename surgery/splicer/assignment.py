@@ -42,10 +42,18 @@ def offered(method: Method, sites: Sites) -> list[Site]:
     return [*sites, *(site for site in sites.others if site.kind in method.kinds)]
 
 
-def left_out(method: Method, sites: Sites) -> list[Site]:
-    """Return sites of the kinds that a method edits which lack a port that it needs."""
+def left_out(method: Method, sites: Sites) -> list[str]:
+    """Name the sites that lack every port that a method needs, and the single ports that lack."""
     suitable = {id(site): site.kind for site in sites if method.suits(site)}
-    return [s for s in sites if s.kind in suitable.values() and id(s) not in suitable]
+    lines = []
+    for site in sites:
+        named = method.named_ports(site)
+        lacking = [p for p in named if p not in site.ports or site.ports[p].in_width is None]
+        if id(site) in suitable:
+            lines += [f"{method.name} at {site.path}: {port}" for port in lacking]
+        elif site.kind in suitable.values() or named:
+            lines.append(f"{method.name} at {site.path}")
+    return lines
 
 
 def _nowhere(method: Method, sites: Sites) -> str:

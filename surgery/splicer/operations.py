@@ -20,9 +20,15 @@ from torch import nn
 
 from surgery.errors import SpliceError, suggest
 from surgery.host import Variant, hosts, is_host, state_of, switched_off
-from surgery.interop import encoder_fastpath, evaluating
+from surgery.interop import (
+    differentiable,
+    encoder_fastpath,
+    evaluating,
+    out_of_reach,
+    outside_inference_mode,
+)
 from surgery.locator import locate
-from surgery.plugin import Method, Site, Sites
+from surgery.plugin import Method, Site, Sites, settle_advance
 from surgery.splicer.assignment import assign, left_out
 from surgery.splicer.insertion import operate, take_out
 from surgery.splicer.record import Report, drop_record, forget_rows, look_up, reports
@@ -30,6 +36,7 @@ from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_together
 
 
+@outside_inference_mode
 def splice(
     model: nn.Module,
     methods: Method | Sequence[Method],
@@ -67,11 +74,11 @@ def splice(
     sites = at if isinstance(at, Sites) else Sites([at] if isinstance(at, Site) else list(at))
     todo = assign(model, chosen, sites)
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
-    report.left_out = [f"{m.name} at {s.path}" for m in chosen for s in left_out(m, sites)]
+    report.left_out = [line for method in chosen for line in left_out(method, sites)]
     trunks = [site.path for site in sites.others if site.kind == "trunk"]
     transaction = Transaction(model, report, trunk=bool(trunks))
     try:
-        with evaluating(model):
+        with evaluating(model), differentiable(model):
             for path, pairs in todo.items():
                 operate(transaction, path, pairs)
             verify_together(model, report, sites.others)
@@ -92,6 +99,9 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
                 f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
             )
         method.check_declared()
+    reason = out_of_reach(model)
+    if reason:
+        raise SpliceError(f"this {type(model).__name__} cannot be spliced into: {reason}")
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     if not name.isidentifier():
@@ -133,6 +143,7 @@ def _verify_starts(report: Report, trunks: Sequence[str]) -> None:
         )
 
 
+@outside_inference_mode
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take out one splice, or all; the model is bit for bit what it was.
 
@@ -169,6 +180,7 @@ def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
 
 def _settle(model: nn.Module) -> None:
     """Put back what splicing changed outside hosts, wherever no splice needs it any more."""
+    settle_advance(model)
     closed = look_up(model).closed
     closed -= encoder_fastpath.reopen(model, closed, is_host)
     if not reports(model):

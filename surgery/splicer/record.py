@@ -50,7 +50,8 @@ class Report:
         inserted: every inserted module.
         change: for each host, the largest measured change of an output: 0.0 means that every bit
             is as before, None that there were no values to measure (``meta`` device).
-        left_out: the methods that were left out for want of a port, with the site.
+        left_out: what was left out for want of a port: the method and the site, and the port where
+            the site has others that the method edits.
         merged: whether a part has been folded into the base.
         order: the identities of the sites, in the order in which they were chosen.
     """

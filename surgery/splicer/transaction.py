@@ -19,7 +19,7 @@ from torch import nn
 
 from surgery.host import is_host
 from surgery.interop import encoder_fastpath
-from surgery.plugin import referred
+from surgery.plugin import referred, settle_advance
 from surgery.splicer.record import Inserted, Report, record_of, reports
 
 
@@ -68,6 +68,7 @@ class Transaction:
         record = record_of(self.model)
         record.reports[self.report.name] = self.report
         record.closed |= self.closed
+        settle_advance(self.model)
         return self.report
 
     def waits(self, inserted: Inserted) -> bool:

@@ -1,0 +1,80 @@
+"""Deal with parameters that are elsewhere between forwards: offloaded, or sharded.
+
+accelerate moves parameters to the CPU or the disk until a forward needs them. Such a parameter is
+on the meta device between forwards, and a hook of its module (``_hf_hook``) knows where the numbers
+are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def out_of_reach(model: nn.Module) -> str:
+    """Return why the weights of a model cannot be read or written here; "" if they can.
+
+    The text says what to do.
+    """
+    for path, module in model.named_modules():
+        if _is_offloaded(module):
+            return (
+                f"accelerate has offloaded the parameters of {path or 'the model'}. Do this before "
+                "the model is offloaded, or take the hooks off first: "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
+        if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
+            return (
+                f"the parameters of {path or 'the model'} are sharded. Do this before the model is "
+                "sharded (fully_shard, tensor parallelism): what is inserted is then sharded, too, "
+                "and surgery.save gathers it."
+            )
+    return ""
+
+
+@contextmanager
+def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Bring the parameters of these modules, and of what they contain, to their device."""
+    with ExitStack() as stack:
+        for module in modules:
+            for each in module.modules():
+                if _is_offloaded(each):
+                    from accelerate.utils import align_module_device
+
+                    stack.enter_context(align_module_device(each))
+        yield
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate holds this module's own parameters."""
+    hook: Any = vars(module).get("_hf_hook")
+    hooks = [hook, *getattr(hook, "hooks", ())]
+    away = any(p.is_meta for p in module.parameters(recurse=False))
+    return away and "accelerate" in sys.modules and any(getattr(h, "offload", False) for h in hooks)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that FSDP or tensor parallelism has sharded as a whole one.
+
+    Every process of its group must call this.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files: there is one, or its rank is 0."""
+    distributed = torch.distributed
+    there = distributed.is_available() and distributed.is_initialized()
+    return not there or distributed.get_rank() == 0
+
+
+def wait_for_others() -> None:
+    """Wait until every process has come here, if there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
