@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from surgery.attention.transforms import transformed
+
 
 class _Normalised(torch.autograd.Function):
     """Softmax and logsumexp of scores, with one backward for both.
@@ -55,6 +57,8 @@ def normalised(scores: Tensor, finite: bool = False) -> tuple[Tensor, Tensor]:
     In a row in which every score is -inf, the softmax is 0 and the logsumexp -inf. ``finite``
     promises that there is no such row, which saves the search for one.
     """
+    if transformed():
+        return torch._safe_softmax(scores, -1), scores.logsumexp(-1)
     result: tuple[Tensor, Tensor] = _Normalised.apply(scores, finite)  # type: ignore[no-untyped-call]
     return result
 

@@ -18,7 +18,8 @@ It asks SDPA which kernel it would choose, then takes the first of three ways th
 
 On each way the context has the bits of SDPA's result, and dropout draws the base model's random
 numbers. The ways differ in cost: the third multiplies queries and keys twice. On CUDA the third
-serves float64, a mask that needs a gradient, and heads of different widths.
+serves float64, a mask that needs a gradient, and heads of different widths; everywhere it serves
+calls under ``torch.func`` and ``torch.jit.trace``, which know no fused kernel.
 
 A call keeps converted masks for as long as the mask lives, and outcomes of trials for as long as
 the process does. Nothing else outlives it.
@@ -41,6 +42,7 @@ from torch.nn.attention import SDPBackend
 from surgery.attention.fused import flash_inference_on_cpu, fused_attention, usable
 from surgery.attention.kernels import CPU, CUDA, ON_CPU, Kernel
 from surgery.attention.math_path import math_path, math_path_agrees
+from surgery.attention.transforms import transformed
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -65,6 +67,12 @@ def attention(
     Cost: that of SDPA, if a fused kernel or the math path serves the call; else one more product
         of queries and keys, and O(n m) memory per head.
     """
+    if transformed():  # such calls reach plain operations alone
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+            enable_gqa=bool(enable_gqa),
+        )  # fmt: skip
+        return context, dense_lse(query, key, attn_mask, is_causal, scale)
     if _plain_inference_on_cpu(query, key, value, attn_mask, dropout_p):
         choice = torch._fused_sdp_choice(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa

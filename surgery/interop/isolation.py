@@ -77,7 +77,7 @@ def hookless(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Restore random states, buffers and attributes at the end; hide the run from modes."""
-    with _modes_suspended(), random_state_kept(module), attributes_kept(module):
+    with _modes_suspended(), _untraced(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(t, t.clone()) for t in _state_tensors(module) if not t.is_meta]
         try:
@@ -124,6 +124,20 @@ def _same_items(now: Any, before: Any) -> bool:
     if type(now) is dict and not all(map(operator.is_, now.values(), before.values())):
         return False
     return all(map(operator.is_, now, before)) if type(now) is not set else now == before
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Keep ``torch.jit.trace`` from recording what runs inside; it turns sizes into tensors."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def _modes_suspended() -> Any:
