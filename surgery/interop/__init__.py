@@ -12,6 +12,7 @@ from surgery.interop.arguments import (
     named_arguments,
     snapshot,
     tensors_equal,
+    tensors_in,
 )
 from surgery.interop.checkpointing import checkpointed_region
 from surgery.interop.huggingface import without_checkpointing
@@ -65,6 +66,7 @@ __all__ = [
     "silenced",
     "snapshot",
     "tensors_equal",
+    "tensors_in",
     "unpatched",
     "untouched",
     "wait_for_others",

@@ -18,7 +18,8 @@ every tensor that it has seen until the run ends.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ from surgery.interop import (
     map_leaves,
     patched,
     snapshot,
+    tensors_in,
     untouched,
 )
 from surgery.patterns import PRODUCTS, rows_sum_to_one, stacks_weights
@@ -56,10 +58,16 @@ class Observation:
 
     Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in ``capture.Captured``, and
     ``meta["call"]``, the number of the module call that made them.
+
+    Attributes:
+        outputs: the nodes of the tensors that the model returned.
+        without_gradient: paths of modules that the model runs under ``no_grad``.
     """
 
     graph: fx.Graph
     calls: dict[str, Call] = field(default_factory=dict)
+    outputs: list[fx.Node] = field(default_factory=list)
+    without_gradient: set[str] = field(default_factory=set)
 
 
 class _Observer(TorchFunctionMode):
@@ -161,6 +169,8 @@ class _Observer(TorchFunctionMode):
             return _original_forward(module)(*args, **kwargs)
         if path not in self.observation.calls:
             self.observation.calls[path] = Call(*map_leaves((args, kwargs), snapshot))
+        if not torch.is_grad_enabled():
+            self.observation.without_gradient.add(path)
         start = len(self.trail)
         self.n_calls += 1
         self.owners.append(path)
@@ -262,11 +272,27 @@ def observe(
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
-    with evaluating(model), untouched(model), torch.no_grad():
+    # Gradients are on, so that the model's own no_grad shows; nothing here requires one.
+    with evaluating(model), untouched(model), _frozen(model), torch.enable_grad():
         with patched(*replacements), observer:
             args, kwargs = detached_copy((args, kwargs))
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
+    returned = {id(tensor) for tensor in tensors_in(output)}
+    observer.observation.outputs = [n for key, n in observer.nodes.items() if key in returned]
     return observer.observation
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient inside the ``with`` block."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def _original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ the arguments of its host (``HostPlan``), with which a splice captures the host.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.interop import huggingface, leaves, outside_inference_mode
 from surgery.locator.call_sites import call_sites
+from surgery.locator.gradient_reach import why_untrained
 from surgery.locator.host_choice import Group, groups_of
 from surgery.locator.module_sites import module_sites
 from surgery.locator.observation import Observation, observe
@@ -75,8 +77,12 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
             "here. Pass example_inputs= that reach them."
         )
     groups = groups_of(matches, observation, model)
+    why = why_untrained(observation)
     sites = [
-        pattern_site(match, group, observation.calls[group.path], model)
+        dataclasses.replace(
+            pattern_site(match, group, observation.calls[group.path], model),
+            untrained=why(match, group.path),
+        )
         for match in matches
         for group in groups
         if match in group.matches

@@ -110,6 +110,8 @@ class Site:
         dtype, device: what inserted modules are cast to.
         missing: ports that such a site may have and this one lacks, with the reason.
         norm: path of the norm in front of the site, if nothing else adds to what that norm reads.
+        untrained: why no gradient of a loss on the model's output reaches the site; empty if one
+            does.
         ids, call: of a trunk: the argument that holds the token ids, and the arguments of the
             example call by name.
     """
@@ -134,6 +136,7 @@ class Site:
     host: HostPlan | None = field(default=None, repr=False)
     missing: dict[str, str] = field(default_factory=dict)
     norm: str = ""
+    untrained: str = ""
     ids: str = ""
     call: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -12,6 +12,7 @@ splice(model, methods, at)
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,22 @@ def splice(
     except BaseException:
         transaction.roll_back()
         raise
-    return transaction.commit()
+    report = transaction.commit()
+    _warn_of_untrained(report)
+    return report
+
+
+def _warn_of_untrained(report: Report) -> None:
+    """Warn of sites at which nothing can be trained: the splice is right, and does nothing new."""
+    reasons = {site.path: site.untrained for site in report.sites if site.untrained}
+    if reasons:
+        path, reason = next(iter(reasons.items()))
+        warnings.warn(
+            f"what is inserted at {len(reasons)} of {len({s.path for s in report.sites})} places "
+            f"will get no gradient: {path}: {reason}. Leave these sites out with at=, or change "
+            "how the model runs them.",
+            stacklevel=4,
+        )
 
 
 def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
