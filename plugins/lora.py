@@ -86,8 +86,7 @@ class LowRank(nn.Module):
 class LoRA(surgery.Method):
     """Add a low-rank update to projections of attention or FFN.
 
-    In a fused projection only the columns of the named ports are updated. Sites where one of the
-    ports has no projection are left out, and the report names them.
+    In a fused projection only the columns of the named ports are updated.
 
     Args:
         rank: inner width r, at least 1.
@@ -97,7 +96,8 @@ class LoRA(surgery.Method):
             that are searched for in a site's path; the first that is found gives the rank.
         ports: the projections: query, key, value, output (attention); up, gate, output (FFN);
             output (linear). ``output`` beside other ports is the output of their kind of site;
-            alone it is that of every kind.
+            alone it is that of every kind. ``"all"`` is every projection that a site has. What a
+            site lacks is left out there, and the report names it.
         dropout: probability, on the input of A.
         bias: whether to add a trainable bias, scaled as the product is.
 
@@ -129,7 +129,7 @@ class LoRA(surgery.Method):
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         known = sorted({port for ports in PROJECTIONS.values() for port in ports})
         self.require(bool(self.ports), "ports", f"some of {known}")
-        for port in self.ports:
+        for port in self.ports if self.ports != ("all",) else ():
             if port not in known:
                 raise surgery.PortError(
                     f"method 'lora': no projection port {port!r}. {surgery.suggest(port, known)}"

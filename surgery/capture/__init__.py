@@ -5,6 +5,7 @@ from surgery.capture.forward import capture
 from surgery.capture.module_hooks import run_always_called_hooks, run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import IN_PLACE
 from surgery.capture.reads import MISSING, Read, TensorKind, contents, same
+from surgery.capture.records import make_record
 from surgery.capture.tracer import Captured
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "capture",
     "contents",
     "is_pure",
+    "make_record",
     "reads_opaque",
     "run_always_called_hooks",
     "run_forward_hooks",

@@ -13,32 +13,22 @@ are forwards that run for their value alone (``Tracer.executing``).
 
 from __future__ import annotations
 
-import dis
 import functools
 import gc
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from torch import Tensor, nn
 
 from surgery.capture.proxy import is_proxy
+from surgery.capture.python_code import global_names, is_watched, of_a_library
 from surgery.capture.reads import MISSING, Read, TensorKind, contents, is_container
 from surgery.interop import patched, unpatched
 
-_LIBRARIES = {"torch", "numpy", "surgery"} | set(sys.stdlib_module_names) | {"builtins"}
-_PYTHON = sysconfig.get_path("stdlib").replace("\\", "/") + "/"
-_FOLDERS = tuple(
-    str(Path(file).parents[up]).replace("\\", "/") + "/"
-    for file, up in ((torch.__file__, 0), (numpy.__file__, 0), (__file__, 1))
-)
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training", "_modules", "_parameters", "_buffers"}
 _LEAVES = (bool, int, float, str, Enum, Tensor, nn.Module, type, types.ModuleType)
 _MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -172,7 +162,7 @@ class Watcher:
                 self.add("contents", value, None, contents(value))
             for item in contents(value).values:
                 self.look_into(item)
-        elif _is_watched(kind := type(value)):
+        elif is_watched(kind := type(value)):
             self._watch(kind)
 
     def _watch(self, kind: type) -> None:
@@ -196,7 +186,7 @@ class Watcher:
         if id(code) in self._started:
             return
         self._started[id(code)] = code
-        if _of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals["__name__"]:
+        if of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals["__name__"]:
             return
         self._ran.add(id(code))
         for chain in global_names(code):
@@ -217,7 +207,10 @@ class Watcher:
                 known, value = vars(value), unpatched(vars(value)[name])
                 self.add("item", known, name, value)
             elif isinstance(value, type) and hasattr(value, name):
-                owner, value = value, unpatched(getattr(value, name))
+                owner, found = value, getattr(value, name)
+                value = unpatched(found)
+                if value is not found and isinstance(found, types.MethodType):
+                    break  # a class method that is replaced while this capture runs
                 self.add("attribute", owner, name, value)
             else:
                 break
@@ -265,36 +258,9 @@ class Watcher:
                 self._changed.add((id(held), name))
 
 
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """Return the look-ups of globals in a function: ``F.softmax(x)`` gives ``("F", "softmax")``."""
-    chains: dict[tuple[str, ...], None] = {}
-    chain: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if chain:
-                chains[chain] = None
-            chain = (instruction.argval,)
-        elif chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain = (*chain, instruction.argval)
-        elif chain and instruction.opname not in ("PUSH_NULL", "CACHE"):
-            chains[chain] = None
-            chain = ()
-    return tuple(chains)
-
-
 def _kind(value: Any) -> Any:
     """Return what a read of ``value`` is compared by: a tensor is read again by the graph."""
     return TensorKind.of(value) if isinstance(value, Tensor) else value
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_a_library(filename: str) -> bool:
-    """Whether a file belongs to torch, numpy, this library or Python itself, or is generated."""
-    name = filename.replace("\\", "/")
-    if name.startswith(_PYTHON) and "/site-packages/" not in name and "/dist-packages/" not in name:
-        return True
-    return name.startswith((*_FOLDERS, "<frozen", "<surgery"))
 
 
 def _attributes(owner: Any) -> dict[str, Any] | None:
@@ -304,13 +270,3 @@ def _attributes(owner: Any) -> dict[str, Any] | None:
     except AttributeError:
         return None
     return held
-
-
-def _is_watched(kind: type) -> bool:
-    """Whether this class is written in Python and is not of torch or of Python's own library.
-
-    Such a class is allocated on the heap (flag 9) and not immutable (flag 8).
-    """
-    written_in_python = kind.__flags__ & (1 << 9) and not kind.__flags__ & (1 << 8)
-    library = str(getattr(kind, "__module__", "")).partition(".")[0]
-    return bool(written_in_python) and library not in _LIBRARIES

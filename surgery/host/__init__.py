@@ -2,9 +2,9 @@
 
 from surgery.host.call_signature import signature
 from surgery.host.execution import capture_host, run, run_graph
+from surgery.host.foreign_forward import own_forward
 from surgery.host.installation import install, uninstall
-from surgery.host.own_forward import own_forward
-from surgery.host.state import HostState, Operation, hosts, is_host, original_class, state_of
+from surgery.host.state import HostState, Operation, hosts, is_host, state_of
 from surgery.host.switches import switched_off
 from surgery.host.variant import FlippedTooLate, GuardFlipped, Variant
 
@@ -18,7 +18,6 @@ __all__ = [
     "hosts",
     "install",
     "is_host",
-    "original_class",
     "own_forward",
     "run",
     "run_graph",

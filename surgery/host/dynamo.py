@@ -77,7 +77,8 @@ def _finish(context: ComptimeContext) -> None:
 
 def _tracker(variable: ComptimeVar) -> Any:
     """Return what Dynamo holds for a variable."""
-    return variable._i_will_not_complain_if_bc_breaks_VariableTracker().realize()
+    tracker: Any = variable._i_will_not_complain_if_bc_breaks_VariableTracker()
+    return tracker.realize()
 
 
 def _example(tracker: Any) -> Any:

@@ -31,7 +31,7 @@ from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
 from surgery.host.dynamo import prepare
-from surgery.host.own_forward import own_forward, unbound
+from surgery.host.foreign_forward import own_forward, unbound
 from surgery.host.state import HostState, Selection, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock

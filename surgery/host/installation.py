@@ -19,7 +19,7 @@ from torch import nn
 
 from surgery.host.containers import container_methods, hiding
 from surgery.host.execution import run, run_graph
-from surgery.host.own_forward import next_around, own_forward, take_over
+from surgery.host.foreign_forward import next_around, own_forward, take_over
 from surgery.host.state import STATE, HostState, inserted_children, original_class, state_of
 from surgery.interop import capturing
 from surgery.plugin import HostPlan

@@ -22,10 +22,12 @@ from surgery.interop.isolation import (
     capturing,
     differentiable,
     evaluating,
+    frozen,
     hookless,
     outside_inference_mode,
     real_tensors,
     silenced,
+    unspliced_forward,
     untouched,
 )
 from surgery.interop.offloading import (
@@ -49,6 +51,7 @@ __all__ = [
     "differentiable",
     "encoder_fastpath",
     "evaluating",
+    "frozen",
     "hookless",
     "huggingface",
     "input_key",
@@ -68,6 +71,7 @@ __all__ = [
     "tensors_equal",
     "tensors_in",
     "unpatched",
+    "unspliced_forward",
     "untouched",
     "wait_for_others",
     "whole",

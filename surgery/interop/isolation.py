@@ -181,10 +181,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient inside the ``with`` block."""
+    wanted = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
 def base_children(module: nn.Module) -> list[nn.Module]:
     """Return the children of a module without those that a splice has inserted into it."""
     inserted: set[str] = getattr(module, "_surgery_inserted", set)()
     return [child for name, child in module._modules.items() if child and name not in inserted]
+
+
+def unspliced_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the module's own forward, which on a host is not the spliced one."""
+    unspliced: Callable[..., Any] | None = getattr(module, "_unspliced_forward", None)
+    return module.forward if unspliced is None else unspliced
 
 
 def outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:

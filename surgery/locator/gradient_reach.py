@@ -25,7 +25,7 @@ def why_untrained(observation: Observation) -> Callable[[Match, str], str]:
         owners = {str(node.meta["owner"]) for node in match.nodes} | {host}
         if owners & observation.without_gradient:
             return "the model runs it under no_grad"
-        if used and not used & {port.node for port in match.ports.values()}:
+        if used and match.ports["output"].node not in used:
             return "the output of the model does not depend on it"
         return ""
 

@@ -18,8 +18,7 @@ every tensor that it has seen until the run ends.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +32,12 @@ from surgery.interop import (
     detached_copy,
     encoder_fastpath,
     evaluating,
+    frozen,
     map_leaves,
     patched,
     snapshot,
     tensors_in,
+    unspliced_forward,
     untouched,
 )
 from surgery.patterns import PRODUCTS, rows_sum_to_one, stacks_weights
@@ -78,6 +79,7 @@ class _Observer(TorchFunctionMode):
         owners, call_numbers: stacks of the paths and numbers of the module calls in progress.
         trail: the nodes in the order in which they were made.
         hidden: whether an attention function is running, whose inside is not recorded.
+        own_gradient: whether an autograd function is running, whose gradient is its own.
     """
 
     def __init__(self, model: nn.Module, keeps_hook: Callable[[Any], bool]) -> None:
@@ -96,15 +98,14 @@ class _Observer(TorchFunctionMode):
         self.call_numbers = [0]
         self.n_calls = 0
         self.trail: list[fx.Node] = []
-        self.hidden = False
+        self.hidden = self.own_gradient = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (not self.hidden and func.__name__ not in ("__get__", "size", "dim", "__len__")) or (
-            not self.hidden and isinstance(result, Tensor)
-        ):
+        read = func.__name__ in ("__get__", "size", "dim", "__len__")
+        if not self.hidden and (not read or isinstance(result, Tensor)):
             self.record("call_function", func, args, kwargs or {}, result)
         return result
 
@@ -151,11 +152,8 @@ class _Observer(TorchFunctionMode):
         node = self.nodes.get(id(tensor))
         if node is None:
             name = self.parameters.get(id(tensor))
-            node = (
-                self.graph.placeholder(f"input_{len(self.nodes)}")
-                if name is None
-                else self.graph.create_node("get_attr", name)
-            )
+            op = "placeholder" if name is None else "get_attr"
+            node = self.graph.create_node(op, name or f"input_{len(self.nodes)}")
             node.meta.update(value=tensor, owner="", call=0)
             self.nodes[id(tensor)] = node
             self.alive.append(tensor)
@@ -166,17 +164,17 @@ class _Observer(TorchFunctionMode):
         """Run the forward of a module in place of ``module(*args, **kwargs)``, and record it."""
         path = self.paths.get(id(module))
         if path is None or self.hidden:
-            return _original_forward(module)(*args, **kwargs)
+            return unspliced_forward(module)(*args, **kwargs)
         if path not in self.observation.calls:
             self.observation.calls[path] = Call(*map_leaves((args, kwargs), snapshot))
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self.own_gradient:
             self.observation.without_gradient.add(path)
         start = len(self.trail)
         self.n_calls += 1
         self.owners.append(path)
         self.call_numbers.append(self.n_calls)
         try:
-            result = _original_forward(module)(*args, **kwargs)
+            result = unspliced_forward(module)(*args, **kwargs)
         finally:
             self.owners.pop()
             self.call_numbers.pop()
@@ -235,7 +233,11 @@ class _Observer(TorchFunctionMode):
 
         def apply(*args: Any) -> Any:
             start = len(self.trail)
-            result = original(*args)
+            was, self.own_gradient = self.own_gradient, True
+            try:
+                result = original(*args)
+            finally:
+                self.own_gradient = was
             if not self.hidden and rows_sum_to_one(result):
                 self.erase(self.trail[start:])
                 self.record("call_function", apply, args, {}, result)
@@ -272,33 +274,14 @@ def observe(
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
-    # Gradients are on, so that the model's own no_grad shows; nothing here requires one.
-    with evaluating(model), untouched(model), _frozen(model), torch.enable_grad():
+    # with gradients on, so that the model's own no_grad shows; nothing requires one
+    with evaluating(model), untouched(model), frozen(model), torch.enable_grad():
         with patched(*replacements), observer:
             args, kwargs = detached_copy((args, kwargs))
             output = model(*args, **kwargs)
     returned = {id(tensor) for tensor in tensors_in(output)}
     observer.observation.outputs = [n for key, n in observer.nodes.items() if key in returned]
     return observer.observation
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient inside the ``with`` block."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def _original_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the module's own forward, which on a host is not the spliced one."""
-    unspliced = getattr(module, "_unspliced_forward", None)
-    return module.forward if unspliced is None else unspliced
 
 
 def _writes(function: Any) -> bool:

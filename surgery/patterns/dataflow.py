@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery.capture import run_forward_hooks, run_pre_hooks
+from surgery.capture import make_record, run_forward_hooks, run_pre_hooks
 
 # Rearrangements: every element of the result is an element of the input.
 VIEWS = frozenset(
@@ -176,21 +176,34 @@ def forwarded(node: fx.Node) -> fx.Node | None:
         return None
     for index in path:
         try:
-            items = items[index]
+            items = _item(items, index)
         except (KeyError, IndexError, TypeError):
             return None
     return items if isinstance(items, fx.Node) and items is not node else None
 
 
+def _item(items: Any, index: Any) -> Any:
+    """Return an item of a tuple or dict, or of the node that makes a record of them."""
+    if not isinstance(items, fx.Node) or items.target is not make_record:
+        return items[index]
+    held: Any = items.args[1]
+    inside: Any = items.args[2]
+    return held[index] if isinstance(index, str) and index in held else inside[index]
+
+
 def _item_taken(node: fx.Node) -> Any:
-    """Return which item of a tuple or dict a node takes; None if it takes none.
+    """Return which item of a tuple, dict or record a node takes; None if it takes none.
 
     A field of a named tuple counts by its number.
     """
     if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
         return node.args[1]
-    fields = getattr(value(node.args[0]), "_fields", ()) if node.target is getattr else ()
-    return fields.index(node.args[1]) if node.args[1:] and node.args[1] in fields else None
+    if node.target is not getattr or not isinstance(node.args[0], fx.Node):
+        return None
+    owner, name = value(node.args[0]), node.args[1]
+    if name in getattr(owner, "_fields", ()):
+        return owner._fields.index(name)
+    return name if owner is not None and not isinstance(owner, Tensor) else None
 
 
 def origin(node: fx.Node) -> fx.Node:

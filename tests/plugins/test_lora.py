@@ -202,8 +202,9 @@ def test_sites_without_a_port_are_left_out_and_named() -> None:
     sites = surgery.locate(model)
     sites[0].ports.pop("value")
     report = surgery.splice(model, lora(), at=sites.attention)
-    assert len(report.sites) == len(sites.attention) - 1
-    assert "left out, for want of a port: lora at transformer.h.0.attn" in repr(report)
+    assert len(report.inserted) == 2 * len(sites.attention) - 1
+    assert report.left_out == ["lora at transformer.h.0.attn: value"]
+    assert "left out, for want of a port: lora at transformer.h.0.attn: value" in repr(report)
 
 
 def test_lora_learns() -> None:

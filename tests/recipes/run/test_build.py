@@ -64,6 +64,8 @@ def test_weights_in_half_precision_are_trained_in_float32(root: Path, tmp_path: 
         prepared = prepare_run(made)
         base = load_base(prepared, 0)
         splice(base, prepared, planned_methods(made))
-        assert {p.dtype for p in base.parameters()} == {expected}
+        inserted = {id(p) for _, p in surgery.spliced_parameters(base)}
+        assert {p.dtype for p in base.parameters() if id(p) not in inserted} == {expected}
+        assert {p.dtype for _, p in surgery.spliced_parameters(base)} == {torch.float32}
     with pytest.raises(RecipeError, match="dtype='half' must be float32 or auto"):
         recipe("webnlg/lora", root, tmp_path, "dtype=half")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,28 @@ def test_a_method_that_no_plugin_offers_is_saved_with_a_warning(tmp_path: Path) 
     with pytest.raises(surgery.StoreError, match="a cannot be loaded here: no method 'custom'"):
         surgery.load(build("gpt2"), folder)
     assert json.loads((folder / "surgery.json").read_text())["splices"]
+
+
+def test_two_adapters_saved_under_one_name_live_in_one_base(tmp_path: Path) -> None:
+    ids = torch.arange(14).reshape(2, 7) + 3
+    folders, alone = [tmp_path / "one", tmp_path / "two"], []
+    for seed, folder in enumerate(folders):
+        model = build("gpt2")
+        surgery.splice(model, [surgery.method("lora", rank=2), surgery.method("bitfit")])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for _, parameter in surgery.spliced_parameters(model):
+                parameter.normal_()
+            alone.append(model(input_ids=ids).logits)
+        surgery.save(model, folder)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # another initialisation is another base
+        both = build("gpt2")
+        both.load_state_dict(surgery.remove(model).state_dict())
+        surgery.load(both, folders[0])
+        surgery.load(both, folders[1], name="second")
+        with surgery.disabled(both, "default"):
+            assert torch.equal(both(input_ids=ids).logits, alone[1])
+        surgery.save(both, tmp_path / "both")
+        with pytest.raises(surgery.StoreError, match="consists of the splices default, second"):
+            surgery.load(build("gpt2"), tmp_path / "both", name="third")

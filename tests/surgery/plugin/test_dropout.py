@@ -220,3 +220,53 @@ def test_training_outputs_of_the_base_do_not_move_under_one_seed(method: str) ->
     surgery.splice(model, surgery.method(method, dropout=0.5))
     torch.manual_seed(1)
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def spliced(**options: Any) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = gpt2(**options)
+    surgery.splice(model, surgery.method("lora", dropout=0.5))
+    with torch.no_grad():
+        for _, parameter in surgery.spliced_parameters(model):
+            parameter.normal_(std=0.3)
+    return model
+
+
+NO_DRAW = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+@pytest.mark.parametrize("options", [{}, NO_DRAW])
+def test_one_seed_is_one_run_and_steps_differ(options: dict[str, float]) -> None:
+    model, ids = spliced(**options), torch.arange(10).reshape(2, 5)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [model(input_ids=ids).logits for _ in range(3)]
+
+    first, again = run(), run()
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[1], first[2])
+    state = torch.get_rng_state()
+    model(input_ids=ids)
+    later = model(input_ids=ids).logits
+    other = copy.deepcopy(model)  # a resumed run: another process, the same random state
+    torch.set_rng_state(state)
+    other(input_ids=ids)
+    assert torch.equal(other(input_ids=ids).logits, later)
+
+
+def test_what_sets_all_dropouts_reaches_those_of_adapters() -> None:
+    model, ids = spliced(**NO_DRAW), torch.arange(10).reshape(2, 5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_nothing_stays_on_the_model_when_adapter_dropout_goes() -> None:
+    model = spliced()
+    assert model._forward_hooks
+    surgery.remove(model)
+    assert not model._forward_hooks
+    assert not model._forward_hooks_always_called
