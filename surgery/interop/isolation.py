@@ -183,12 +183,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient inside the ``with`` block."""
-    wanted = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    """Let no parameter require a gradient, with gradients on, so that the model's no_grad shows.
+
+    They are off for a model with parameters made in inference mode, whose flag cannot be changed.
+    """
+    fixed = any(p.is_inference() for p in model.parameters())
+    wanted = [p for p in model.parameters() if p.requires_grad and not fixed]
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.set_grad_enabled(not fixed):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

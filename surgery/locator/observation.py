@@ -274,8 +274,8 @@ def observe(
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
-    # with gradients on, so that the model's own no_grad shows; nothing requires one
-    with evaluating(model), untouched(model), frozen(model), torch.enable_grad():
+    with evaluating(model), untouched(model), frozen(model):
+        observer.own_gradient = not torch.is_grad_enabled()
         with patched(*replacements), observer:
             args, kwargs = detached_copy((args, kwargs))
             output = model(*args, **kwargs)
