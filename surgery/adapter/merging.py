@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgery.adapter.merged_weights import MergePlan
 from surgery.errors import SpliceError
-from surgery.interop import out_of_reach, outside_inference_mode
+from surgery.interop import out_of_reach
 from surgery.splicer import Inserted, forget, reports, require_spliced
 
 
@@ -71,7 +71,6 @@ def sums_of(x: Tensor) -> list[float]:
     return [float(wide.sum()), float(wide.square().sum()), float((wide * ramp).sum())]
 
 
-@outside_inference_mode
 def merge(model: nn.Module, name: str | None = None, partial: bool = False) -> Merged:
     """Fold one splice, or all, into the base's weights. Outputs stay the same, up to rounding.
 
