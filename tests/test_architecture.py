@@ -71,15 +71,18 @@ def test_there_are_examples_with_and_without_output() -> None:
     assert {bool(shown) for _, shown in EXAMPLES} == {True, False}
 
 
-def test_every_named_test_and_file_is_there() -> None:
-    links = re.findall(r"\[([^]]+)\]\(([^)#:]+)\)", TEXT)
+@pytest.mark.parametrize("document", ["architecture", "guarantees"])
+def test_every_named_test_and_file_is_there(document: str) -> None:
+    path = DOCUMENT.with_stem(document)
+    text = path.read_text()
+    links = re.findall(r"\[([^]]+)\]\(([^)#:]+)\)", text)
     assert sum(name.startswith("test_") for name, _ in links) > 20
     for name, target in links:
-        path = DOCUMENT.parent / target
-        assert path.is_file(), f"no file {target}"
+        assert (path.parent / target).is_file(), f"no file {target}"
         if name.startswith("test_"):
-            assert f"def {name}(" in path.read_text(), f"no test {name} in {target}"
-    for name in re.findall(r"`(tests/[\w/.]+)`", TEXT):
+            content = (path.parent / target).read_text()
+            assert f"def {name}(" in content, f"no test {name} in {target}"
+    for name in re.findall(r"`(tests/[\w/.]+)`", text):
         assert (ROOT / name).exists(), f"no {name}"
 
 
