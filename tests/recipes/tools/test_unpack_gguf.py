@@ -16,7 +16,7 @@ from surgery.errors import RecipeError
 from surgery_recipes.tools import unpack_gguf
 
 D, F, HEADS, LAYERS = 64, 96, 4, 2
-TOKENS = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), "Ġa"]
+TOKENS = ["<|endoftext|>", *sorted(ByteLevel.alphabet()), "Ġa", "Ġb"]
 
 
 def write(file: Path) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def write(file: Path) -> dict[str, torch.Tensor]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] + [1] * (len(TOKENS) - 1))
-    writer.add_token_merges(["Ġ a"])
+    writer.add_token_merges(["Ġ a", "Ġ b"])  # a list of one is read as a string by some versions
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     weights: dict[str, torch.Tensor] = {}
