@@ -105,9 +105,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     }
     text = json.dumps(description, indent=1).encode()
     target = Path(folder)
-    if is_first_process():
+    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    if not sharded or is_first_process():
         _write(target, file, data, text)
-    wait_for_others()
+    if sharded:
+        wait_for_others()
     return target
 
 

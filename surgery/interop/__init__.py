@@ -31,6 +31,7 @@ from surgery.interop.isolation import (
     untouched,
 )
 from surgery.interop.offloading import (
+    explained_out_of_reach,
     is_first_process,
     onloaded,
     out_of_reach,
@@ -51,6 +52,7 @@ __all__ = [
     "differentiable",
     "encoder_fastpath",
     "evaluating",
+    "explained_out_of_reach",
     "frozen",
     "hookless",
     "huggingface",

@@ -7,13 +7,16 @@ are.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from surgery.errors import SpliceError
 
 
 def out_of_reach(model: nn.Module) -> str:
@@ -35,6 +38,23 @@ def out_of_reach(model: nn.Module) -> str:
                 "and surgery.save gathers it."
             )
     return ""
+
+
+def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function(model, ...)``; its errors say so if weights are elsewhere."""
+
+    @functools.wraps(function)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(model, *args, **kwargs)
+        except Exception as error:
+            reason = out_of_reach(model)
+            if not reason:
+                raise
+            name = function.__name__
+            raise SpliceError(f"{name} fails on this {type(model).__name__}: {reason}") from error
+
+    return run
 
 
 @contextmanager

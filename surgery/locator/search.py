@@ -32,7 +32,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
-from surgery.interop import huggingface, leaves, outside_inference_mode
+from surgery.interop import explained_out_of_reach, huggingface, leaves, outside_inference_mode
 from surgery.locator.call_sites import call_sites
 from surgery.locator.gradient_reach import why_untrained
 from surgery.locator.host_choice import Group, groups_of
@@ -50,6 +50,7 @@ from surgery.plugin import Site, Sites
 
 
 @outside_inference_mode
+@explained_out_of_reach
 def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     """Find every attention and FFN of a model.
 

@@ -25,7 +25,7 @@ from surgery.interop import (
     differentiable,
     encoder_fastpath,
     evaluating,
-    out_of_reach,
+    explained_out_of_reach,
     outside_inference_mode,
 )
 from surgery.locator import locate
@@ -38,6 +38,7 @@ from surgery.splicer.verification import verify_together
 
 
 @outside_inference_mode
+@explained_out_of_reach
 def splice(
     model: nn.Module,
     methods: Method | Sequence[Method],
@@ -115,9 +116,6 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
                 f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
             )
         method.check_declared()
-    reason = out_of_reach(model)
-    if reason:
-        raise SpliceError(f"this {type(model).__name__} cannot be spliced into: {reason}")
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     if not name.isidentifier():
