@@ -35,7 +35,8 @@ def patched(*replacements: tuple[Any, str, Callable[[Any], Any]]) -> Iterator[No
         try:
             for owner, name, make in replacements:
                 own = vars(owner).get(name, _MISSING)
-                found = inspect.getattr_static(owner, name)
+                inherited = own is _MISSING and isinstance(owner, type)
+                found = inspect.getattr_static(owner, name) if inherited else own
                 bound = isinstance(found, (classmethod, types.ClassMethodDescriptorType))
                 original = _of_class(found) if bound else getattr(owner, name)
                 saved.append((owner, name, own))
