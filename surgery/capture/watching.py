@@ -186,7 +186,7 @@ class Watcher:
         if id(code) in self._started:
             return
         self._started[id(code)] = code
-        if of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals["__name__"]:
+        if of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals.get("__name__", ""):
             return
         self._ran.add(id(code))
         for chain in global_names(code):

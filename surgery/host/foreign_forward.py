@@ -119,16 +119,9 @@ def _deeper(module: nn.Module, depth: int) -> Iterator[None]:
 
 def _is_of_host(function: Any, module: nn.Module) -> bool:
     """Whether this is the bound forward of the host itself."""
-    made = getattr(function, "__func__", None)
-    return (
-        made is not None
-        and getattr(function, "__self__", None) is module
-        and made
-        in (
-            type(module).forward,
-            original_class(module).forward,
-        )
-    )
+    if not isinstance(function, types.MethodType) or function.__self__ is not module:
+        return False
+    return function.__func__ in (type(module).forward, original_class(module).forward)
 
 
 def _leads_to_host(function: Any, module: nn.Module) -> bool:

@@ -160,8 +160,7 @@ def inserted_children(module: nn.Module) -> set[str]:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module; of a host, the class that it had before."""
-    kind = type(module)
-    if STATE not in vars(module) or "_surgery_original" not in vars(kind):
-        return kind if STATE not in vars(module) else kind._surgery_original  # type: ignore[attr-defined]
-    original: type[nn.Module] = vars(kind)["_surgery_original"]
+    if STATE not in vars(module):
+        return type(module)
+    original: type[nn.Module] = type(module)._surgery_original  # type: ignore[attr-defined]
     return original
