@@ -10,15 +10,14 @@ Liang 2021, arXiv:2101.00190. A saved adapter holds the P rows alone.
 In a causal model the prompt sees none of the tokens after it, so its keys and values are the same
 for every sequence. It runs through the model once, by itself, and the real tokens attend to its
 keys and values at each layer as to a prefix (prefix.py: no key is concatenated, no mask or cache
-grows). They get the positions P, P + 1, .... In an encoder every token sees every other; there the
-sequence itself is made longer at the trunk's call, and cut again after the last layer.
+grows). They get the positions P, P + 1, .... A KV cache keeps the prompt's keys and values, too. In
+an encoder every token sees every other; there the sequence itself is made longer at the trunk's
+call, and cut again after the last layer. A layer that is called by itself runs without the prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -26,119 +25,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
+from surgery_plugins.prompt_modules import Attend, Embed, Later, Part, Prompt, Run, Seen
 
 Encoder = Literal["none", "mlp", "ptuning"]
-
-
-class Prompt(nn.Module):
-    """The rows of the prompt, and whether the sequence that runs now contains them.
-
-    Shape: () -> (P, D)
-    Parameters: rows (P, D), N(0, std) or rows of the vocabulary; the encoder has torch's defaults
-    """
-
-    def __init__(self, method: PromptTuning, width: int) -> None:
-        super().__init__()
-        hidden = method.hidden
-        self.rows = nn.Parameter(torch.randn(method.length, width) * method.std)
-        self.encoder: nn.Module = nn.Identity()
-        if method.encoder == "mlp":
-            outer = [nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width)]
-            self.encoder = nn.Sequential(*outer)
-        elif method.encoder == "ptuning":
-            inner = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-            self.encoder = nn.Sequential(*inner, nn.Linear(hidden, width))
-        self.causal = self.running = self.known = False
-        self.total = 0  # length of the running sequence, if the prompt is in front of others
-
-    @property
-    def length(self) -> int:
-        return int(self.rows.shape[0])
-
-    def start_from(self, vocabulary: Tensor) -> None:
-        """Start from random rows of the vocabulary (V, D)."""
-        with torch.no_grad():
-            chosen = torch.randint(len(vocabulary), (self.length,), device=vocabulary.device)
-            self.rows.copy_(vocabulary[chosen])
-
-    @contextmanager
-    def in_sequence(self, others: int) -> Iterator[None]:
-        """Mark the prompt as running, by itself (0) or in front of ``others`` tokens."""
-        self.running, self.total = True, self.length + others if others else 0
-        try:
-            yield
-        finally:
-            self.running, self.total = False, 0
-
-    def forward(self) -> Tensor:
-        return self.encoder(self.rows)  # type: ignore[no-any-return]
-
-
-class Part(nn.Module):
-    """A module at one site; the first of a splice owns the prompt, the others refer to it."""
-
-    def __init__(self, prompt: Any) -> None:
-        super().__init__()
-        self.prompt = prompt
-
-    @property
-    def shared(self) -> Prompt:
-        return self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module  # type: ignore[no-any-return]
-
-    def plain_state(self) -> dict[str, Tensor]:
-        """The tensors to store after training: the rows."""
-        with torch.no_grad():
-            return {"prompt.rows": self.prompt()} if isinstance(self.prompt, Prompt) else {}
-
-
-class Attend(Part):
-    """Let the tokens of one causal attention attend to the keys and values of the prompt.
-
-    Shape: merged (B, n, H d), query (B, H, n, d), lse (B, H, n), k, v (B, G, m, d) -> (B, n, H d)
-    """
-
-    def __init__(self, prompt: Any, site: surgery.Site) -> None:
-        super().__init__(prompt)
-        self.window, self.scored = site.window, {"scale": site.scale, "softcap": site.softcap}
-        self.seen: tuple[Tensor, Tensor] | None = None  # keys, values (G, P, d) of the last run
-
-    def forward(self, merged: Tensor, query: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.shared.running:
-            self.seen = k[0], v[0]
-        if self.shared.running or self.seen is None:
-            return merged
-        if self.window is not None and k.shape[-2] + self.shared.length > self.window:
-            raise surgery.ForwardError(
-                f"method 'prompt': {k.shape[-2]} tokens and {self.shared.length} of the prompt are "
-                f"more than the {self.window} that a token sees here. Shorten one of them."
-            )
-        return surgery.virtual_tokens(merged, query, lse, *self.seen, **self.scored)
-
-    def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor, *_: Tensor) -> Tensor:
-        """The logsumexp of all keys, the prompt's included, for methods later in the list."""
-        alone = self.shared.running or self.seen is None
-        return lse if alone else surgery.virtual_lse(query, lse, *(self.seen or ()), **self.scored)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "seen": None}  # tensors with autograd history cannot be copied
-
-
-class Embed(Part):
-    """Replace the first P embeddings (B, n, D) by the rows while the prompt runs."""
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        prompt = self.shared
-        if not prompt.running:
-            return embeddings
-        rows = prompt().to(embeddings.dtype).expand(len(embeddings), -1, -1)  # (B, P, D)
-        return torch.cat([rows, embeddings[:, prompt.length :]], 1)
-
-
-class Later(Part):
-    """Return ``positions + P`` for real tokens; the running prompt keeps its positions."""
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return positions if self.shared.running else positions + self.shared.length
 
 
 class Call(Part):
@@ -163,14 +52,36 @@ class Call(Part):
                 "before token embeddings: pass token ids, or switch the method off with disabled()."
             )
         if not prompt.causal:
-            with prompt.in_sequence(ids.shape[1]):
+            with prompt.run.set(Run(total=prompt.length + ids.shape[1])):
                 return forward(**self.lengthened(arguments, ids))
-        if torch.is_grad_enabled() or not (prompt.known and continued(arguments)):
-            own = torch.zeros(1, prompt.length, dtype=ids.dtype, device=ids.device)
-            with prompt.in_sequence(0), surgery.without_checkpointing(self.trunk.module):
+        run = Run()
+        run.seen = self.kept(arguments) or self.alone(forward, ids, run)
+        with prompt.run.set(run):
+            out = forward(**arguments)
+        if not torch.is_grad_enabled():
+            for cache in caches((arguments, out)):
+                cache.surgery_prompt = self.shared.mark, run.seen
+        return out
+
+    def alone(self, forward: Any, ids: Tensor, run: Run) -> Seen:
+        """Run the prompt by itself; return its keys and values."""
+        own = torch.zeros(1, self.shared.length, dtype=ids.dtype, device=ids.device)
+        first = Run(alone=True)
+        with surgery.without_checkpointing(self.trunk.module) as checkpointed:
+            run.repeats = bool(checkpointed) and torch.is_grad_enabled()
+            with self.shared.run.set(first):
                 forward(**{**self.settings, self.ids: own})
-            prompt.known = not torch.is_grad_enabled()
-        return forward(**arguments)
+        return first.seen
+
+    def kept(self, arguments: dict[str, Any]) -> Seen | None:
+        """Return the keys and values that a KV cache has kept, if the call continues it."""
+        if torch.is_grad_enabled():
+            return None
+        for cache in caches(arguments):
+            mark, seen = getattr(cache, "surgery_prompt", (None, None))
+            if mark is self.shared.mark and cache.get_seq_length() > 0:
+                return seen
+        return None
 
     def lengthened(self, arguments: dict[str, Any], ids: Tensor) -> dict[str, Any]:
         """Return the arguments with P more places in front of each sequence."""
@@ -192,9 +103,15 @@ class Call(Part):
         return longer
 
 
-def continued(arguments: dict[str, Any]) -> bool:
-    """Whether a call continues a sequence whose beginning is in a KV cache."""
-    return any(x.get_seq_length() > 0 for x in arguments.values() if hasattr(x, "get_seq_length"))
+def caches(values: Any) -> list[Any]:
+    """Return the KV caches among values, which may be nested."""
+    if hasattr(values, "get_seq_length"):
+        return [values]
+    if isinstance(values, dict):
+        values = tuple(values.values())
+    if not isinstance(values, (tuple, list)):
+        return []
+    return [cache for value in values for cache in caches(value)]
 
 
 class Cut(Part):
@@ -204,12 +121,12 @@ class Cut(Part):
         return self.cut(forward(**arguments))
 
     def cut(self, x: Any) -> Any:
-        prompt = self.shared
-        if not prompt.total:
+        run = self.shared.run.get()
+        if run is None or not run.total:
             return x
         if isinstance(x, Tensor):
-            whole = x.dim() == 3 and x.shape[1] == prompt.total
-            return x[:, prompt.length :] if whole else x
+            whole = x.dim() == 3 and x.shape[1] == run.total
+            return x[:, self.shared.length :] if whole else x
         if isinstance(x, dict):
             for name, value in x.items():
                 x[name] = self.cut(value)
@@ -257,6 +174,17 @@ class PromptTuning(surgery.Method):
     def plain(self) -> PromptTuning:
         return dataclasses.replace(self, encoder="none")
 
+    def rows(self, width: int) -> Prompt:
+        """Return new rows of N(0, std); an encoder starts from torch's defaults."""
+        rows, m = torch.randn(self.length, width) * self.std, self.hidden
+        layers: list[nn.Module] = []
+        if self.encoder == "mlp":
+            layers = [nn.Linear(width, m), nn.Tanh(), nn.Linear(m, width)]
+        elif self.encoder == "ptuning":
+            layers = [nn.Linear(width, m), nn.ReLU(), nn.Linear(m, m), nn.ReLU()]
+            layers.append(nn.Linear(m, width))
+        return Prompt(rows, nn.Sequential(*layers) if layers else nn.Identity())
+
     def suits(self, site: surgery.Site) -> bool:
         if site.kind == "attention":
             return site.causal and not site.cross and "lse" in site.ports
@@ -276,7 +204,7 @@ class PromptTuning(surgery.Method):
             )
 
     def splice(self, site: surgery.OpenSite) -> None:
-        prompt: Any = site.share("prompt", lambda: Prompt(self, site.width))
+        prompt: Any = site.share("prompt", lambda: self.rows(site.width))
         own: Prompt = prompt if isinstance(prompt, Prompt) else prompt.module
         if site.kind == "attention":
             own.causal = True

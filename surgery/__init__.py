@@ -40,7 +40,7 @@ from surgery.errors import (
     suggest,
 )
 from surgery.host import Variant
-from surgery.interop import without_checkpointing
+from surgery.interop import CallValue, in_backward, without_checkpointing
 from surgery.locator import locate
 from surgery.plugin import (
     AddsOnto,
@@ -78,6 +78,7 @@ __version__ = _version("surgery")
 
 __all__ = [
     "AddsOnto",
+    "CallValue",
     "CaptureError",
     "CountsVirtualKeys",
     "Dropout",
@@ -119,6 +120,7 @@ __all__ = [
     "disabled",
     "freeze_base",
     "hookimpl",
+    "in_backward",
     "load",
     "locate",
     "merge",

@@ -170,7 +170,8 @@ def test_only_one_file_knows_transformers(path: Path) -> None:
 def test_methods_import_only_the_public_surgery_and_torch(path: Path) -> None:
     allowed = {"__future__", "surgery", "torch", "math", "re"}
     allowed |= {"dataclasses", "typing", "collections", "contextlib"}
-    assert {m.split(".")[0] for m, _ in imports(path)} <= allowed
+    own = f"surgery_plugins.{path.stem}_modules"  # a long method has a second file
+    assert {m.split(".")[0] for m, _ in imports(path) if m != own} <= allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from surgery.interop import checkpointed_region
+from surgery.interop import in_backward, keep, kept
 
 _compiling = torch.compiler.is_dynamo_compiling
-_in_backward = torch._C._current_graph_task_id
 
 
 class Off(NamedTuple):
@@ -47,13 +46,10 @@ _mirror = _Mirror()
 def off_now() -> Off:
     """Return what is off in this context."""
     off = _off.get()
-    if _in_backward() != -1:
-        region = checkpointed_region()
-        return off if region is None else region.get("off", NOTHING)
+    if in_backward():
+        return kept("off", off) or NOTHING
     if off.key:
-        region = checkpointed_region()
-        if region is not None:
-            region["off"] = off
+        keep("off", off)
     return off
 
 

@@ -14,7 +14,8 @@ from surgery.interop.arguments import (
     tensors_equal,
     tensors_in,
 )
-from surgery.interop.checkpointing import checkpointed_region
+from surgery.interop.call_value import CallValue
+from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.isolation import (
     base_children,
@@ -43,6 +44,7 @@ from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatc
 __all__ = [
     "CONSTANT",
     "AttentionPatch",
+    "CallValue",
     "base_children",
     "capture_running",
     "capturing",
@@ -56,9 +58,12 @@ __all__ = [
     "frozen",
     "hookless",
     "huggingface",
+    "in_backward",
     "input_key",
     "is_first_process",
     "is_integer_tensor",
+    "keep",
+    "kept",
     "leaves",
     "map_leaves",
     "named_arguments",

@@ -12,6 +12,7 @@ That object is where what the first run decided is kept for the second.
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -20,20 +21,53 @@ from torch.utils.checkpoint import _CheckpointFrame
 _FORWARD_OR_BACKWARD = ("forward", "backward")
 
 
-def checkpointed_region() -> dict[str, Any] | None:
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, in which checkpointing repeats forwards."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def keep(key: Hashable, value: Any) -> None:
+    """Keep a value for when gradient checkpointing repeats the function that runs now."""
+    region = checkpointed_region()
+    if region is not None:
+        region[key] = value
+
+
+def kept(key: Hashable, default: Any) -> Any:
+    """Return what the first run of the function that is repeated now has kept.
+
+    Args:
+        key: what it was kept under.
+        default: the answer where nothing is repeated.
+
+    Returns:
+        None if something is repeated, and its first run kept nothing.
+    """
+    regions = list(_regions()) if in_backward() else []
+    for region in regions:
+        if key in region:
+            regions[0][key] = region[key]  # a checkpoint inside this one is repeated again
+            return region[key]
+    return None if regions else default
+
+
+def checkpointed_region() -> dict[Any, Any] | None:
     """Return what is kept for the checkpointed function that runs now; None if none does.
 
     The dictionary is the same in the first run of a function and when it is repeated, and goes with
     the autograd graph.
     """
+    return next(_regions(), None)
+
+
+def _regions() -> Iterator[dict[Any, Any]]:
+    """Yield what is kept for each checkpointed function that runs now, the innermost first."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         keeper = _keeper(frame)
         if keeper is not None:
-            kept: dict[str, Any] = vars(keeper).setdefault("_surgery_kept", {})
-            return kept
+            yield vars(keeper).setdefault("_surgery_kept", {})
         frame = frame.f_back
-    return None
 
 
 def _keeper(frame: Any) -> Any:

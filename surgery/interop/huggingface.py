@@ -99,8 +99,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any] | None:
 
 
 @contextmanager
-def without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Switch gradient checkpointing off for the forwards inside the ``with`` block.
+def without_checkpointing(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Switch gradient checkpointing off inside the ``with`` block; give the modules that had it.
 
     A method may run the model a second time inside a forward, as prompt-tuning does. Checkpointing
     would repeat that run in the backward pass, when the method can no longer tell which of its two
@@ -110,7 +110,7 @@ def without_checkpointing(module: nn.Module) -> Iterator[None]:
     try:
         for each in on:
             vars(each)["gradient_checkpointing"] = False
-        yield
+        yield on
     finally:
         for each in on:
             vars(each)["gradient_checkpointing"] = True

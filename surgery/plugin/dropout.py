@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.interop import checkpointed_region
+from surgery.interop import checkpointed_region, in_backward
 
 _salts = itertools.count(1)
 
@@ -71,7 +71,7 @@ class Dropout(nn.Dropout):
     def _in_region(self, region: dict[str, Any], state: int) -> int:
         """Return the count of this mask; a repetition counts as the first run did."""
         drawn: list[int] = region.setdefault(f"masks of {self.salt}", [])
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             drawn.append(self._drawn_under(state))
             return drawn[-1]
         repeated = region.setdefault(f"repeated masks of {self.salt}", itertools.count())
@@ -87,7 +87,7 @@ def advance(model: nn.Module, *_: Any) -> None:
 
     A forward hook of a model with adapter dropout. Nothing is drawn where no mask was.
     """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+    if torch.compiler.is_compiling() or in_backward():
         return
     devices: dict[str, torch.device] = {}
     for module in model.modules():

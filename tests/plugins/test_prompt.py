@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -13,7 +17,7 @@ import transformers as tr
 from torch import Tensor
 
 import surgery
-from surgery_plugins.prompt import Prompt
+from surgery_plugins.prompt_modules import Prompt
 from tests.support.models import (
     build,
     checkpointing,
@@ -24,6 +28,7 @@ from tests.support.models import (
     perturb,
 )
 
+IDS = torch.arange(14).reshape(2, 7) + 3
 ENCODERS = ["none", "mlp", "ptuning"]
 
 
@@ -141,26 +146,94 @@ def test_a_text_that_goes_on_needs_one_run_of_the_prompt(monkeypatch: pytest.Mon
     torch.testing.assert_close(torch.cat([chunk, last], 1), whole[:, 2:], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
-def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
-    model, case = spliced(name), inputs(name)
+def without_dropout(name: str) -> Any:
+    model = spliced(name)
     surgery.freeze_base(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.config.attention_dropout = 0.0
-    found = []
-    for recomputed in (False, True):
-        model.train()
-        if recomputed:
-            checkpointing(model)
-        for module in model.modules():
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
-        model.zero_grad()
-        logits(model, case).square().sum().backward()
-        found.append([p.grad.clone() for _, p in surgery.spliced_parameters(model)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model.train()
+
+
+def gradients(model: Any, backwards: int = 1) -> list[Tensor]:
+    model.zero_grad()
+    loss = logits(model, {"input_ids": IDS}).square().sum()
+    for left in reversed(range(backwards)):
+        loss.backward(retain_graph=left > 0)
+    return [p.grad.clone() for _, p in surgery.spliced_parameters(model)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
+    model = without_dropout(name)
+    once, twice = gradients(model), gradients(model, backwards=2)
+    if reentrant and name == "roberta":  # whose layers get frozen embeddings otherwise
+        model.enable_input_require_grads()
+    checkpointing(model, reentrant)
+    for found, expected in ((gradients(model), once), (gradients(model, 2), twice)):
+        assert all(map(torch.equal, found, expected)) or reentrant
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+def test_two_forwards_before_one_backward_keep_their_own_prompt() -> None:
+    model = without_dropout("gpt2")
+    alone = [2 * g for g in gradients(model)]
+    checkpointing(model, reentrant=True)
+    model.zero_grad()
+    first, second = (model(IDS).logits.square().sum() for _ in range(2))
+    with torch.no_grad():
+        model.eval()(IDS)
+    (first + second).backward()
+    for (_, parameter), expected in zip(surgery.spliced_parameters(model), alone, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+class Token:
+    """Lives as long as the node of an autograd graph that it is given to."""
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_no_graph_outlives_a_call(name: str) -> None:
+    model, alive = without_dropout(name), []
+
+    def mark(module: Any, given: Any, rows: Tensor) -> Tensor:
+        rows, token = rows * 1, Token()
+        rows.grad_fn.metadata["token"] = token
+        alive.append(weakref.ref(token))
+        return rows
+
+    next(m for m in model.modules() if isinstance(m, Prompt)).register_forward_hook(mark)
+    out = logits(model, inputs(name))
+    gc.collect()
+    assert [token() is not None for token in alive] == [True]
+    del out
+    gc.collect()
+    assert alive[0]() is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+def test_threads_that_share_a_prompt_do_not_meet(name: str) -> None:
+    model = spliced(name)
+    texts = [torch.randint(3, 30, (2, 5 + i)) for i in range(3)]
+    with torch.no_grad():
+        expected = [logits(model, {"input_ids": ids}) for ids in texts]
+
+    @torch.no_grad()
+    def work(i: int) -> bool:
+        runs = (logits(model, {"input_ids": texts[i]}) for _ in range(40))
+        return all(torch.equal(found, expected[i]) for found in runs)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(work, range(3)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize(

@@ -159,11 +159,11 @@ def test_an_inducer_counts_what_stands_before_it_among_the_keys(first: str) -> N
     attention, seen = tuned.model.layers[0].self_attn, {}
     name = "prefix" if first == "gated" else first
     attention.get_submodule(f"{name}_merged").register_forward_hook(
-        lambda m, given, out: seen.update(base=given[2], given=given, module=m)
+        lambda m, given, out: seen.update(base=given[2], total=m.total_lse(*given))
     )
     attention.inducer_output.register_forward_hook(lambda m, given, out: seen.update(lse=given[1]))
     tuned(IDS)
-    assert torch.equal(seen["lse"], seen["module"].total_lse(*seen["given"]))
+    assert torch.equal(seen["lse"], seen["total"])
     assert not torch.allclose(seen["lse"], seen["base"])
     with surgery.disabled(tuned):
         tuned(IDS)
