@@ -50,7 +50,9 @@ def trusted(kernel: Kernel, trial: Trial) -> bool:
     """
     cuda = [trial.device] if trial.device.type == "cuda" else []
     with ExitStack() as stack:
-        for mode in (_disable_current_modes(), torch.inference_mode(False), torch.enable_grad()):
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C.DisableTorchFunction())  # by which torch.export records
+        for mode in (torch.inference_mode(False), torch.enable_grad()):
             stack.enter_context(mode)
         stack.enter_context(torch.random.fork_rng(cuda))
         try:

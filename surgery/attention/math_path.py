@@ -99,7 +99,8 @@ def _scores(
 @functools.cache
 def math_path_agrees(dtype: torch.dtype, dropout: bool, masked: bool, is_causal: bool) -> bool:
     """Whether :func:`math_path` gives the bits of SDPA's, and leaves the same random state."""
-    with _disable_current_modes():  # real tensors, also under torch.compile
+    # Real tensors also under torch.compile, and nothing that torch.export records.
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
         return _agrees_on_a_small_problem(dtype, dropout, masked, is_causal)
 
 

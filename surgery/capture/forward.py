@@ -43,6 +43,7 @@ from surgery.interop import (
     detached,
     input_key,
     map_leaves,
+    unobserved,
 )
 
 
@@ -76,7 +77,7 @@ def capture(
             line.
     """
     tracer = Tracer(module, through, is_leaf)
-    with capture_running():
+    with capture_running(), unobserved():
         return _record(tracer, forward, args, kwargs, attention_patch, path)
 
 

@@ -31,7 +31,7 @@ from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
 from surgery.host.dynamo import prepare
-from surgery.host.foreign_forward import own_forward, unbound
+from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
 from surgery.host.state import HostState, Selection, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import huggingface, named_arguments, patch_lock
@@ -53,7 +53,7 @@ def run(
     if not on.wraps:
         return run_graph(module, state, args, kwargs, on)
 
-    own = unbound(own_forward(module), module)
+    own = unbound_forward(module, state)
 
     def forward(**named: Any) -> Any:
         if on.edited:
@@ -63,7 +63,7 @@ def run(
 
     for child in on.wraps:
         forward = functools.partial(getattr(module, child), forward)
-    return forward(**named_arguments(own, module, args, kwargs))
+    return forward(**named_arguments(own, args, kwargs))
 
 
 def run_graph(
@@ -156,8 +156,8 @@ def new_variant(
             raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
         variant = Variant(captured)
         key, _ = signature(args, kwargs, on.names)
-        on.variants.setdefault(key, []).insert(0, variant)
-        total = sum(map(len, on.variants.values()))
+        on.add(variant, key)
+        total = len(on.variants())
         if total == _MANY:
             warnings.warn(
                 f"{state.path}: {total} variants of one host so far; each new one costs a capture. "

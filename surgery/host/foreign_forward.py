@@ -40,6 +40,12 @@ def own_forward(module: nn.Module) -> Forward:
     return types.MethodType(original_class(module).forward, module)
 
 
+def unbound_forward(module: nn.Module, state: HostState) -> Forward:
+    """Return the forward that a host has without a splice, as a function of the module."""
+    forward: Forward = original_class(module).forward
+    return forward if state.own is None else unbound(state.own, module)
+
+
 def unbound(own: Forward, module: nn.Module) -> Forward:
     """Return ``own``, a forward of ``module``, as a function whose first argument is the module."""
     if isinstance(own, types.MethodType) and own.__self__ is module:

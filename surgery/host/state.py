@@ -29,6 +29,19 @@ class Operation:
     children: list[str]
 
 
+class _ByName:
+    """Values by name, each an attribute.
+
+    Dynamo reads a dict once in a compilation, and does not see what is added to it meanwhile. It
+    reads, and guards, each attribute when a call asks for it.
+    """
+
+
+def _attribute(key: Any) -> str:
+    """Return a name for a signature; Dynamo takes no dot in it."""
+    return str(key).replace(".", "/")
+
+
 class Selection:
     """The splices of a host that are on in some context, and the graphs that have them.
 
@@ -37,7 +50,7 @@ class Selection:
         edits: their edits, each with the child that it inserts, in order.
         wraps: the children that wrap the call, the innermost first.
         edited: whether the forward itself runs a rewritten graph.
-        variants: the graphs so far, by the signature of their calls.
+        graphs: the graphs so far, by the signature of their calls.
         recent: the recognisers of the latest calls, asked first.
     """
 
@@ -47,13 +60,21 @@ class Selection:
         self.edits = [pair for o in on for pair in zip(o.edits, o.children, strict=True)]
         self.wraps = tuple(child for edit, child in self.edits if edit.verb == "wrap")
         self.edited = len(self.wraps) < len(self.edits)
-        self.variants: dict[Any, list[Variant]] = {}
+        self.graphs = _ByName()
         self.recent: tuple[tuple[Recogniser, Variant], ...] = ()
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
         """Return the graphs of calls with this signature, and the inputs that they take."""
         key, inputs = signature(args, kwargs, self.names)
-        return self.variants.get(key, []), inputs
+        return getattr(self.graphs, _attribute(key), []), inputs
+
+    def add(self, variant: Variant, key: Any) -> None:
+        """Add the graph of calls with this signature."""
+        vars(self.graphs).setdefault(_attribute(key), []).insert(0, variant)
+
+    def variants(self) -> list[Variant]:
+        """Return all graphs so far."""
+        return [variant for group in vars(self.graphs).values() for variant in group]
 
     def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
         """Put this variant's recogniser first."""
@@ -61,10 +82,6 @@ class Selection:
         if recognise is not None:
             others = [pair for pair in self.recent if pair[1] is not variant]
             self.recent = ((recognise, variant), *others[: _ASKED_FIRST - 1])
-
-
-class _Selections:
-    """The selections so far, each an attribute: Dynamo guards the one that a call reads."""
 
 
 @dataclass
@@ -89,7 +106,7 @@ class HostState:
     operations: dict[str, Operation] = field(default_factory=dict)
     weights: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     everything: Selection = field(default_factory=lambda: Selection(()))
-    selections: Any = field(default_factory=_Selections)
+    selections: Any = field(default_factory=_ByName)
     children: Children | None = None
     own: Callable[..., Any] | None = None
     around: tuple[Callable[..., Any], ...] = ()
@@ -112,7 +129,7 @@ class HostState:
     def refresh(self) -> None:
         """Forget all graphs; derive what is on again, after ``operations`` has changed."""
         self.everything = Selection(self.operations.values())
-        self.selections = _Selections()
+        self.selections = _ByName()
 
     def every_selection(self) -> list[Selection]:
         """Return the selections so far, that of all splices first."""
@@ -128,7 +145,7 @@ class HostState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs refer to this very module; a copy captures its own.
-        left = {"everything": Selection(self.operations.values()), "selections": _Selections()}
+        left = {"everything": Selection(self.operations.values()), "selections": _ByName()}
         return {**self.__dict__, **left, "children": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from surgery.interop.isolation import (
     outside_inference_mode,
     real_tensors,
     silenced,
+    unobserved,
     unspliced_forward,
     untouched,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "snapshot",
     "tensors_equal",
     "tensors_in",
+    "unobserved",
     "unpatched",
     "unspliced_forward",
     "untouched",

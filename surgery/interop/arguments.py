@@ -53,12 +53,26 @@ def detached(value: Any) -> Any:
     An opaque object is copied with the tensors in it.
     """
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return _without_symbols(value).detach().clone()
     if isinstance(value, (int, float)):
         return value
-    history = {id(t): t.detach().clone() for t in tensors_in(value) if not t.is_leaf}
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    copies: dict[int, Any] = {}
+    for tensor in tensors_in(value):
+        known = _without_symbols(tensor)
+        if known is not tensor or not tensor.is_leaf:
+            copies[id(tensor)] = known.detach().clone()
     with torch.no_grad():  # deepcopy refuses tensors with history
-        return copy.deepcopy(value, history)
+        return copy.deepcopy(value, copies)
+
+
+def _without_symbols(tensor: Tensor) -> Tensor:
+    """Return a tensor of known sizes: ones, if torch.export has made sizes unknown."""
+    if not any(isinstance(size, torch.SymInt) for size in tensor.shape):
+        return tensor
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
 
 
 def detached_copy(structure: Any) -> Any:
@@ -105,23 +119,24 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack.extend(vars(item).values())
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
+def _parameters(forward: Any) -> tuple[str, ...]:
+    """Return the names of the parameters that can be given by position, the module's own first."""
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def named_arguments(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+def named_arguments(forward: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return the arguments of a call by the names that ``forward`` gives them.
 
     Args:
-        forward: an unbound forward; its first argument is the module itself, which is left out.
+        forward: an unbound forward, whose first parameter is the module itself.
     """
-    signature = _signature(forward)
-    named = signature.bind(module, *args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(name, {}))
-    return dict(list(named.items())[1:])
+    names = _parameters(forward)[1:]
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} arguments by position, not {len(args)}")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def is_integer_tensor(x: Any) -> bool:

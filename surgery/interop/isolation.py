@@ -20,11 +20,16 @@ import operator
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import (
+    PreDispatchTorchFunctionMode,
+    disable_proxy_modes_tracing,
+)
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from surgery.interop import encoder_fastpath
@@ -77,7 +82,7 @@ def hookless(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Restore random states, buffers and attributes at the end; hide the run from modes."""
-    with _modes_suspended(), _untraced(), random_state_kept(module), attributes_kept(module):
+    with unobserved(), _untraced(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(t, t.clone()) for t in _state_tensors(module) if not t.is_meta]
         try:
@@ -140,15 +145,38 @@ def _untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
-def _modes_suspended() -> Any:
+@contextmanager
+def unobserved() -> Iterator[None]:
     """Disable the user's dispatch modes (selective checkpointing, counters of operations).
 
-    If one of torch's own is active (torch.export, FakeTensorMode), all stay: such a mode must see
-    every operation, or its tensors and real ones would meet.
+    If one of torch's own is active (torch.export, FakeTensorMode), those that compute stay, or
+    their tensors and real ones would meet; those that only record are disabled.
     """
     modes = _get_current_dispatch_mode_stack()
-    exporting = any(mode.is_infra_mode() for mode in modes)
-    return nullcontext() if exporting or not modes else real_tensors()
+    if not any(mode.is_infra_mode() for mode in modes):
+        with real_tensors() if modes else nullcontext():
+            yield
+        return
+    with ExitStack() as suspended:
+        suspended.enter_context(disable_proxy_modes_tracing())
+        suspended.enter_context(_switches_unrecorded())
+        yield
+
+
+@contextmanager
+def _switches_unrecorded() -> Iterator[None]:
+    """Suspend the function mode in which torch.export records where gradients go on and off."""
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    left = [mode for mode in modes if not isinstance(mode, PreDispatchTorchFunctionMode)]
+    if len(left) == len(modes):
+        yield
+        return
+    with ExitStack() as suspended:
+        for _ in modes:
+            suspended.enter_context(_pop_mode_temporarily())
+        for mode in left:
+            suspended.enter_context(mode)
+        yield
 
 
 @contextmanager
@@ -249,6 +277,8 @@ def differentiable(module: nn.Module) -> Iterator[None]:
             held[name] = tensor
 
 
-def real_tensors() -> Any:
+@contextmanager
+def real_tensors() -> Iterator[None]:
     """Disable all dispatch modes: tensors made inside are real, also under torch.export."""
-    return _disable_current_modes()
+    with _switches_unrecorded(), _disable_current_modes():
+        yield

@@ -85,7 +85,7 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     """
     call, module = observation.calls[path], model.get_submodule(path)
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
-    named = named_arguments(type(module).forward, module, call.args, call.kwargs)
+    named = named_arguments(type(module).forward, call.args, call.kwargs)
     given = (like.host.args, like.host.kwargs) if like.host and like.kind == "embedding" else ()
     tokens = [x for x in leaves(given) if is_integer_tensor(x)]
     names_of_ids = [

@@ -85,7 +85,7 @@ def _rewrite(
         captured.reads += dtype_reads(module.get_submodule(child))
     variant = Variant(captured)
     key, _ = signature(plan.args, plan.kwargs, state.everything.names)
-    state.everything.variants = {key: [variant]}
+    state.everything.add(variant, key)
     with _named(_failing(path, report)):
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)

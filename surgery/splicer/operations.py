@@ -250,7 +250,7 @@ def refresh(model: nn.Module) -> nn.Module:
 def variants(model: nn.Module) -> dict[str, list[Variant]]:
     """Return the graphs that each host has so far; print their ``code`` or ``graph``."""
     return {
-        path: [v for s in state.every_selection() for group in s.variants.values() for v in group]
+        path: [v for s in state.every_selection() for v in s.variants()]
         for path, host in hosts(model).items()
         if (state := state_of(host)) is not None
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from tests.support.models import build
+from tests.support.models import build, perturb
 
 CASES = [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager"), ("roberta", "sdpa")]
 slow = pytest.mark.slow  # a compilation takes seconds: what repeats one for another model
@@ -153,21 +154,54 @@ def test_inductor(name: str, implementation: str) -> None:
     assert torch.allclose(call(compiled, name), call(model, name), atol=1e-5)
 
 
+METHODS = [
+    surgery.method("lora", rank=2),
+    surgery.method("prompt", length=3),
+    *(
+        pytest.param(surgery.method(name, **options), marks=slow)
+        for name, options in {"prefix": {"length": 3}, "inducer": {}, "ffn_adapter": {}}.items()
+    ),
+]
+
+
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=slow)])
-def test_export(strict: bool) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_export(method: Any, strict: bool) -> None:
     class Logits(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = spliced("llama")
+            self.model = build("llama").eval()
+            surgery.splice(self.model, method)
+            perturb(self.model)
 
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             return logits
 
-    wrapped = Logits()
+    wrapped, file = Logits(), io.BytesIO()
     given = torch.arange(3, 17).reshape(2, 7), torch.ones(2, 7, dtype=torch.long)
-    exported = torch.export.export(wrapped, given, strict=strict)
-    assert torch.allclose(exported.module()(*given), wrapped(*given), atol=1e-6)
+    sizes = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", min=2, max=30)}
+    exported = torch.export.export(wrapped, given, dynamic_shapes=(sizes, sizes), strict=strict)
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    longer = torch.arange(3, 14).reshape(1, 11), torch.ones(1, 11, dtype=torch.long)
+    for call in (given, longer):
+        torch.testing.assert_close(loaded(*call), wrapped(*call), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=slow)])
+def test_a_prompt_compiles_to_one_graph(grad: bool) -> None:
+    model = build("llama").eval()
+    surgery.splice(model, surgery.method("prompt", length=3))
+    backend, ids = Counted(), torch.arange(3, 17).reshape(2, 7)
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for _ in range(2):  # without a cache, the prompt's own run is another call than the tokens'
+            found = compiled(input_ids=ids, use_cache=False).logits
+            expected = model(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert backend.graphs == 1
 
 
 @pytest.mark.parametrize("grad", [True, False])
