@@ -63,19 +63,17 @@ class IA3(surgery.Method):
         valid = set(self.ports) <= {"key", "value", "output"}
         self.require(bool(self.ports) and valid, "ports", "some of key, value, output")
 
-    def _ports_of(self, site: surgery.Site) -> list[str]:
-        """Return those of the chosen ports that belong to this kind of site."""
+    def named_ports(self, site: surgery.Site) -> tuple[str, ...]:
         kinds = {"attention": ("key", "value"), "ffn": ("output",)}
-        return [port for port in self.ports if port in kinds.get(site.kind, ())]
+        return tuple(port for port in self.ports if port in kinds.get(site.kind, ()))
 
     def suits(self, site: surgery.Site) -> bool:
-        ports = [site.ports.get(name) for name in self._ports_of(site)]
-        return bool(ports) and all(port is not None and port.in_width for port in ports)
+        return bool(self.present_ports(site))
 
     def splice(self, site: surgery.OpenSite) -> None:
-        for port in site.select(tuple(self._ports_of(site))):
+        for port in site.select(self.present_ports(site)):
             if site.kind == "ffn":
-                assert port.in_width is not None  # suits() has refused other ports
+                assert port.in_width is not None  # present_ports() names no other
                 port.feed(Scale(port.in_width), name=self.name)
             else:
                 port.insert(Scale(port.width), name=self.name)

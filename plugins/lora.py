@@ -137,9 +137,7 @@ class LoRA(surgery.Method):
                 )
 
     def suits(self, site: surgery.Site) -> bool:
-        if site.kind not in PROJECTIONS:
-            return False
-        return bool(self._present(site))
+        return bool(self.present_ports(site))
 
     def named_ports(self, site: surgery.Site) -> tuple[str, ...]:
         own = PROJECTIONS.get(site.kind, ())
@@ -148,13 +146,8 @@ class LoRA(surgery.Method):
         addressed = (set(own) - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
         return tuple(p for p in self.ports if p in own) if addressed else ()
 
-    def _present(self, site: surgery.Site) -> tuple[str, ...]:
-        """Return the named ports that this site has."""
-        named = [p for p in self.named_ports(site) if p in site.ports]
-        return tuple(p for p in named if site.ports[p].in_width is not None)
-
     def splice(self, site: surgery.OpenSite) -> None:
-        for port in site.select(self._present(site)):
+        for port in site.select(self.present_ports(site)):
             assert port.in_width is not None
             rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)
             scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)

@@ -69,6 +69,7 @@ class SSL(surgery.Method):
     Args:
         ports: query, key, value, output (attention); up, gate, output (FFN). ``output`` beside
             other ports is the output of their kind of site; alone it is that of both kinds.
+            A port that a site lacks is left out there, and named in the report.
 
     Start: exact. Mergeable. Cost: the input width of each projection.
 
@@ -87,16 +88,17 @@ class SSL(surgery.Method):
         valid = bool(self.ports) and set(self.ports) <= known
         self.require(valid, "ports", f"some of {', '.join(sorted(known))}")
 
-    def suits(self, site: surgery.Site) -> bool:
+    def named_ports(self, site: surgery.Site) -> tuple[str, ...]:
         own = set(PORTS.get(site.kind, ()))
-        if not (own - {"output"}) & set(self.ports) and set(self.ports) != {"output"}:
-            return False
-        ports = [site.ports.get(name) for name in self.ports if name in own]
-        return bool(ports) and all(port is not None and port.in_width for port in ports)
+        addressed = (own - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
+        return tuple(p for p in self.ports if p in own) if addressed else ()
+
+    def suits(self, site: surgery.Site) -> bool:
+        return bool(self.present_ports(site))
 
     def splice(self, site: surgery.OpenSite) -> None:
-        for port in site.select(tuple(p for p in self.ports if p in PORTS[site.kind])):
-            assert port.in_width is not None  # suits() has refused other ports
+        for port in site.select(self.present_ports(site)):
+            assert port.in_width is not None  # present_ports() names no other
             port.feed(InputScale(port.in_width), name=self.name)
 
 
@@ -114,7 +116,7 @@ class SSB(SSL):
 
     def splice(self, site: surgery.OpenSite) -> None:
         super().splice(site)
-        for port in site.select(tuple(p for p in self.ports if p in PORTS[site.kind])):
+        for port in site.select(self.present_ports(site)):
             reads = (port.name, f"{port.name}.bias")
             port.replace(OutputScale(port.width), name=f"{self.name}_out", reads=reads)
 

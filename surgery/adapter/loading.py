@@ -23,10 +23,7 @@ from surgery.adapter.fingerprint import warn_of_other_weights
 from surgery.adapter.parameters import full_state
 from surgery.adapter.row_training import rows_fit, train_rows
 from surgery.adapter.saving import site_shape
-from surgery.adapter.training import (
-    keep_also,
-    warn_of_replaced,
-)
+from surgery.adapter.training import base_tensors, keep_also, warn_of_replaced
 from surgery.errors import MethodError, StoreError
 from surgery.interop import outside_inference_mode
 from surgery.locator import locate
@@ -174,8 +171,8 @@ def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, 
 
 
 def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
-    """Raise if the base lacks a kept parameter, or has one of another shape."""
-    own = dict(model.named_parameters())
+    """Raise if the base lacks a kept tensor, or has one of another shape."""
+    own = base_tensors(model)
     for key, tensor in tensors.items():
         name = key.removeprefix("kept.")
         if key.startswith("kept.") and (name not in own or own[name].shape != tensor.shape):
@@ -201,7 +198,7 @@ def _fill(
     names: list[str],
 ) -> None:  # fmt: skip
     """Copy saved tensors into the splices of these names and into the base, all or none."""
-    own: dict[str, Tensor] = dict(model.named_parameters())
+    own = base_tensors(model)
     wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
     wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
     wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}

@@ -6,9 +6,9 @@
     surgery.json                    format, versions, digest of the tensors
                                     base: class, name, fingerprint of its weights
                                     splices: name, methods and options, sites, module paths
-                                    kept, rows: parameters of the base that were trained along
+                                    kept, rows: tensors of the base that were trained along
     surgery-<digest>.safetensors    inserted.<name>   of inserted modules
-                                    kept.<name>       whole parameters of the base (freeze_base)
+                                    kept.<name>       whole tensors of the base (freeze_base)
                                     rows.<name>       single rows of them (train_rows)
 
 The tensors are written first. The JSON names them by their digest and takes its place last, in one
@@ -33,9 +33,7 @@ from surgery.adapter.atomic_write import FORMAT, JSON, file_of, write_whole
 from surgery.adapter.fingerprint import fingerprint
 from surgery.adapter.parameters import full_state, plain_state, spliced_parameters
 from surgery.adapter.row_training import trained_rows
-from surgery.adapter.training import (
-    kept_parameters,
-)
+from surgery.adapter.training import kept_tensors
 from surgery.errors import SpliceError
 from surgery.interop import (
     huggingface,
@@ -80,7 +78,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     with onloaded(modules):
         inserted = plain_state(model) if plain else full_state(model)
         tensors = {f"inserted.{name}": t for name, t in inserted.items()}
-        tensors |= {f"kept.{name}": own[name] for name in kept_parameters(model)}
+        tensors |= {f"kept.{name}": tensor for name, tensor in kept_tensors(model).items()}
         tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
         away = [name for name, tensor in tensors.items() if tensor.is_meta]
         if away:
@@ -99,7 +97,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
             "name": huggingface.name_or_path(model),
             "fingerprint": fingerprint(model, _trained(model)),
         },
-        "kept": kept_parameters(model),
+        "kept": list(kept_tensors(model)),
         "rows": trained_rows(model),
         "splices": [_describe(report, plain) for report in reports(model).values()],
     }
@@ -127,7 +125,7 @@ def _trained(model: nn.Module) -> set[str]:
     """Return the names of all parameters that are inserted, or trained along."""
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in inserted}
-    return names | set(kept_parameters(model)) | set(trained_rows(model))
+    return names | set(kept_tensors(model)) | set(trained_rows(model))
 
 
 def _warn_of_methods_not_offered(model: nn.Module) -> None:

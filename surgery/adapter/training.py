@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,18 @@ from surgery.splicer import forget_rows, look_up, record_of, reports
 _log = logging.getLogger("surgery")
 
 
-def kept_parameters(model: nn.Module) -> list[str]:
-    """Return the names of the base parameters that ``freeze_base`` left trainable."""
-    return look_up(model).kept
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the base that are saved along, by name.
+
+    They are the parameters that ``freeze_base`` left trainable, and the buffers beside them.
+    """
+    own = base_tensors(model)
+    return {name: own[name] for name in look_up(model).kept}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
 
     Args:
         model: a spliced model.
-        keep: names of modules or parameters of the base that stay trainable and are saved.
+        keep: names of modules or parameters of the base that stay trainable and are saved. The
+            buffers of such modules, as the statistics of a norm, are saved with them.
         fresh: also keep the parameters for which ``from_pretrained`` found no weights, such as a
             new classification head. A warning in the log names them.
 
@@ -103,15 +113,27 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) in inserted or name in kept)
         frozen += 0 if parameter.requires_grad else parameter.numel()
-    record_of(model).kept = list(kept)
+    record_of(model).kept = [*kept, *_buffers_beside(model, kept, keep)]
     result = Frozen(tuple(kept), tuple(new), frozen, rows)
     if new or rows:
         _log.warning("surgery: %r", result)
     return result
 
 
+def _buffers_beside(model: nn.Module, kept: Iterable[str], modules: Sequence[str]) -> list[str]:
+    """Return the names of persistent buffers in these modules, and beside kept parameters."""
+    owners = {name.rpartition(".")[0] for name in kept}
+    persistent = model.state_dict(keep_vars=True).keys()
+    found = []
+    for name, _ in model.named_buffers():
+        beside = name.rpartition(".")[0] in owners
+        if name in persistent and (beside or name.startswith(tuple(f"{m}." for m in modules))):
+            found.append(name)
+    return found
+
+
 def keep_also(model: nn.Module, names: Sequence[str]) -> None:
-    """Add these parameters of the base to the kept ones, which are saved along."""
+    """Add these tensors of the base to the kept ones, which are saved along."""
     record = record_of(model)
     record.kept = list(dict.fromkeys([*record.kept, *names]))
 
@@ -121,8 +143,8 @@ def warn_of_replaced(model: nn.Module, kept: dict[str, Tensor], folder: Any) -> 
 
     A model has one head, say: the second adapter brings its own.
     """
-    own, others = dict(model.named_parameters()), list(reports(model))
-    known = kept.keys() & set(kept_parameters(model)) if others else ()
+    own, others = kept_tensors(model), list(reports(model))
+    known = kept.keys() & own.keys() if others else ()
     lost = sorted(n for n in known if not torch.equal(own[n], kept[n].to(own[n])))
     if lost:
         warnings.warn(

@@ -79,6 +79,11 @@ class Method:
         """
         return ()
 
+    def present_ports(self, site: Site) -> tuple[str, ...]:
+        """Return those of :meth:`named_ports` that this site has, each with its projection."""
+        named = [site.ports[name] for name in self.named_ports(site) if name in site.ports]
+        return tuple(port.name for port in named if port.in_width is not None)
+
     def check(self, sites: list[Site]) -> None:
         """Look at all chosen sites at once; raise if one is missing."""
 

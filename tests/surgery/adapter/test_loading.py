@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.adapter.training import kept_parameters
+from surgery.adapter.training import kept_tensors
 from tests.support.custom_methods import Custom, Shift, insert
 from tests.support.models import build, inputs, logits, perturb
 from tests.support.splices import built_with, untouched
@@ -124,13 +124,13 @@ def test_a_second_adapter_is_loaded_beside_the_first(tmp_path: Path) -> None:
         with torch.no_grad():
             for key, parameter in surgery.spliced_parameters(alone, name):
                 expected.get_parameter(key).copy_(parameter)
-            for key in kept_parameters(alone):
+            for key in kept_tensors(alone):
                 expected.get_parameter(key).copy_(alone.get_parameter(key))
     assert torch.equal(logits(both, x), logits(expected, x))
     assert [report.name for report in surgery.summary(both).reports] == ["one", "two"]
     again = surgery.load(build("gpt2"), surgery.save(both, tmp_path / "both"))
     assert torch.equal(logits(again, x), logits(both, x))
-    names = {name.removesuffix(".weight") for name in kept_parameters(both)}
+    names = {name.removesuffix(".weight") for name in kept_tensors(both)}
     assert {"transformer.h.0.ln_1", "transformer.h.1.ln_1"} <= names
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import surgery
 from tests.support.models import build, inputs, logits, perturb
@@ -46,6 +47,41 @@ def test_what_was_trained_beside_is_saved_along(saved: Path) -> None:
     model = surgery.load(build("roberta", seed=0), saved)
     assert not list(saved.glob("*.bin")) + list(saved.glob("*.pkl"))
     assert "trainable" in repr(surgery.summary(model))
+
+
+class NormedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(32), nn.Linear(32, 2)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.out(self.norm(hidden[:, 0]))
+        return result
+
+
+@pytest.mark.parametrize("keep", ["classifier", "classifier.norm.weight"])
+def test_a_kept_module_is_saved_with_its_buffers(keep: str, tmp_path: Path) -> None:
+    def with_head() -> Any:
+        model = build("roberta")
+        torch.manual_seed(0)
+        model.classifier = NormedHead()
+        return model
+
+    model = with_head()
+    surgery.splice(model, surgery.method("lora", rank=2))
+    surgery.freeze_base(model, keep=[keep], fresh=False)
+    model.train()(**inputs("roberta"))
+    model.eval()
+    assert model.classifier.norm.num_batches_tracked == 1
+    description = json.loads((surgery.save(model, tmp_path) / "surgery.json").read_text())
+    assert "classifier.norm.running_mean" in description["kept"]
+    assert "classifier.cache" not in description["kept"]
+    again = surgery.load(with_head().eval(), tmp_path)
+    assert torch.equal(logits(again, inputs("roberta")), logits(model, inputs("roberta")))
+    surgery.save(again, tmp_path)  # with what was loaded
+    third = surgery.load(with_head().eval(), tmp_path)
+    assert torch.equal(logits(third, inputs("roberta")), logits(model, inputs("roberta")))
 
 
 def test_a_gating_model_is_saved_like_any_other(tmp_path: Path) -> None:

@@ -47,12 +47,15 @@ def test_splice_and_load_work_in_inference_mode(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_list_of_ports_serves_any_architecture() -> None:
+@pytest.mark.parametrize("method", ["lora", "ssl", "ssb"])
+def test_one_list_of_ports_serves_any_architecture(method: str) -> None:
     for name in ("roberta", "llama"):
-        named = surgery.method("lora", ports=("query", "key", "value", "output", "up", "gate"))
+        named = surgery.method(method, ports=("query", "key", "value", "output", "up", "gate"))
         report = surgery.splice(build(name), named)
         assert {i.site.kind for i in report.inserted} == {"attention", "ffn"}
         assert any(line.endswith(": gate") for line in report.left_out) == (name == "roberta")
+        if method != "lora":
+            continue
         every = surgery.splice(build(name), surgery.method("lora", ports="all"))
         assert len(every.inserted) == len(report.inserted)
         assert not every.left_out
