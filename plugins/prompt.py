@@ -65,6 +65,11 @@ class Call(Part):
 
     def alone(self, forward: Any, ids: Tensor, run: Run) -> Seen:
         """Run the prompt by itself; return its keys and values."""
+        if any(hasattr(p, "full_tensor") for p in self.trunk.module.parameters()):
+            raise surgery.ForwardError(
+                "method 'prompt': FSDP2 frees the weights of a layer between the prompt's own run "
+                "and its backward pass, so it cannot run this model. Use method 'prefix', or DDP."
+            )
         own = torch.zeros(1, self.shared.length, dtype=ids.dtype, device=ids.device)
         first = Run(alone=True)
         with surgery.without_checkpointing(self.trunk.module) as checkpointed:

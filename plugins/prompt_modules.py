@@ -100,7 +100,8 @@ class Prompt(nn.Module):
             self.rows.copy_(vocabulary[chosen])
 
     def forward(self) -> Tensor:
-        return self.encoder(self.rows)  # type: ignore[no-any-return]
+        rows: Tensor = self.encoder(self.rows)
+        return rows.clone() if rows is self.rows else rows  # FSDP2 frees a parameter after forward
 
 
 class Part(nn.Module):

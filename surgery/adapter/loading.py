@@ -25,7 +25,7 @@ from surgery.adapter.row_training import rows_fit, train_rows
 from surgery.adapter.saving import site_shape
 from surgery.adapter.training import base_tensors, keep_also, warn_of_replaced
 from surgery.errors import MethodError, StoreError
-from surgery.interop import outside_inference_mode
+from surgery.interop import like, outside_inference_mode
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
 from surgery.splicer import remove, reports, splice
@@ -214,7 +214,7 @@ def _fill(
             raise StoreError(_misfit(folder, key, tuple(tensors[key].shape), tuple(target.shape)))
     with torch.no_grad():
         for key, target in wanted.items():
-            target.copy_(tensors[key])
+            target.copy_(like(tensors[key], target))
         for name, chosen in rows.items():
             own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
 

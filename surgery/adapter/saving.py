@@ -38,6 +38,7 @@ from surgery.errors import SpliceError
 from surgery.interop import (
     huggingface,
     is_first_process,
+    is_sharded,
     onloaded,
     out_of_reach,
     wait_for_others,
@@ -103,7 +104,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
     }
     text = json.dumps(description, indent=1).encode()
     target = Path(folder)
-    sharded = any(hasattr(t, "full_tensor") for t in tensors.values())
+    sharded = any(map(is_sharded, tensors.values()))
     if not sharded or is_first_process():
         _write(target, file, data, text)
     if sharded:

@@ -32,15 +32,16 @@ from surgery.interop.isolation import (
     unspliced_forward,
     untouched,
 )
-from surgery.interop.offloading import (
-    explained_out_of_reach,
+from surgery.interop.offloading import explained_out_of_reach, onloaded, out_of_reach
+from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
+from surgery.interop.sharding import (
     is_first_process,
-    onloaded,
-    out_of_reach,
+    is_sharded,
+    like,
+    shard_like,
     wait_for_others,
     whole,
 )
-from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
 
 __all__ = [
     "CONSTANT",
@@ -63,9 +64,11 @@ __all__ = [
     "input_key",
     "is_first_process",
     "is_integer_tensor",
+    "is_sharded",
     "keep",
     "kept",
     "leaves",
+    "like",
     "map_leaves",
     "named_arguments",
     "onloaded",
@@ -74,6 +77,7 @@ __all__ = [
     "patch_lock",
     "patched",
     "real_tensors",
+    "shard_like",
     "silenced",
     "snapshot",
     "tensors_equal",

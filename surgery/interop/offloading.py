@@ -1,8 +1,8 @@
-"""Deal with parameters that are elsewhere between forwards: offloaded, or sharded.
+"""Deal with parameters that are elsewhere between forwards.
 
 accelerate moves parameters to the CPU or the disk until a forward needs them. Such a parameter is
 on the meta device between forwards, and a hook of its module (``_hf_hook``) knows where the numbers
-are.
+are. Parameters that FSDP2 has sharded are gathered while a splice looks at them (sharding.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from surgery.errors import SpliceError
+from surgery.interop.sharding import gathered
 
 
 def out_of_reach(model: nn.Module) -> str:
@@ -34,24 +34,24 @@ def out_of_reach(model: nn.Module) -> str:
         if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
             return (
                 f"the parameters of {path or 'the model'} are sharded. Do this before the model is "
-                "sharded (fully_shard, tensor parallelism): what is inserted is then sharded, too, "
-                "and surgery.save gathers it."
+                "sharded (fully_shard, tensor parallelism)."
             )
     return ""
 
 
 def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function(model, ...)``; its errors say so if weights are elsewhere."""
+    """Return ``function(model, ...)`` with weights gathered; its errors say so if they are not."""
 
     @functools.wraps(function)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
-            return function(model, *args, **kwargs)
+            with gathered(model):
+                return function(model, *args, **kwargs)
         except Exception as error:
             reason = out_of_reach(model)
             if not reason:
                 raise
-            name = function.__name__
+            name = function.__name__.lstrip("_")
             raise SpliceError(f"{name} fails on this {type(model).__name__}: {reason}") from error
 
     return run
@@ -76,25 +76,3 @@ def _is_offloaded(module: nn.Module) -> bool:
     hooks = [hook, *getattr(hook, "hooks", ())]
     away = any(p.is_meta for p in module.parameters(recurse=False))
     return away and "accelerate" in sys.modules and any(getattr(h, "offload", False) for h in hooks)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that FSDP or tensor parallelism has sharded as a whole one.
-
-    Every process of its group must call this.
-    """
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes files: there is one, or its rank is 0."""
-    distributed = torch.distributed
-    there = distributed.is_available() and distributed.is_initialized()
-    return not there or distributed.get_rank() == 0
-
-
-def wait_for_others() -> None:
-    """Wait until every process has come here, if there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

@@ -27,6 +27,7 @@ from surgery.interop import (
     evaluating,
     explained_out_of_reach,
     outside_inference_mode,
+    shard_like,
 )
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, settle_advance
@@ -38,7 +39,6 @@ from surgery.splicer.verification import verify_together
 
 
 @outside_inference_mode
-@explained_out_of_reach
 def splice(
     model: nn.Module,
     methods: Method | Sequence[Method],
@@ -68,6 +68,16 @@ def splice(
     Example:
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
+    report: Report = _splice(model, methods, at, example_inputs, name)
+    shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
+    return report
+
+
+@explained_out_of_reach
+def _splice(
+    model: nn.Module, methods: Method | Sequence[Method], at: Any, example_inputs: Any, name: str
+) -> Report:
+    """Do what :func:`splice` says, in a model whose parameters are whole."""
     chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, chosen, name)
     _check_below(model, name)
@@ -104,7 +114,7 @@ def _warn_of_untrained(report: Report) -> None:
             f"what is inserted at {len(reasons)} of {len({s.path for s in report.sites})} places "
             f"will get no gradient: {path}: {reason}. Leave these sites out with at=, or change "
             "how the model runs them.",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import surgery
 from tests.support.models import checkpointing
@@ -270,3 +278,37 @@ def test_nothing_stays_on_the_model_when_adapter_dropout_goes() -> None:
     surgery.remove(model)
     assert not model._forward_hooks
     assert not model._forward_hooks_always_called
+
+
+def test_a_run_resumed_by_trainer_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(80).reshape(16, 5) % 9]
+
+    def run(steps: int, resume: bool = False) -> dict[str, Tensor]:
+        model = spliced(**NO_DRAW)
+        surgery.freeze_base(model)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=6, save_steps=3, per_device_train_batch_size=4,
+            learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        if steps < 6:
+            trainer.add_callback(StopAt(steps))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume else None)
+        return dict(surgery.spliced_parameters(model))
+
+    whole = run(6)
+    shutil.rmtree(tmp_path)
+    run(3)
+    torch.rand(7)  # another process, another random state
+    resumed = run(6, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    start = dict(surgery.spliced_parameters(spliced(**NO_DRAW)))
+    assert not any(torch.equal(whole[name], start[name]) for name in whole)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
