@@ -84,11 +84,8 @@ def run_graph(
         for recognise, variant in on.recent:
             inputs = recognise(module, args, kwargs)
             if inputs is not None:
-                children = state.children
-                if children is None or children.__dict__ is not module._modules:
-                    children = state.children_of(module)
                 try:
-                    return variant.run(children, module, *inputs)
+                    return variant.run(on.children_of(module), module, *inputs)
                 except GuardFlipped:
                     continue
         return _find_and_run(module, state, args, kwargs, on)
@@ -101,13 +98,14 @@ def _find_and_run(
     module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection
 ) -> Any:
     """Run a call that no recogniser knows: describe it and compare signatures."""
+    children = module if _compiling() else on.children_of(module)
     variants, inputs = on.find(args, kwargs)
     for variant in variants:
         if variant.matches(module, inputs):
             if not _compiling():
                 on.remember(variant, args, kwargs)
             try:
-                return variant.run(module, module, *inputs)
+                return variant.run(children, module, *inputs)
             except GuardFlipped:
                 continue
     variant = new_variant(module, state, args, kwargs, on)
@@ -118,7 +116,7 @@ def _find_and_run(
             "whole with the is_leaf hook."
         )
     try:
-        return variant.run(module, module, *inputs)
+        return variant.run(children, module, *inputs)
     except GuardFlipped as flip:
         raise ForwardError(f"{state.path}: {flip}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,9 @@ class Selection:
         edited: whether the forward itself runs a rewritten graph.
         graphs: the graphs so far, by the signature of their calls.
         recent: the recognisers of the latest calls, asked first.
+        children: fast access to the host's submodules; a replica of the host has its own.
+        retired: the submodules as they were when one was taken out. Forwards that are under way in
+            other threads go on with them.
     """
 
     def __init__(self, operations: Iterable[Operation]) -> None:
@@ -62,6 +66,8 @@ class Selection:
         self.edited = len(self.wraps) < len(self.edits)
         self.graphs = _ByName()
         self.recent: tuple[tuple[Recogniser, Variant], ...] = ()
+        self.children: Children | None = None
+        self.retired: Children | None = None
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
         """Return the graphs of calls with this signature, and the inputs that they take."""
@@ -75,6 +81,22 @@ class Selection:
     def variants(self) -> list[Variant]:
         """Return all graphs so far."""
         return [variant for group in vars(self.graphs).values() for variant in group]
+
+    def children_of(self, module: nn.Module) -> Children:
+        """Return the submodules of the host, or of a replica that shares this state."""
+        children = self.retired or self.children
+        if children is not None and (self.retired or children.__dict__ is module._modules):
+            return children
+        made = Children(module)
+        if self.children is None or self.children.belongs_to(module):
+            self.children = made
+        return self.retired or made
+
+    def retire(self, module: nn.Module) -> None:
+        """Keep the submodules as they are now, before one is taken out."""
+        self.retired = Children(module)
+        for children in filter(None, (self.retired, self.children)):
+            children.__dict__ = dict(module._modules)
 
     def remember(self, variant: Variant, args: Any, kwargs: Any) -> None:
         """Put this variant's recogniser first."""
@@ -93,9 +115,9 @@ class HostState:
         operations: the splices in this host, by name.
         weights: by kind and key of each site, the modules and parameters that it ran with when it
             was spliced; a graph that runs with them and lacks the site is refused.
-        everything: the selection of all splices.
+        everything: the selection of all splices, of which :meth:`all_on` tells those of a thread.
+        trial: a thread and the selection that it alone sees, while it verifies a new splice.
         selections: the others, by the short name of what is off (host/switches.py).
-        children: fast access to the host's submodules; a replica of the host has its own.
         own: a forward that another library has set on the object, in place of the class's.
         around: functions that another library has set on the object around the host's forward, the
             innermost first.
@@ -106,8 +128,8 @@ class HostState:
     operations: dict[str, Operation] = field(default_factory=dict)
     weights: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     everything: Selection = field(default_factory=lambda: Selection(()))
+    trial: tuple[int, Selection] | None = None
     selections: Any = field(default_factory=_ByName)
-    children: Children | None = None
     own: Callable[..., Any] | None = None
     around: tuple[Callable[..., Any], ...] = ()
 
@@ -115,38 +137,54 @@ class HostState:
         """Return the splices that are on in this context."""
         key = off_key()
         if not key:
-            return self.everything
+            return self.everything if self.trial is None else self.all_on()
         found: Selection | None = getattr(self.selections, key, None)
         return found or self.without(off_now())
 
+    def all_on(self) -> Selection:
+        """Return the selection of all splices, as this thread sees them."""
+        if self.trial is not None and self.trial[0] == threading.get_ident():
+            return self.trial[1]
+        return self.everything
+
     def without(self, off: Off) -> Selection:
         """Return the splices that are on where these are off."""
-        on = [o for name, o in self.operations.items() if (id(self), name) not in off.pairs]
-        made = self.everything if len(on) == len(self.operations) else Selection(on)
+        every = self.all_on()
+        names = [name for name in every.names if (id(self), name) not in off.pairs]
+        on = [self.operations[name] for name in names if name in self.operations]
+        made = every if len(on) == len(every.names) else Selection(on)
         setattr(self.selections, off.key, made)
         return made
 
     def refresh(self) -> None:
         """Forget all graphs; derive what is on again, after ``operations`` has changed."""
-        self.everything = Selection(self.operations.values())
+        every = Selection(self.operations.values())
+        if self.trial is None:
+            self.everything = every
+        else:
+            self.trial = self.trial[0], every
         self.selections = _ByName()
+
+    def try_out(self) -> None:
+        """Show what is spliced in from now on to this thread alone."""
+        if self.trial is None:
+            self.trial = threading.get_ident(), self.everything
+
+    def end_trial(self) -> None:
+        """Show every thread what is spliced in, in one step."""
+        if self.trial is not None:
+            self.everything, self.trial = self.trial[1], None
+            self.selections = _ByName()
 
     def every_selection(self) -> list[Selection]:
         """Return the selections so far, that of all splices first."""
         others = [s for s in vars(self.selections).values() if s is not self.everything]
         return [self.everything, *others]
 
-    def children_of(self, module: nn.Module) -> Children:
-        """Return the children of the host, or of a replica that shares this state."""
-        made = Children(module)
-        if self.children is None or self.children.belongs_to(module):
-            self.children = made
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         # Graphs refer to this very module; a copy captures its own.
         left = {"everything": Selection(self.operations.values()), "selections": _ByName()}
-        return {**self.__dict__, **left, "children": None}
+        return {**self.__dict__, **left, "trial": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -51,6 +51,11 @@ def _has_bias(module: nn.Module) -> bool:
     return isinstance(bias, nn.Parameter) and bias.dim() == 1
 
 
+def _is_constant(x: Tensor) -> bool:
+    """Whether all numbers are equal, as in a mask of an example: neither tokens nor positions."""
+    return not x.is_meta and bool((x == x.flatten()[0]).all())
+
+
 def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
     """Return the kind of site that a childless module is, or None."""
     given = [x for x in leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
@@ -60,7 +65,7 @@ def _kind(module: nn.Module, call: Call, ids: list[Tensor]) -> Kind | None:
         reads = next((x for x in given if x.is_floating_point() and x.dim() > 1), None)
         return "norm" if reads is not None and reads.shape[-1] in widths else None
     for x in filter(is_integer_tensor, given):
-        if x.shape[-1] < 2:
+        if x.shape[-1] < 2 or _is_constant(x):
             continue
         if any(tensors_equal(x, each) for each in ids):
             return "embedding" if own else None

@@ -189,17 +189,19 @@ def _tensor_before_split(parts: list[Match], name: str) -> fx.Node | None:
 def module_match(graph: fx.Graph) -> list[Match]:
     """Return the ports of a host that is one whole module: a norm, an embedding or a position.
 
-    The first floating-point input is ``input``; the first input of whole numbers is ``ids`` and
-    ``positions``. The result has no match if the graph has neither inputs nor an output.
+    The first floating-point input is ``input``; the first input of whole numbers that is used is
+    ``ids`` and ``positions``, unless positions are first counted from it, as from a mask. The
+    result has no match if the graph has neither inputs nor an output.
     """
     nodes = list(graph.nodes)
     given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
     floats = [n for n in given if value(n).is_floating_point() and value(n).dim()]
     whole = [n for n in given if is_integer_tensor(value(n))]
     ports: dict[str, PortNode] = {}
-    if whole:
-        ports["positions"] = ports["ids"] = PortNode(whole[0])
-    elif floats:
+    read = [n for n in whole if n.users and not any(op_name(u) == "cumsum" for u in n.users)]
+    if read:
+        ports["positions"] = ports["ids"] = PortNode(read[0])
+    elif floats and not whole:
         ports["input"] = PortNode(floats[0])
     result: Any = nodes[-1].args[0]
     if isinstance(result, fx.Node) and isinstance(value(result), Tensor):

@@ -64,14 +64,14 @@ def _rewrite(
     path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
-    if known is not None and not known.everything.edited and not known.through >= plan.through:
+    if known is not None and not known.all_on().edited and not known.through >= plan.through:
         before = known.through  # so far only its call was wrapped
         transaction.undo.append(lambda: setattr(known, "through", before))
         known.through |= plan.through
     through = plan.through if known is None else known.through
     captured, matches = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
-        for edit, child in known.everything.edits:
+        for edit, child in known.all_on().edits:
             apply_edit(matches, edit, child, module)
     one_key = {(p.kind, p.key) for p in matches if p.one_key}
     state, inserted = _insert(transaction, module, plan, pairs)
@@ -81,11 +81,11 @@ def _rewrite(
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
         require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
-    for _, child in state.everything.edits:
+    for _, child in state.all_on().edits:
         captured.reads += dtype_reads(module.get_submodule(child))
     variant = Variant(captured)
-    key, _ = signature(plan.args, plan.kwargs, state.everything.names)
-    state.everything.add(variant, key)
+    key, _ = signature(plan.args, plan.kwargs, state.all_on().names)
+    state.all_on().add(variant, key)
     with _named(_failing(path, report)):
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
@@ -147,6 +147,7 @@ def _insert(
     children = [child for child, _ in made]
     transaction.undo.append(lambda: take_out(module, name, children))
     state = install(module, plan)
+    transaction.try_out(state)
     for child, new in made:
         new.train(module.training)
         draw_by_name(new, f"{plan.path}.{child}")
@@ -215,12 +216,11 @@ def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> st
 
 def take_out(module: nn.Module, name: str, children: list[str]) -> None:
     """Take inserted modules of one splice out of a host; uninstall a host that has none left."""
-    for child in children:
-        if child in module._modules:
-            delattr(module, child)
     state = state_of(module)
     if state is None:
         return
+    for selection in state.every_selection() if state.trial is None else ():
+        selection.retire(module)
     operation = state.operations.get(name, Operation(name, [], []))
     left = [(e, c) for e, c in zip(operation.edits, operation.children, strict=True)
             if c not in children]  # fmt: skip
@@ -228,5 +228,8 @@ def take_out(module: nn.Module, name: str, children: list[str]) -> None:
     if not left:
         state.operations.pop(name, None)
     state.refresh()
+    for child in children:
+        if child in module._modules:
+            delattr(module, child)
     if not state.operations:
         uninstall(module)

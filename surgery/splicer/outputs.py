@@ -37,7 +37,7 @@ def present_outputs(module: nn.Module, args: Any, kwargs: Any, around: bool = Tr
     state = state_of(module)
     if state is None:
         return outputs(module, own_forward(module), args, kwargs)
-    on = state.everything
+    on = state.all_on()
     if not (on.names if around else on.edited):
         return outputs(module, own_forward(module), args, kwargs)
     now = run if around else run_graph

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.host import is_host
+from surgery.host import HostState, is_host
 from surgery.interop import encoder_fastpath
 from surgery.plugin import referred, settle_advance
 from surgery.splicer.record import Inserted, Report, record_of, reports
@@ -34,6 +34,7 @@ class Transaction:
         shared: modules that all sites of a method share, by the method's id and by name.
         undo: functions that undo the steps so far.
         closed: encoders whose nested-tensor path this splice has switched off.
+        hosts: the state of each host so far.
         base_parts: modules and parameters that the model had before any splice, by id. They are
             held here: offloading replaces parameters, and a freed id would be given to another.
     """
@@ -44,6 +45,7 @@ class Transaction:
     shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
     closed: set[str] = field(default_factory=set)
+    hosts: list[HostState] = field(default_factory=list)
     base_parts: dict[int, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,14 +59,23 @@ class Transaction:
         """Keep PyTorch's fused encoder path from bypassing a host."""
         self.closed |= encoder_fastpath.close(self.model, host)
 
+    def try_out(self, state: HostState) -> None:
+        """Show what is inserted into a host to this thread alone, until it is verified."""
+        state.try_out()
+        self.hosts.append(state)
+
     def roll_back(self) -> None:
         """Undo every step; the model is as it was before the splice."""
         for undo in reversed(self.undo):
             undo()
+        for state in self.hosts:
+            state.trial = None
         encoder_fastpath.reopen(self.model, self.closed, is_host)
 
     def commit(self) -> Report:
         """Enter the report into the model's record."""
+        for state in self.hosts:
+            state.end_trial()
         record = record_of(self.model)
         record.reports[self.report.name] = self.report
         record.closed |= self.closed

@@ -92,6 +92,21 @@ def test_keys_may_lie_in_another_way(make: Any, length: int) -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("example", [None, {"input_ids": IDS}], ids=["default", "without a mask"])
+def test_positions_are_told_from_the_mask_beside_them(example: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "ffn_dim": 64}
+    base = tr.OPTForCausalLM(tr.OPTConfig(num_attention_heads=4, vocab_size=60, **sizes)).eval()
+    model = copy.deepcopy(base)
+    surgery.splice(model, surgery.method("prompt", length=3), example_inputs=example)
+    embedded = base.get_input_embeddings()(IDS)
+    whole = torch.cat([rows(model).expand(2, -1, -1), embedded], 1)
+    expected = base(inputs_embeds=whole).logits[:, 3:]
+    for given in ({}, {"attention_mask": torch.ones_like(IDS)}):
+        found = model(input_ids=IDS, **given).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_it_equals_peft_with_the_same_tensors(name: str) -> None:
     model, case = build(name), inputs(name)
