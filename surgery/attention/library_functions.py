@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.attention.sdpa import attention, logsumexp
+from surgery.errors import ForwardError
 
 _SDPA = "scaled_dot_product_attention"
 
@@ -134,7 +135,7 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
         a function that returns the result of ``function`` and lse (B, H, n).
 
     Raises:
-        RuntimeError: in a call that shows neither an SDPA call nor a softmax.
+        ForwardError: in a call that shows neither an SDPA call nor a softmax.
     """
     rebound_function, slot = _rebound_to_attention(function, _code_and_globals(function))
 
@@ -154,7 +155,7 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
                 result = function(module, query, *args, **kwargs)
             lse = watcher.lse
         if lse is None:
-            raise RuntimeError(
+            raise ForwardError(
                 f"{name} shows neither a softmax nor an SDPA call, so its logsumexp cannot be had. "
                 "Load the model with attn_implementation='sdpa' or 'eager', or use methods that "
                 "do not read 'lse' (lora, FFN adapters)."

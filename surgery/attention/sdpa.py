@@ -19,7 +19,7 @@ It asks SDPA which kernel it would choose, then takes the first of three ways th
 On each way the context has the bits of SDPA's result, and dropout draws the base model's random
 numbers. The ways differ in cost: the third multiplies queries and keys twice. On CUDA the third
 serves float64, a mask that needs a gradient, and heads of different widths; everywhere it serves
-calls under ``torch.func`` and ``torch.jit.trace``, which know no fused kernel.
+calls under ``torch.func``, ``torch.export`` and ``torch.jit.trace``, which know no fused kernel.
 
 A call keeps converted masks for as long as the mask lives, and outcomes of trials for as long as
 the process does. Nothing else outlives it.

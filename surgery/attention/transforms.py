@@ -6,11 +6,14 @@ import torch
 
 
 def transformed() -> bool:
-    """Whether this call is inside ``torch.func.vmap``, ``grad`` and their kin, or ``jit.trace``.
+    """Whether this call is inside ``torch.func.vmap``, ``grad`` and their kin, or is exported.
 
-    These know neither the fused kernels by their aten names nor the gradients that are written
-    here for them.
+    The former know neither the fused kernels by their aten names nor the gradients that are written
+    here for them. A program that ``torch.export`` or ``jit.trace`` writes shall run on any device,
+    and become one for ONNX, which lacks these kernels, too.
     """
+    if torch.compiler.is_exporting():
+        return True
     if torch.compiler.is_compiling():
         return False
     inside = torch._C._functorch.peek_interpreter_stack() is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,9 +63,8 @@ class Tracer(TracerBase):
         self.root = root
         self.through = frozenset(through)
         self.is_leaf = is_leaf or (lambda module, path: None)
-        self.paths = {
-            id(m): p for p, m in reversed(list(root.named_modules(remove_duplicate=False)))
-        }
+        named = list(root.named_modules(remove_duplicate=False))
+        self.paths = {id(m): p for p, m in reversed(named)}
         self.paths[id(root)] = ""
         self.tensors = {id(t): n for n, t in _named_tensors(root)}
         self.root_node: fx.Node | None = None
@@ -76,6 +75,9 @@ class Tracer(TracerBase):
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
         self.owners = [""]  # paths of the modules whose forwards are running, innermost last
         self.executing = 0  # how many ``paused`` blocks are open
+        # A tensor of a class of its own computes by its torch function, which stays on for it.
+        plain = {type(t) for _, t in _named_tensors(root)} <= {Tensor, nn.Parameter, nn.Buffer}
+        self.unseen: Any = torch._C.DisableTorchFunction if plain else nullcontext
         self.watcher = Watcher(lambda: bool(self.executing))
 
     def create_proxy(
@@ -127,7 +129,7 @@ class Tracer(TracerBase):
         """Record nothing inside this block: the code in it runs for its value only."""
         self.executing += 1
         try:
-            with torch._C.DisableTorchFunction():
+            with self.unseen():
                 yield
         finally:
             self.executing -= 1
@@ -266,9 +268,8 @@ class Tracer(TracerBase):
             output = module.forward(*args, **kwargs)
         finally:
             self.owners.pop()
-        return self.unpack(
-            self.create_proxy("call_function", run_forward_hooks, (module, bound, output), {})
-        )
+        left = self.create_proxy("call_function", run_forward_hooks, (module, bound, output), {})
+        return self.unpack(left)
 
     def unpack(self, proxy: Any) -> Any:
         """Return a proxy of a tuple as a tuple of proxies, and anything else as it is."""

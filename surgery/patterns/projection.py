@@ -130,7 +130,8 @@ def weight_of(proj: Projection, root: nn.Module) -> tuple[str, bool]:
         return "", False
     weight = _attribute(root, names[0])
     fits = [t for t in (False, True) if tuple(weight.shape)[:: -1 if t else 1] == widths]
-    if not weight.is_floating_point() or not fits:
+    plain = type(weight) in (Tensor, nn.Parameter)  # a quantised one may have no product of its own
+    if not plain or not weight.is_floating_point() or not fits:
         return "", False
     x, y = value(proj.source), value(proj.node)
     if x.is_meta:  # no values: only a matrix that is not square is clear

