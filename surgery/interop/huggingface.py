@@ -6,6 +6,7 @@ no transformers model to ask about.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,3 +131,30 @@ def fresh_parameters(model: nn.Module) -> list[str]:
 def name_or_path(model: nn.Module) -> str | None:
     """Return the hub id or folder that the model was loaded from, or None."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def let_train(model: nn.Module, adapted: bool) -> None:
+    """Tell ``Trainer`` that a quantised model has something to train, or no longer has.
+
+    ``Trainer`` refuses a quantised model unless PEFT adapted it or its quantizer can train it. A
+    quantizer whose weights let no gradient through is refused all the same.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    kind = type(quantizer)
+    if adapted and not quantizer.is_qat_trainable:
+        quantizer.__class__ = _trainable(kind)
+    elif not adapted and "_surgery_original" in vars(kind):
+        quantizer.__class__ = kind._surgery_original
+
+
+@functools.cache
+def _trainable(kind: Any) -> Any:
+    """Return a subclass of a quantizer's class that says that its model can be trained."""
+
+    def reduce(self: Any, protocol: Any) -> Any:  # copies and pickles have the original class
+        return object.__new__, (kind,), vars(self)
+
+    body = {"is_qat_trainable": True, "_surgery_original": kind, "__reduce_ex__": reduce}
+    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})

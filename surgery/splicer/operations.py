@@ -26,6 +26,7 @@ from surgery.interop import (
     encoder_fastpath,
     evaluating,
     explained_out_of_reach,
+    huggingface,
     outside_inference_mode,
     shard_like,
 )
@@ -208,6 +209,7 @@ def _settle(model: nn.Module) -> None:
     closed = look_up(model).closed
     closed -= encoder_fastpath.reopen(model, closed, is_host)
     if not reports(model):
+        huggingface.let_train(model, adapted=False)
         forget_rows(model)
         drop_record(model)
 

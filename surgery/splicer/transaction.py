@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from surgery.host import HostState, is_host
-from surgery.interop import encoder_fastpath
+from surgery.interop import encoder_fastpath, huggingface
 from surgery.plugin import referred, settle_advance
 from surgery.splicer.record import Inserted, Report, record_of, reports
 
@@ -80,6 +80,7 @@ class Transaction:
         record.reports[self.report.name] = self.report
         record.closed |= self.closed
         settle_advance(self.model)
+        huggingface.let_train(self.model, adapted=True)
         return self.report
 
     def waits(self, inserted: Inserted) -> bool:

@@ -1,7 +1,8 @@
-"""A spliced model beside libraries of the ``cases`` extra: quantised, exported, in their trainers."""
+"""A spliced model beside libraries of the ``cases`` extra: quantised, exported, and trained."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,14 @@ def test_a_base_that_torchao_has_quantised(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_that_bitsandbytes_has_quantised(bits: int, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainingArguments,
+    )
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
@@ -83,9 +91,16 @@ def test_a_base_that_bitsandbytes_has_quantised(bits: int, tmp_path: Path) -> No
         quantization_config=BitsAndBytesConfig(**options),
     )  # fmt: skip
     base = model(IDS).logits
+    quantizer = type(model.hf_quantizer)
     surgery.splice(model, surgery.method("lora", rank=4))
     assert torch.equal(model(IDS).logits, base)
     trains(model)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert type(copy.deepcopy(model.hf_quantizer)) is quantizer
+    surgery.remove(model)
+    assert type(model.hf_quantizer) is quantizer
 
 
 def test_trl_reaches_adapter_dropout() -> None:
