@@ -25,7 +25,7 @@ A call keeps converted masks for as long as the mask lives, and outcomes of tria
 the process does. Nothing else outlives it.
 
 Two files build on this call: library_functions.py makes a library's attention function return
-``lse`` too, and virtual.py adds keys and values to a ``(context, lse)`` that is already computed.
+``lse`` too, and virtual_keys.py adds keys and values to an attention that is already computed.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
       |                                    through, and two nodes run its hooks (module_hooks.py)
       |  a call that takes no proxy        one node, such as a factory that makes a mask
       |  bool(), len(), int() of a proxy   the value answers, a branch records it (branches.py)
-      |  an attribute, a global, a mode    what was read is recorded (watching.py)
+      |  an attribute, a global, a mode    what was read is recorded (watched_state.py)
       v
     Captured(graph, branches, reads, parts, ambient)
 

@@ -7,7 +7,7 @@ A torch call comes in by one of two ways:
                    whose parser rejects a proxy, ``math``, scripted functions, module calls
 
 A third kind of replacement records nothing in the graph: the questions whether gradients or
-autocast are on, whose answers the tracer notes, and what watching.py replaces.
+autocast are on, whose answers the tracer notes, and what watched_state.py replaces.
 """
 
 from __future__ import annotations

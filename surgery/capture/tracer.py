@@ -26,7 +26,7 @@ from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy
 from surgery.capture.reads import Read
 from surgery.capture.records import attributes, is_record, items, make_record, unwrapped
-from surgery.capture.watching import Watcher
+from surgery.capture.watched_state import Watcher
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
 

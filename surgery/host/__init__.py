@@ -4,8 +4,8 @@ from surgery.host.call_signature import signature
 from surgery.host.execution import capture_host, run, run_graph
 from surgery.host.foreign_forward import own_forward
 from surgery.host.installation import install, uninstall
+from surgery.host.off_switches import switched_off
 from surgery.host.state import HostState, Operation, hosts, is_host, state_of
-from surgery.host.switches import switched_off
 from surgery.host.variant import FlippedTooLate, GuardFlipped, Variant
 
 __all__ = [

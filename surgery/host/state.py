@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.host.call_signature import signature
 from surgery.host.guards import Recogniser
-from surgery.host.switches import Off, off_key, off_now
+from surgery.host.off_switches import Off, off_key, off_now
 from surgery.host.variant import Children, Variant
 from surgery.plugin import Edit
 
@@ -117,7 +117,7 @@ class HostState:
             was spliced; a graph that runs with them and lacks the site is refused.
         everything: the selection of all splices, of which :meth:`all_on` tells those of a thread.
         trial: a thread and the selection that it alone sees, while it verifies a new splice.
-        selections: the others, by the short name of what is off (host/switches.py).
+        selections: the others, by the short name of what is off (host/off_switches.py).
         own: a forward that another library has set on the object, in place of the class's.
         around: functions that another library has set on the object around the host's forward, the
             innermost first.

@@ -142,7 +142,7 @@ def let_train(model: nn.Module, adapted: bool) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         return
-    kind = type(quantizer)
+    kind: Any = type(quantizer)
     if adapted and not quantizer.is_qat_trainable:
         quantizer.__class__ = _trainable(kind)
     elif not adapted and "_surgery_original" in vars(kind):

@@ -1,9 +1,9 @@
 """Offer what methods and tasks are written with: sites, ports, base classes, hooks."""
 
 from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
-from surgery.plugin.base_parts import Reference, frozen_inside, referred
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
+from surgery.plugin.frozen_parts import Reference, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
     AddsOnto,

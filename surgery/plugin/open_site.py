@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from surgery.errors import PortError
-from surgery.plugin.base_parts import FrozenModule, FrozenProjection, Reference
 from surgery.plugin.edit import Edit, Verb
+from surgery.plugin.frozen_parts import FrozenModule, FrozenProjection, Reference
 from surgery.plugin.insertion_check import require_insertable
 from surgery.plugin.site import Port, Site
 
