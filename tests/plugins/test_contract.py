@@ -18,12 +18,12 @@ IDS = torch.arange(14).reshape(2, 7) * 5 % 40 + 3
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"rank": 4, "bias": True}),
     ("inducer", {"key_rank": 3, "value_rank": 4}),
+]
+# Other methods and options on every model: the slow tier.
+MORE: list[tuple[str, dict[str, Any]]] = [
     ("prefix", {"length": 3, "gate": True}),
     ("prompt", {"length": 3}),
     ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
-]
-# Further options of these methods: the slow tier.
-MORE: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"ports": ("up", "output"), "rslora": True, "dropout": 0.1, "ranks": {r"\.0\b": 3}}),
     ("inducer", {"key_rank": 0, "value_rank": 4, "dropout": 0.1}),
     ("inducer", {"key_rank": 0, "value_rank": 4, "variant": "adaptive"}),
@@ -42,6 +42,9 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 ]
 # On one model by default, on all three in the slow tier.
 ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
+    ("prefix", {"length": 3, "gate": True}),
+    ("prompt", {"length": 3}),
+    ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
     ("inducer", {"key_rank": 3, "value_rank": 4, "variant": "gating"}),
     ("norga", {"length": 3}),
     ("ntk_attention", {}),
@@ -54,7 +57,7 @@ ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
     ("mam_inducer", {"key_rank": 2, "value_rank": 3, "lora_rank": 2, "ffn_rank": 4}),
     ("mam_adapter", {"length": 3, "rank": 4}),
 ]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + ONE_MODEL]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + ONE_MODEL[3:]]
 
 
 @pytest.mark.parametrize(("name", "options"), [*CASES, *SLOW], ids=str)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[2] / "plugins/examples/surgery-red"
 LIFE = """
 import sys
@@ -47,6 +49,7 @@ def run(*command: str, cwd: Path, path: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_plugin_lives_a_whole_life(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")

@@ -113,6 +113,7 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
     assert "prefix" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_grid_runs_and_is_shown(root: Path, tmp_path: Path) -> None:
     model, data = tiny.prepared("sst2", root)
     settings = [o for o in tiny.overrides("sst2", model, data, tmp_path) if "output=" not in o]

@@ -51,6 +51,7 @@ def lexicalisations(real: Path) -> list[list[str]]:
     return [own for own in texts if len(own) > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_first_references_reach_the_known_bleu_and_meteor_on_webnlg(
     lexicalisations: list[list[str]],

@@ -81,6 +81,7 @@ def test_mixed_precision_trains_and_its_adapter_is_float32(
     assert {tensor.dtype for tensor in tensors(half).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """Twice the batch in one process; no dropout, whose random numbers differ."""
     calm = ["training.label_smoothing_factor=0.0", "splice=[{method: inducer, dropout: 0.0}]"]

@@ -49,7 +49,7 @@ def test_a_model_or_length_that_does_not_fit_is_named_before_anything_is_written
     ("name", "more", "part"),
     [
         ("sst2/lora", ["training.metric_for_best_model=eval_acuracy"], "Did you mean 'accuracy'"),
-        ("sst2/lora", ["training.optim=adamw_bnb_8bit"], "transformers' Trainer refuses it"),
+        ("sst2/lora", ["training.optim=adamw_torch_npu_fused"], "transformers' Trainer refuses it"),
         ("sst2/lora", ["training.output_dir=x"], "checkpoints go below output=PATH"),
         ("sst2/lora", ["splice=[{method: lora, layers: 3}]"], r"layers must be \[first, last"),
         ("sst2/lora", ["splice=[{method: lora, layers: [0, 9]}]"], "of this model's layers 0 to 1"),

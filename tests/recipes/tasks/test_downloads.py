@@ -199,6 +199,7 @@ def check_hub(data: Path, options: dict[str, dict[str, Any]], tmp_path: Path) ->
     assert pickle.loads((tmp_path / "read").read_bytes()) == here
 
 
+@pytest.mark.slow
 def test_the_hubs_data_sets_are_downloaded_and_read_like_files(root: Path, tmp_path: Path) -> None:
     for task in ("sst2", "mnli", "coqa"):
         tiny.prepared(task, root)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.recipes import tiny
@@ -31,6 +32,7 @@ def install(folder: Path) -> None:
     (about / "entry_points.txt").write_text("[surgery]\nwords = surgery_words\n")
 
 
+@pytest.mark.slow
 def test_a_strangers_task_is_learnt_and_scored(root: Path, tmp_path: Path) -> None:
     install(tmp_path / "site")
     decoder, _ = tiny.prepared("webnlg", root)

@@ -42,12 +42,12 @@ def test_a_host_that_nobody_needs_is_gone_at_once() -> None:
         attn(x)
     state = vars(attn)["_surgery"]
     assert state.everything.recent
-    assert state.children is not None
+    assert state.everything.children is not None
     replica = attn._replicate_for_data_parallel()
     for name, child in attn.named_children():
         replica._modules[name] = child
     assert torch.equal(replica(x)[0], attn(x)[0])
-    assert state.children.belongs_to(attn)
+    assert state.everything.children.belongs_to(attn)
     gone = weakref.ref(replica)
     del replica
     assert gone() is None
