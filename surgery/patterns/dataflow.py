@@ -44,6 +44,10 @@ ELEMENTWISE = ARITHMETIC | {"module", "layer_norm", "rms_norm", "clamp", "tanh"}
 _ASSIGNS = (operator.setitem, Tensor.__setitem__)
 
 
+# The first argument becomes like the second, of which only shape, dtype or device is read.
+_LIKE_ANOTHER = frozenset("type_as view_as expand_as reshape_as to".split())
+
+
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 
 
@@ -130,6 +134,8 @@ def inputs(node: fx.Node) -> list[fx.Node]:
     if source is not None:
         return [source]
     found = [n for n in node.all_input_nodes if holds_tensors(value(n))]
+    if op_name(node) in _LIKE_ANOTHER:
+        found = found[:1]
     return found + [new for n in found for new in _assigned(n, node)]
 
 

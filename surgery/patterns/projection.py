@@ -215,12 +215,15 @@ def _einsum_axes(node: fx.Node, source: fx.Node) -> tuple[int, int]:
 
 
 def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
-    """Whether a childless module other than a convolution owns a matrix between two widths.
+    """Whether a childless module owns a matrix between two widths, and maps each token by itself.
+
+    Convolutions and recurrent layers mix tokens.
 
     Several matrices count if one has the input's width and one the output's: a low-rank pair. A
     quantised matrix is an integer tensor packed in any shape, so its shape is not compared.
     """
-    if base_children(module) or isinstance(module, nn.modules.conv._ConvNd):
+    mixes = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
+    if base_children(module) or isinstance(module, mixes):
         return False
     if stacks_weights(module):
         return False

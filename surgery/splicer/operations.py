@@ -28,6 +28,7 @@ from surgery.interop import (
     explained_out_of_reach,
     huggingface,
     outside_inference_mode,
+    patch_lock,
     shard_like,
 )
 from surgery.locator import locate
@@ -69,7 +70,8 @@ def splice(
     Example:
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
-    report: Report = _splice(model, methods, at, example_inputs, name)
+    with patch_lock:  # one at a time; another thread's waits
+        report: Report = _splice(model, methods, at, example_inputs, name)
     shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
     return report
 
