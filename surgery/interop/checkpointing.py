@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import _CheckpointFrame
 
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 _FORWARD_OR_BACKWARD = ("forward", "backward")
 
 
@@ -78,7 +79,7 @@ def _keeper(frame: Any) -> Any:
         is_checkpoint = "run_function" in code.co_varnames or hasattr(ctx, "run_function")
         is_context = isinstance(ctx, torch.autograd.function.FunctionCtx)
         return ctx if is_checkpoint and is_context else None
-    if name == "checkpoint" and "gen" in code.co_varnames:
+    if code.co_filename == _CHECKPOINT_FILE and "gen" in code.co_varnames:
         generator = frame.f_locals.get("gen")
         suspended = getattr(generator, "gi_frame", None)
         return None if suspended is None else suspended.f_locals.get("new_frame")
