@@ -12,6 +12,8 @@ def transformed() -> bool:
     here for them. A program that ``torch.export`` or ``jit.trace`` writes shall run on any device,
     and become one for ONNX, which lacks these kernels, too.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     if torch.compiler.is_exporting():
         return True
     if torch.compiler.is_compiling():
