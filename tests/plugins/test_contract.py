@@ -17,10 +17,10 @@ IDS = torch.arange(14).reshape(2, 7) * 5 % 40 + 3
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"rank": 4, "bias": True}),
-    ("inducer", {"key_rank": 3, "value_rank": 4}),
 ]
 # Other methods and options on every model: the slow tier.
 MORE: list[tuple[str, dict[str, Any]]] = [
+    ("inducer", {"key_rank": 3, "value_rank": 4}),
     ("prefix", {"length": 3, "gate": True}),
     ("prompt", {"length": 3}),
     ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
@@ -42,6 +42,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
 ]
 # On one model by default, on all three in the slow tier.
 ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
+    ("inducer", {"key_rank": 3, "value_rank": 4}),
     ("prefix", {"length": 3, "gate": True}),
     ("prompt", {"length": 3}),
     ("ffn_adapter", {"rank": 4, "placement": "pfeiffer", "dropout": 0.1}),
@@ -53,11 +54,14 @@ ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
     ("ia3", {}),
     ("ssl", {}),
     ("ssb", {"ports": ("query", "value", "up", "output")}),
+]
+# Of methods that are above: the slow tier.
+COMBINED: list[tuple[str, dict[str, Any]]] = [
     ("inducer_lora", {"key_rank": 2, "value_rank": 3, "lora_rank": 2}),
     ("mam_inducer", {"key_rank": 2, "value_rank": 3, "lora_rank": 2, "ffn_rank": 4}),
     ("mam_adapter", {"length": 3, "rank": 4}),
 ]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + ONE_MODEL[3:]]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + ONE_MODEL[4:] + COMBINED]
 
 
 @pytest.mark.parametrize(("name", "options"), [*CASES, *SLOW], ids=str)
@@ -75,7 +79,7 @@ def test_further_methods_keep_the_contract_on_one_model(name: str, options: dict
 
 def test_every_built_in_is_among_the_cases() -> None:
     own = {n for n, c in surgery.methods().items() if c.__module__.startswith("surgery_plugins")}
-    assert own == {name for name, _ in CASES + ONE_MODEL}
+    assert own == {name for name, _ in CASES + ONE_MODEL + COMBINED}
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_ia3_equals_peft_with_the_same_tensors() -> None:
     [
         (gpt2_small, "bitfit", 102_144),
         pytest.param(roberta_base, "bitfit", 102_144, marks=pytest.mark.slow),
-        (gpt2_small, "ssl", 36_864),
+        pytest.param(gpt2_small, "ssl", 36_864, marks=pytest.mark.slow),
         (gpt2_small, "ssb", 73_728),
         (gpt2_small, "ia3", 12 * (2 * 768 + 3072)),
     ],

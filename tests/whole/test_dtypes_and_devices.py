@@ -60,6 +60,7 @@ def test_autocast(name: str) -> None:
     assert all(p.grad.isfinite().all() for _, p in surgery.spliced_parameters(model))  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_model_of_seven_billion_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = tr.LlamaForCausalLM(tr.LlamaConfig(num_hidden_layers=32))

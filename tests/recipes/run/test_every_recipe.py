@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,14 @@ def test_a_recipe_whose_method_is_not_installed_says_so() -> None:
         planned_methods(read_recipe(find_recipe("sst2/lora"), ["splice=[{method: lore}]"]))
 
 
-@pytest.mark.parametrize(
-    ("row", "count"),
-    PAPERS.items(),
-)
+def papers_rows() -> Iterator[object]:
+    """Each row; those whose methods other rows have too are in the slow tier."""
+    for row, count in PAPERS.items():
+        quick = row in ("inducer", "lora", "prefix", "adapter")
+        yield pytest.param(row, count, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("row", "count"), papers_rows())
 def test_a_row_has_the_papers_number_of_parameters(row: str, count: int) -> None:
     import transformers as tr
 

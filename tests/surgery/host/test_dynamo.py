@@ -123,6 +123,7 @@ def test_a_model_that_was_compiled_before_follows_splice_and_remove() -> None:
     assert torch.equal(call(compiled, "gpt2"), before)
 
 
+@slow
 def test_compiled_training_draws_other_masks_each_time() -> None:
     model = spliced("llama", dropout=0.3).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -130,7 +131,8 @@ def test_compiled_training_draws_other_masks_each_time() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=slow)])
+@slow
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_through_a_compiled_forward(cache: str | None) -> None:
     model: Any = spliced("llama")
     ids = torch.arange(3, 17).reshape(2, 7)

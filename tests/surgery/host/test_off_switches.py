@@ -89,7 +89,7 @@ def test_blocks_that_overlap_in_time_leave_nothing_off() -> None:
     assert torch.equal(run(model, ()), expected)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 @given(st.lists(st.sampled_from(STATES[:3]), min_size=2, max_size=3), st.booleans())
 def test_forwards_of_one_step_keep_their_adapters_when_repeated(
     reentrant: bool, states: list[tuple[str, ...]], inside: bool
