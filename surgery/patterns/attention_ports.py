@@ -20,12 +20,12 @@ from surgery.interop import base_children
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     VIEWS,
-    ancestors,
     flow,
     from_parameters,
     inputs,
     is_activation,
     op_name,
+    upstream,
     value,
     walk_forward,
 )
@@ -128,7 +128,7 @@ def _output(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
     def passes(node: fx.Node) -> bool:
         if op_name(node) in _SUMS:  # parts of this attention, not the residual stream
             parts = [n for n in inputs(node) if is_activation(n)]
-            return len(parts) > 1 and all(core in ancestors(n) for n in parts)
+            return len(parts) > 1 and all(core in upstream(n) for n in parts)
         return op_name(node) in _CONTEXT_OPS and projection(node, root) is None
 
     later = walk_forward(context, passes)

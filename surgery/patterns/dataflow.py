@@ -101,8 +101,7 @@ def from_parameters(node: fx.Node) -> bool:
     """
     if node.op == "placeholder":
         return False
-    ends = [n for n in ancestors(node) if not inputs(n)]
-    return all(n.op == "get_attr" or _is_parametrization(n) for n in ends)
+    return all(inputs(n) or n.op == "get_attr" or _is_parametrization(n) for n in upstream(node))
 
 
 def _is_parametrization(node: fx.Node) -> bool:
@@ -236,26 +235,31 @@ def walk_forward(start: fx.Node, passes: Callable[[fx.Node], bool]) -> list[fx.N
     return reached
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return every node whose tensor flows into ``node``, and ``node`` itself."""
+def upstream(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield ``node``, then every node whose tensor flows into it, depth first.
+
+    A reader that stops early walks no further: an activation's first end is found in a few steps,
+    where the whole of what flows into it may be a graph of ten thousand nodes.
+    """
     found, stack = {node}, [node]
     while stack:
-        for source in inputs(stack.pop()):
+        last = stack.pop()
+        yield last
+        for source in inputs(last):
             if source not in found:
                 found.add(source)
                 stack.append(source)
-    return found
 
 
 def flow(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Return the nodes through which ``start`` flows into ``end``, with both, in graph order."""
-    upstream, stack = {end}, [end]
+    before, stack = {end}, [end]
     while stack:
-        fresh = [n for n in inputs(stack.pop()) if n not in upstream and start < n]
-        upstream.update(fresh)
+        fresh = [n for n in inputs(stack.pop()) if n not in before and start < n]
+        before.update(fresh)
         stack += fresh
     reached = {start: None}  # a dict, to keep the order
-    for node in sorted(upstream - {start}):
+    for node in sorted(before - {start}):
         if any(n in reached for n in inputs(node)):
             reached[node] = None
     return list(reached)
