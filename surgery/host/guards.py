@@ -53,7 +53,9 @@ class Guards(NamedTuple):
     """What a graph relies on beside the signature of its call."""
 
     reads: Sequence[Read] = ()
-    followed: Sequence[tuple[dict[str, Any], str, Any]] = ()  # those that Dynamo can guard, too
+    # Those that Dynamo can guard, too: numbers and their like, and functions by identity.
+    followed: Sequence[tuple[dict[str, Any], str, Any]] = ()
+    functions: Sequence[tuple[dict[str, Any], str, Any]] = ()
     parts: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (children, name, module)
     ambient: Sequence[tuple[Callable[[], Any], Any]] = ()  # (question, answer)
     early: Callable[..., bool] | None = None  # called with the host and the inputs
@@ -63,6 +65,9 @@ class Guards(NamedTuple):
         if _compiling():
             for attributes, name, expected in self.followed:
                 if attributes.get(name, MISSING) != expected:
+                    return False
+            for known, name, function in self.functions:
+                if known.get(name) is not function:
                     return False
         elif not all(read.holds() for read in self.reads):
             return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from surgery.host.guards import Guards, Recogniser, recogniser
 from surgery.rewrite import lse_of, output_of
 
 _count = 0
-_FOLLOWED = (bool, int, float, str, torch.dtype)
+_FOLLOWED = (bool, int, float, str, torch.dtype, type(None))
 
 
 class GuardFlipped(ForwardError):
@@ -50,7 +51,8 @@ class Variant:
         early = [g for g in captured.branches if _early(g.node, changed)]
         self._guards = Guards(
             captured.reads,
-            [(r.place, r.name, r.answer) for r in captured.reads if _dynamo_follows(r)],
+            _items_of(captured.reads, _FOLLOWED),
+            _items_of(captured.reads, (types.FunctionType,)),
             [(m._modules, name, part) for m, name, part in captured.parts],
             captured.ambient,
             _early_function(captured.graph, early),
@@ -105,10 +107,13 @@ class Children:
         return self._surgery_host() in (module, None)
 
 
-def _dynamo_follows(read: Read) -> bool:
-    """Whether Dynamo guards this read: a number or its like that is an attribute."""
-    plain = read.answer is None or type(read.answer) in _FOLLOWED
-    return read.how == "item" and plain and "__builtins__" not in read.place
+def _items_of(reads: list[Read], kinds: tuple[type, ...]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return the reads of attributes and globals whose answer is of these kinds."""
+    return [
+        (read.place, read.name, read.answer)
+        for read in reads
+        if read.how == "item" and type(read.answer) in kinds
+    ]
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:

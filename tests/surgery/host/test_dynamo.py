@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama import modeling_llama as llama
 
 import surgery
 from tests.support.models import build, perturb
@@ -255,3 +256,18 @@ def test_each_of_many_states_is_one_graph() -> None:
                     assert torch.allclose(call(compiled, "llama"), expected, atol=1e-5)
             counts.append(backend.graphs)
     assert counts == [4, 4, 4]
+
+
+def test_a_function_that_is_replaced_after_the_compilation_is_followed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = spliced("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = call(compiled, "llama")
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, *_, **__: (2 * q, k))
+            changed = call(compiled, "llama")
+            assert not torch.equal(changed, before)
+            assert torch.equal(changed, call(model, "llama"))
+        assert torch.equal(call(compiled, "llama"), before)
