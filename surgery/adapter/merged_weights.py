@@ -32,6 +32,7 @@ from surgery.plugin import (
     PartlyFoldable,
     Port,
     Site,
+    as_matrix,
     frozen_inside,
     referred,
 )
@@ -131,7 +132,8 @@ class MergePlan:
         port = chosen[0].site.port(chosen[0].edit.port)
         weight, bias = self.float64_copy(port.weight), self.float64_copy(port.bias)
         at: Any = slice(None) if port.columns is None else torch.tensor(port.columns)
-        matrix = weight.T if port.transposed and weight is not None else weight
+        matrix = None if weight is None else as_matrix(weight)
+        matrix = matrix.T if port.transposed and matrix is not None else matrix
         w = matrix[:, at] if matrix is not None else None
         b = bias[at] if bias is not None else None
         own_bias = None if b is None else b.clone()  # the projection's bias before any fold

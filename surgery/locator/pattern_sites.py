@@ -38,7 +38,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
     through = frozenset(_below(path, group.path) for path in group.through())
     plan = HostPlan(group.path, through, call.args, call.kwargs)
     ports = match.ports
-    tensor = value(ports["output"].node)
+    tensor = ports["output"].tokens
     weight = _weight(match, model)
     options: dict[str, Any] = {}
     if match.kind == "attention":

@@ -14,20 +14,23 @@ from surgery.patterns.find import find_matches, linear_matches, module_match
 from surgery.patterns.layout import split_rows
 from surgery.patterns.match import Match, PortNode, weights_in
 from surgery.patterns.projection import (
-    bias_of,
+    Projection,
+    features_last,
     input_of_call,
     module_call_of,
     stacks_weights,
-    weight_of,
 )
+from surgery.patterns.projection_weights import bias_of, weight_of
 from surgery.patterns.scores import causal, stretch
 
 __all__ = [
     "PRODUCTS",
     "Match",
     "PortNode",
+    "Projection",
     "bias_of",
     "causal",
+    "features_last",
     "find_matches",
     "input_of_call",
     "inputs",

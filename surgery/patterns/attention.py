@@ -51,8 +51,12 @@ _SCORE_OPS = (
 )
 
 
-def match_attention(node: fx.Node, root: nn.Module) -> Match | None:
-    """Return the attention whose core (a softmax, or a call that contains it) is ``node``."""
+def match_attention(node: fx.Node, root: nn.Module) -> list[Match]:
+    """Return the attention whose core (a softmax, or a call that contains it) is ``node``.
+
+    The result is empty if there is none, and has a match for each stream of tokens with
+    projections of its own.
+    """
     if node.meta.get("attention"):
         return _from_call(node, root, first=1)
     name = op_name(node)
@@ -60,10 +64,10 @@ def match_attention(node: fx.Node, root: nn.Module) -> Match | None:
         return _from_call(node, root, first=0)
     if name == "apply" and rows_sum_to_one(value(node)):  # a softmax as an autograd function
         found = _from_softmax(node, root)
-        if found is not None:
-            found.missing["lse"] = "its softmax is inside an autograd function of its own"
+        for each in found:
+            each.missing["lse"] = "its softmax is inside an autograd function of its own"
         return found
-    return _from_softmax(node, root) if name == "softmax" or _written_by_hand(node) else None
+    return _from_softmax(node, root) if name == "softmax" or _written_by_hand(node) else []
 
 
 def _written_by_hand(node: fx.Node) -> bool:
@@ -74,7 +78,7 @@ def _written_by_hand(node: fx.Node) -> bool:
     return isinstance(shifted.args[1], fx.Node) and op_name(shifted.args[1]) == "logsumexp"
 
 
-def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
+def _from_call(node: fx.Node, root: nn.Module, first: int) -> list[Match]:
     """Return the attention of one call, whose query is argument number ``first``.
 
     With ``first = 1`` it is a library's ``(module, query, key, value, attention_mask, ...)``, which
@@ -84,7 +88,7 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
     given: dict[str, Any] = dict(zip(names, node.args[first:], strict=False)) | dict(node.kwargs)
     heads = [given.get(n) for n in names[:3]]
     if not all(isinstance(h, fx.Node) for h in heads):
-        return None
+        return []
     scale = given.get("scaling" if first else "scale")
     context: fx.Node = node
     ports: dict[str, PortNode] = {}
@@ -98,55 +102,55 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> Match | None:
         ports["mask"] = PortNode(mask)
     query, key, val = (h for h in heads if isinstance(h, fx.Node))
     if not _contracts_features(query, root):
-        return None
+        return []
     found = assemble(node, root, query, key, val, context, ports, _float(scale))
-    if found is not None:
-        found.softcap, window = _float(given.get("softcap")), _float(given.get("sliding_window"))
-        found.window = None if window is None else int(window)
+    window = _float(given.get("sliding_window"))
+    for each in found:
+        each.softcap = _float(given.get("softcap"))
+        each.window = None if window is None else int(window)
     return found
 
 
-def _from_softmax(node: fx.Node, root: nn.Module) -> Match | None:
-    """Return the attention around a softmax, or None if it is not one."""
+def _from_softmax(node: fx.Node, root: nn.Module) -> list[Match]:
+    """Return the attention around a softmax; nothing if it is not one."""
     scores = next((n for n in node.all_input_nodes if is_activation(n)), None)
     if scores is None or value(scores).dim() < 3:
-        return None
+        return []
     product = _product_behind(scores, root)
     if product is None:
-        return None
+        return []
     operands = [n for n in product.all_input_nodes if is_activation(n)]
     if op_name(product) == "baddbmm":
         operands = operands[-2:]
     later = [node, *walk_forward(node, lambda n: op_name(n) in _SCORE_OPS)]
     weighted_sum = next((n for n in later if op_name(n) in PRODUCTS), None)
     if weighted_sum is None:
-        return None
+        return []
     values = [n for n in weighted_sum.all_input_nodes if is_activation(n) and n not in later]
     if not values:
-        return None
+        return []
     query, key = operands[0], _untransposed(operands[1], operands[0])
     if is_transposed(product, scores):
         query, key = _untransposed(operands[1], operands[0]), operands[0]
     if op_name(product) != "einsum" and not _contracts_features(query, root):
-        return None
+        return []
     weights = next(n for n in weighted_sum.all_input_nodes if n in later)
     if not _sums_over_normalised_axis(node, weights, weighted_sum):
-        return None
+        return []
     order = _einsum_order(product, query)
     found = assemble(
         node, root, query, key, values[0], weighted_sum, {"weights": PortNode(weights)},
         scalars_between(flow(product, scores)), order,
     )  # fmt: skip
-    if found is None:
-        return None
-    found.softmax_input = scores
-    _set_orders(found, product, weighted_sum, key is operands[1])
     caps = [n for n in flow(product, scores) if op_name(n) == "tanh"]
-    found.softcap = scalars_between(flow(caps[-1], scores)) if caps else None
-    found.nodes += [*flow(product, node), *flow(node, weighted_sum)]
     rows = value(query).permute(order) if order else value(query)
-    if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():
-        found.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
+    for each in found:
+        each.softmax_input = scores
+        _set_orders(each, product, weighted_sum, key is operands[1])
+        each.softcap = scalars_between(flow(caps[-1], scores)) if caps else None
+        each.nodes += [*flow(product, node), *flow(node, weighted_sum)]
+        if value(scores).shape[:-1].numel() != rows.shape[:-1].numel():
+            each.missing.setdefault("lse", "rows of its softmax are not those of its query heads")
     return found
 
 

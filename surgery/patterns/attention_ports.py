@@ -11,6 +11,7 @@ be used, and ``missing`` says so.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from itertools import takewhile
 
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from surgery.interop import base_children
 from surgery.patterns.dataflow import (
     ARITHMETIC,
+    PRODUCTS,
     VIEWS,
     flow,
     from_parameters,
@@ -32,7 +34,9 @@ from surgery.patterns.dataflow import (
 from surgery.patterns.layout import columns, split_rows, token_order
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection, walk_back
+from surgery.patterns.replay import replay_of
 from surgery.patterns.scores import before_rotation
+from surgery.patterns.streams import pair_outputs, streams_of
 
 PROJECTED_OPS = (
     VIEWS
@@ -72,8 +76,10 @@ def assemble(
     ports: dict[str, PortNode],
     scale: float | None,
     order: tuple[int, ...] | None = None,
-) -> Match | None:
-    """Return the match of an attention with all of its ports, or None if it is not one.
+) -> list[Match]:
+    """Return the match of an attention with all of its ports, one for each of its streams.
+
+    The result is empty if it is no attention.
 
     Args:
         core: the softmax, or the call that contains it.
@@ -82,66 +88,137 @@ def assemble(
         scale: the factor of the scores; None if it could not be read.
         order: the axes of ``query`` in the order (B, H, n, d); None if it is (B, H, n, d).
     """
+    if key is val and from_parameters(query):
+        return []  # learned weights over tensors, such as the outputs of layers: not an attention
     ports |= {
         "query_heads": PortNode(query),
         "key_heads": PortNode(key),
         "value_heads": PortNode(val),
         "context": PortNode(context),
     }
-    if key is val and from_parameters(query):
-        return None  # learned weights over tensors, such as the outputs of layers: not an attention
-    nodes, missing = [core, context], {}
-    for name, heads in (("query", query), ("key", key), ("value", val)):
-        ends, _, _ = walk_back(heads, root, partial(may_precede_heads, root))
-        if not ends:
-            continue
-        proj = next((end for end in ends if _home(end) == core.meta["owner"]), ends[0])
+    heads = {"query": query, "key": key, "value": val}
+    streams = streams_of(heads, root, partial(may_precede_heads, root))
+    outputs = _outputs(context, core, root)
+    if not streams:
+        chosen = {name: _nearest(node, core, root) for name, node in heads.items()}
+        streams = [{name: proj for name, proj in chosen.items() if proj is not None}]
+        paired = {0: outputs[0]} if outputs else {}
+    else:
+        paired = pair_outputs(streams, outputs, query, context)
+    base = Match("attention", str(core.meta["owner"]), core, ports, [core, context], scale)
+    base.order = order
+    return [
+        _stream(base, number if len(streams) > 1 else 0, own, paired.get(number - 1), root)
+        for number, own in enumerate(streams, 1)
+    ]
+
+
+def _nearest(heads: fx.Node, core: fx.Node, root: nn.Module) -> Projection | None:
+    """Return the projection that makes heads, one of the attention's own module first."""
+    ends, _, _ = walk_back(heads, root, partial(may_precede_heads, root))
+    own = (end for end in ends if _home(end) == core.meta["owner"])
+    return next(own, ends[0] if ends else None)
+
+
+def _stream(
+    base: Match, number: int, own: dict[str, Projection], out: Projection | None, root: nn.Module
+) -> Match:
+    """Return the match of one stream: ``base`` with the ports of its own projections.
+
+    Nodes and ports of the attention that the streams share stay the same objects.
+    """
+    found = dataclasses.replace(
+        base, ports=dict(base.ports), nodes=list(base.nodes), stream=number,
+        uncounted_virtual=[], missing={},
+    )  # fmt: skip
+    ports, core = found.ports, found.core
+    query, key, context = (ports[n].node for n in ("query_heads", "key_heads", "context"))
+    if number > 1:
+        found.key += f"#stream{number}"
+    for name, proj in own.items():
+        heads = ports[f"{name}_heads"].node
         if _in_another_layer(proj, core, root):
-            missing[name] = "another layer computes it"
+            found.missing[name] = "another layer computes it"
             continue
-        node, chosen = columns(proj, heads)
+        node, chosen = columns(proj, heads, root)
         fused = len(chosen) < proj.width
         exact = node is not proj.node or not fused
-        ports[name] = PortNode(node, proj, None if exact else chosen, chosen if fused else None)
-        nodes += flow(proj.node, heads)
+        ports[name] = PortNode(
+            node, proj, None if exact else chosen, chosen if fused else None,
+            channels_first=proj.channels_first,
+        )  # fmt: skip
+        found.nodes += flow(proj.node, heads)
         if name == "query":
             ports["query_unrotated"] = PortNode(before_rotation(proj.node, query))
     if "query" in ports and ports["query"].projection:
-        ports["input"] = PortNode(ports["query"].projection.source)
+        ports["input"] = input_of(ports["query"].projection)
     ports.setdefault("query_unrotated", PortNode(query))
-    n_heads, kv_heads = _count_heads(query, ports, order), _count_heads(key, ports, order)
-    ports["output"] = _output(context, core, root)
-    out = ports["output"].projection
-    ports["merged"] = PortNode(out.source if out else ports["output"].node)
-    nodes += flow(context, ports["output"].node)
-    found = Match(
-        "attention", str(core.meta["owner"]), core, ports, nodes, scale, heads=n_heads,
-        kv_heads=kv_heads, order=order, missing=missing,
-    )  # fmt: skip
-    set_rows(found)
+    order = found.order
+    found.heads, found.kv_heads = _count_heads(query, ports, order), _count_heads(key, ports, order)
+    if out is not None:
+        ports["output"] = PortNode(out.node, out, channels_first=out.channels_first)
+        ports["merged"] = _merged(context, out)
+    elif number:
+        ports["output"], ports["merged"] = PortNode(context), PortNode(context)
+        found.missing["lse"] = "no output of its own stream is computed"
+    else:
+        ports["output"] = _without_projection(context, core, root)
+        ports["merged"] = PortNode(ports["output"].node)
+    found.nodes += flow(context, ports["output"].node)
+    if "lse" not in found.missing:
+        set_rows(found)
     return found
 
 
-def _output(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
-    """Return the output port: the first projection behind the context, or else the merged heads."""
+def _merged(context: fx.Node, out: Projection) -> PortNode:
+    """Return the merged heads: what the output projection reads, or the heads' part of it.
 
-    def passes(node: fx.Node) -> bool:
-        if op_name(node) in _SUMS:  # parts of this attention, not the residual stream
-            parts = [n for n in inputs(node) if is_activation(n)]
-            return len(parts) > 1 and all(core in upstream(n) for n in parts)
-        return op_name(node) in _CONTEXT_OPS and projection(node, root) is None
+    A block that computes attention and FFN side by side concatenates both in front of one output
+    projection.
+    """
+    whole = input_of(out)
+    if value(context).numel() == value(out.source).numel() or op_name(out.source) != "cat":
+        return whole
+    chain = [n for n in flow(context, out.source)[1:-1] if isinstance(value(n), Tensor)]
+    if not chain or value(chain[-1]).dim() != value(out.source).dim():
+        return whole
+    return dataclasses.replace(whole, node=chain[-1])
 
-    later = walk_forward(context, passes)
-    out = next((p for n in later if (p := projection(n, root))), None)
-    if out is None:  # no output projection: the merged heads are the output
-        merged = [n for n in later if op_name(n) in VIEWS and is_activation(n)]
-        return PortNode(merged[-1] if merged else context)
-    after = walk_forward(out.node, lambda n: op_name(n) in VIEWS)
-    for node in after:  # a projection of two factors: the second makes the output
-        second = projection(node, root)
-        if second and _home(second) == _home(out) and second.node.op == out.node.op:
-            return PortNode(second.node, second)
-    return PortNode(out.node, out)
+
+def _passes_context(core: fx.Node, root: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation may stand between the context and the output projection."""
+    if op_name(node) in _SUMS:  # parts of this attention, not the residual stream
+        parts = [n for n in inputs(node) if is_activation(n)]
+        return len(parts) > 1 and all(core in upstream(n) for n in parts)
+    return op_name(node) in _CONTEXT_OPS and projection(node, root) is None
+
+
+def _outputs(context: fx.Node, core: fx.Node, root: nn.Module) -> list[Projection]:
+    """Return the first projections behind the context; of one in two factors, the second."""
+    later = walk_forward(context, partial(_passes_context, core, root))
+    found = []
+    for out in (p for n in later if (p := projection(n, root))):
+        after = walk_forward(out.node, lambda n: op_name(n) in VIEWS)
+        second = (p for n in after if (p := projection(n, root)) and _are_factors(out, p))
+        found.append(next(second, out))
+    return found
+
+
+def _are_factors(first: Projection, second: Projection) -> bool:
+    """Whether two projections are the factors of one: of one module, and written alike."""
+    return _home(second) == _home(first) and second.node.op == first.node.op
+
+
+def _without_projection(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
+    """Return the output of an attention without output projection: the merged heads."""
+    later = walk_forward(context, partial(_passes_context, core, root))
+    merged = [n for n in later if op_name(n) in VIEWS and is_activation(n)]
+    return PortNode(merged[-1] if merged else context)
+
+
+def input_of(proj: Projection) -> PortNode:
+    """Return the input of a projection as a port."""
+    return PortNode(proj.source, channels_first=proj.channels_first)
 
 
 def _home(proj: Projection) -> str:
@@ -178,18 +255,34 @@ def set_rows(found: Match) -> None:
             return x.permute(found.order)
         return x if x.dim() != 3 or not found.heads else split_rows(x, found.heads)
 
-    tokens = value(output.node)
+    tokens = output.tokens
     if proj is None:
         rows = split(value(heads))
-        merged = found.heads * value(ports["context"].node).shape[-1]
+        width = found.heads * value(ports["context"].node).shape[-1]
         fits = rows.dim() == 4 and rows.shape[0] * rows.shape[2] == tokens.shape[:-1].numel()
-        fits &= output.projection is not None or tokens.shape[-1] == merged
+        fits &= output.projection is not None or tokens.shape[-1] == width
         order = "batch first" if fits else ""
     else:
         order = token_order(proj, heads, split, tokens)
-    output.sequence_first = ports["merged"].sequence_first = order == "sequence first"
-    if not order:
+    merged = ports["merged"]
+    output.sequence_first = merged.sequence_first = order == "sequence first"
+    if not order and found.order is None and _weights_come_first(found):
+        context, query = ports["context"].node, ports["query_heads"].node
+        found.replay = replay_of(context, query, merged.node, merged.channels_first)
+    if found.replay is not None:
+        found.heads = found.replay.heads
+    elif not order:
         found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
+
+
+def _weights_come_first(found: Match) -> bool:
+    """Whether the context is (weights) V, so that its rows are those of the query heads."""
+    context = found.ports["context"].node
+    if op_name(context) not in PRODUCTS or "weights" not in found.ports:
+        return True
+    return (
+        next(n for n in context.all_input_nodes if is_activation(n)) is found.ports["weights"].node
+    )
 
 
 def _count_heads(heads: fx.Node, ports: dict[str, PortNode], order: tuple[int, ...] | None) -> int:

@@ -9,6 +9,8 @@ weights, counts as an FFN as it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -24,7 +26,13 @@ from surgery.patterns.dataflow import (
     walk_forward,
 )
 from surgery.patterns.match import Match, PortNode
-from surgery.patterns.projection import Projection, projection, stacks_weights, walk_back
+from surgery.patterns.projection import (
+    Projection,
+    is_convolution,
+    projection,
+    stacks_weights,
+    walk_back,
+)
 
 _FFN_OPS = (
     ACTIVATIONS
@@ -41,7 +49,9 @@ _RESIDUAL_OPS = VIEWS | frozenset(
 
 def match_ffn(down: Projection, root: nn.Module) -> Match | None:
     """Return the FFN whose last projection is ``down``, or None if there is none."""
-    ends, between, others = walk_back(down.source, root, lambda n: op_name(n) in _FFN_OPS)
+    ends, between, others = walk_back(
+        down.source, root, lambda n: op_name(n) in _FFN_OPS and not _mixes_features(n, root)
+    )
     if not ends or others or not any(_is_nonlinear(n, root) for n in between):
         return None
     sources = {origin(end.source) for end in ends}
@@ -52,18 +62,26 @@ def match_ffn(down: Projection, root: nn.Module) -> Match | None:
     if len(sources) != 1 or ends[0].in_width != down.width:
         return None
     ports = {
-        "input": PortNode(sources.pop()),
-        "activation": PortNode(down.source),
-        "output": PortNode(down.node, down),
+        "input": PortNode(sources.pop(), channels_first=ends[0].channels_first),
+        "activation": PortNode(down.source, channels_first=down.channels_first),
+        "output": PortNode(down.node, down, channels_first=down.channels_first),
     }
     gated = len(ends) == 2
     if gated:  # the gate is the projection that goes through the nonlinearity
         ends = sorted(ends, key=lambda e: not _passes_nonlinearity(e.node, down.source, root))
     for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
-        ports[name] = PortNode(end.node, end)
+        ports[name] = PortNode(end.node, end, channels_first=end.channels_first)
     nodes = [down.node, *(end.node for end in ends), *between]
     key = down.module or str(down.node.meta["owner"])
     return Match("ffn", key, down.node, ports, nodes)
+
+
+def _mixes_features(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is a convolution that mixes features: not a depthwise one."""
+    if node.op != "call_module":
+        return False
+    module: Any = root.get_submodule(str(node.target))
+    return is_convolution(module) and module.groups == 1
 
 
 def _reads_a_projection(end: Projection, sources: set[fx.Node], root: nn.Module) -> bool:
@@ -80,7 +98,7 @@ def match_experts(node: fx.Node, root: nn.Module) -> Match | None:
     if node.op != "call_module":
         return None
     module, out = root.get_submodule(str(node.target)), value(node)
-    if isinstance(module, nn.modules.conv._ConvNd) or not stacks_weights(module):
+    if is_convolution(module) or not stacks_weights(module):
         return None
     source = next((n for n in inputs(node) if is_activation(n)), None)
     if source is None or value(source).numel() != out.numel():
@@ -106,7 +124,9 @@ def _is_nonlinear(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
         return False
     module = root.get_submodule(str(node.target))
-    if isinstance(module, (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten)):
+    affine = (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, nn.modules.batchnorm._BatchNorm)
+    shapes = [getattr(value(n), "shape", None) for n in (node, *inputs(node)[:1])]
+    if isinstance(module, affine) or shapes[0] != shapes[-1]:
         return False
     return not any(True for _ in module.parameters()) or _is_elementwise(module, node)
 

@@ -35,7 +35,7 @@ from torch import Tensor, fx, nn
 
 from surgery.interop import is_integer_tensor, real_tensors
 from surgery.patterns.attention import match_attention
-from surgery.patterns.attention_ports import set_rows
+from surgery.patterns.attention_ports import input_of, set_rows
 from surgery.patterns.dataflow import is_activation, op_name, value
 from surgery.patterns.ffn import match_experts, match_ffn
 from surgery.patterns.match import Match, PortNode
@@ -59,9 +59,7 @@ def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
 
 def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
     """Return the matches of a graph, unnumbered; a projection of an attention ends no FFN."""
-    attention = _join_parts(
-        [match for node in graph.nodes if (match := match_attention(node, root)) is not None]
-    )
+    attention = _join_parts([m for node in graph.nodes for m in match_attention(node, root)])
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
         match
@@ -90,7 +88,10 @@ def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> lis
             "linear",
             proj.module,
             proj.node,
-            {"input": PortNode(proj.source), "output": PortNode(proj.node, proj)},
+            {
+                "input": input_of(proj),
+                "output": PortNode(proj.node, proj, channels_first=proj.channels_first),
+            },
         )
         for proj in found
         if proj.node not in taken and proj.node not in inside
@@ -125,9 +126,10 @@ def _join_parts(matches: list[Match]) -> list[Match]:
     Calls on chunks of one sequence become one match with these calls as its ``parts``. Calls with
     the same queries and keys, each on a part of the values, become one match of the first core.
     """
-    groups: dict[fx.Node, list[Match]] = {}
+    groups: dict[Any, list[Match]] = {}
     for match in matches:
-        groups.setdefault(match.ports["output"].node, []).append(match)
+        alone = id(match) if match.stream else match.ports["output"].node
+        groups.setdefault(alone, []).append(match)
     joined: list[Match] = []
     for parts in groups.values():
         if len(parts) > 1 and _share_scores(parts):

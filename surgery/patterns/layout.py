@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
     ELEMENTWISE,
@@ -25,10 +25,10 @@ from surgery.patterns.dataflow import (
     op_name,
     value,
 )
-from surgery.patterns.projection import Projection
+from surgery.patterns.projection import Projection, features_last, is_convolution
 
 
-def columns(proj: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
+def columns(proj: Projection, end: fx.Node, root: nn.Module) -> tuple[fx.Node, list[int]]:
     """Return which columns of a projection's output flow into ``end``, in any layout.
 
     Where labels are lost, all columns that reach that place count.
@@ -50,7 +50,9 @@ def columns(proj: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
         if source is not None:
             labels[node] = labels.get(source)
         elif op_name(node) in VIEWS:
-            labels[node] = _rearrange_labels(node, labels)
+            labels[node] = rearrange_labels(node, labels)
+        elif _keeps_channels(node, root):
+            labels[node] = _channel_labels(node, labels)
         if labels.get(node) is None:
             labels.pop(node, None)
             sources = [n for n in inputs(node) if isinstance(labels.get(n), Tensor)]
@@ -60,19 +62,30 @@ def columns(proj: Projection, end: fx.Node) -> tuple[fx.Node, list[int]]:
     chosen = sorted(reached) or list(range(width))
     if len(chosen) == width:
         return start, chosen
-    shape = (*value(start).shape[: -proj.axes], len(chosen))
+    shape = (*proj.tokens, len(chosen))
     for node, label in labels.items():
-        if isinstance(label, Tensor) and tuple(label.shape) == shape:
-            if torch.unique(label).tolist() == chosen:
-                return node, label.reshape(-1, len(chosen))[0].tolist()
+        if not isinstance(label, Tensor) or label.dim() < 2:
+            continue
+        label = features_last(label, proj.channels_first)
+        if tuple(label.shape) == shape and torch.unique(label).tolist() == chosen:
+            return node, label.reshape(-1, len(chosen))[0].tolist()
     return start, chosen
 
 
 def features(proj: Projection) -> Tensor:
     """Return labels for the output of a projection: each feature's number, in its shape."""
-    shape = value(proj.node).shape
-    numbers = torch.arange(proj.width, dtype=torch.int32).reshape(shape[-proj.axes :])
-    return numbers.expand(shape)
+    numbers = torch.arange(proj.width, dtype=torch.int32)
+    shape = features_last(value(proj.node), proj.channels_first).shape
+    labels = numbers.reshape(shape[-proj.axes :]).expand(shape)
+    return labels.movedim(-1, 1) if proj.channels_first else labels
+
+
+def token_numbers(proj: Projection) -> Tensor:
+    """Return labels for the output of a projection: each token's number, in its shape."""
+    tokens = proj.tokens
+    numbers = torch.arange(tokens.numel(), dtype=torch.int32).reshape(*tokens, *[1] * proj.axes)
+    labels = numbers.expand(features_last(value(proj.node), proj.channels_first).shape)
+    return labels.movedim(-1, 1) if proj.channels_first else labels
 
 
 def _keeps_all_elements(start: fx.Node, end: fx.Node) -> bool:
@@ -84,7 +97,28 @@ def _keeps_all_elements(start: fx.Node, end: fx.Node) -> bool:
     return not any(op_name(node) in copies for node in flow(start, end))
 
 
-def _rearrange_labels(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+def _keeps_channels(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is a module that keeps channels apart: batch norm, depthwise convolution."""
+    if node.op != "call_module":
+        return False
+    module: Any = root.get_submodule(str(node.target))
+    if is_convolution(module):
+        return bool(module.groups == module.in_channels == module.out_channels)
+    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout, nn.Identity))
+
+
+def _channel_labels(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+    """Return labels behind a module that keeps channels apart, (B, C, ...); None if lost."""
+    label, shape = labels.get(inputs(node)[0]), value(node).shape
+    if not isinstance(label, Tensor) or label.shape == shape:
+        return label
+    first = label[(slice(None), slice(None), *[slice(0, 1)] * (label.dim() - 2))]
+    if label.shape[:2] != shape[:2] or bool((label != first).any()):
+        return None
+    return first.expand(shape)
+
+
+def rearrange_labels(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
     """Run one rearrangement on the labels of its input; None if that is impossible."""
     if not inputs(node) or labels.get(inputs(node)[0]) is None:
         return None  # the labelled tensor gives only its dtype or shape, as in view_as(other)
@@ -116,7 +150,7 @@ def propagate_labels(start: fx.Node, label: Tensor, end: fx.Node) -> Tensor | No
         if source is not None:
             labels[node] = labels.get(source)
         elif op_name(node) in VIEWS:
-            labels[node] = _rearrange_labels(node, labels)
+            labels[node] = rearrange_labels(node, labels)
         elif op_name(node) in ELEMENTWISE:
             shape = getattr(value(node), "shape", None)
             known = [labels[n] for n in inputs(node) if isinstance(labels.get(n), Tensor)]
@@ -148,11 +182,11 @@ def token_order(proj: Projection, heads: fx.Node, split: Any, output: Tensor) ->
         ``batch first`` for an output (B, n, D), ``sequence first`` for (n, B, D), and "" if rows
         (B, H, n) are not the tokens of the output.
     """
-    tokens = value(proj.node).shape[: -proj.axes]
+    tokens = proj.tokens
     if output.shape[:-1].numel() != tokens.numel():
         return ""
-    numbers = torch.arange(tokens.numel(), dtype=torch.int32).reshape(*tokens, *[1] * proj.axes)
-    rows = propagate_labels(proj.node, numbers.expand(value(proj.node).shape), heads)
+    numbers = torch.arange(tokens.numel(), dtype=torch.int32)
+    rows = propagate_labels(proj.node, token_numbers(proj), heads)
     if rows is None:  # the labels are lost in between: decide by the shapes alone
         rows = value(heads)
         return "batch first" if _has_rows_of_tokens(split(rows), tokens.numel()) else ""
@@ -160,9 +194,9 @@ def token_order(proj: Projection, heads: fx.Node, split: Any, output: Tensor) ->
     if not _has_rows_of_tokens(rows, tokens.numel()) or varies(rows, 1) or varies(rows, 3):
         return ""
     tokens_of_rows = rows[:, 0, :, 0]  # (B, n)
-    if torch.equal(tokens_of_rows.flatten(), numbers.flatten()):
+    if torch.equal(tokens_of_rows.flatten(), numbers):
         return "batch first"
-    transposed = torch.equal(tokens_of_rows.t().flatten(), numbers.flatten())
+    transposed = torch.equal(tokens_of_rows.t().flatten(), numbers)
     return "sequence first" if transposed and output.dim() in (2, 3) else ""
 
 

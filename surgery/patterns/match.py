@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from surgery.patterns.dataflow import value
-from surgery.patterns.projection import Projection
+from surgery.patterns.projection import Projection, features_last
+from surgery.patterns.replay import Replay
 
 
 @dataclass
@@ -23,6 +24,7 @@ class PortNode:
         columns: the port's columns of ``node``; None is all of them.
         features: the port's columns of its projection's output; None is all of them.
         sequence_first: ``node`` is (n, B, D), where everything else has the batch first.
+        channels_first: ``node`` is (B, D, h, w), as convolutions have it.
         own: once the port has been fed, the call of its projection that only this port reads.
     """
 
@@ -31,6 +33,7 @@ class PortNode:
     columns: list[int] | None = None
     features: list[int] | None = None
     sequence_first: bool = False
+    channels_first: bool = False
     own: fx.Node | None = None
 
     @property
@@ -39,7 +42,12 @@ class PortNode:
         if self.columns:
             return len(self.columns)
         whole = self.projection is not None and self.node is self.projection.node
-        return self.projection.width if whole else int(value(self.node).shape[-1])  # type: ignore[union-attr]
+        return self.projection.width if whole else int(self.tokens.shape[-1])  # type: ignore[union-attr]
+
+    @property
+    def tokens(self) -> Tensor:
+        """The value of the node, with its features as the last axis."""
+        return features_last(value(self.node), self.channels_first)
 
 
 @dataclass
@@ -62,6 +70,11 @@ class Match:
         orders: likewise for ``key_heads`` and ``value_heads``, (B, G, m, d).
         totals: for each inserted module with a ``total_lse`` that the lse does not count yet, its
             name in the host and the nodes that it reads.
+        stream: the number of its stream, from 1, if it is one of several; else 0.
+        replay: how the context becomes the merged heads, if rows of the query heads are not the
+            output's tokens in order.
+        exposed: the node of the logsumexp that the attention call returns, once it is exposed;
+            the streams of one attention share the list.
         missing: ports that the site lacks, and why.
     """
 
@@ -80,6 +93,9 @@ class Match:
     order: tuple[int, ...] | None = None
     head_orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uncounted_virtual: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
+    stream: int = 0
+    replay: Replay | None = None
+    exposed: list[fx.Node] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
     def is_site(self, kind: str, key: str) -> bool:

@@ -1,7 +1,8 @@
-"""Recognise a learned linear map of the last axis in a graph, however it is written.
+"""Recognise a learned linear map of each token in a graph, however it is written.
 
 A projection is a childless module with one matrix (``nn.Linear``, a quantised layer, one with its
-own low-rank update), or a product with a weight: ``linear``, ``matmul``, ``addmm`` or ``einsum``.
+own low-rank update), a product with a weight (``linear``, ``matmul``, ``addmm`` or ``einsum``), or
+a convolution of one position, whose features are axis 1 instead of the last.
 Classes and names play no role. A module's matrix is recognised by its shape; whether the module
 computes ``x W + b`` and nothing else is checked on the example values (:func:`weight_of`).
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.interop import base_children
@@ -27,7 +30,7 @@ from surgery.patterns.dataflow import (
 
 @dataclass(frozen=True)
 class Projection:
-    """A learned map of the last axis, such as a linear layer.
+    """A learned map of the features of each token, such as a linear layer.
 
     Attributes:
         node, source: the nodes of its output and of its input.
@@ -36,6 +39,8 @@ class Projection:
             einsum may have two, (heads, d).
         module: the path of the module that computes it; empty if the forward uses the weight
             itself.
+        channels_first: the features of input and output are axis 1, (B, D, h, w), as a
+            convolution has them.
     """
 
     node: fx.Node
@@ -45,6 +50,18 @@ class Projection:
     in_axes: int = 1
     axes: int = 1
     module: str = ""
+    channels_first: bool = False
+
+    @property
+    def tokens(self) -> torch.Size:
+        """The axes of the output that are not features, in order."""
+        shape: torch.Size = features_last(value(self.node), self.channels_first).shape
+        return shape[: -self.axes]
+
+
+def features_last(x: Tensor, channels_first: bool) -> Tensor:
+    """Return ``x`` with its features as the last axis: (B, D, h, w) -> (B, h, w, D)."""
+    return x.movedim(1, -1) if channels_first else x
 
 
 def projection(node: fx.Node, root: nn.Module) -> Projection | None:
@@ -58,14 +75,51 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
         source = next((n for n in caller.all_input_nodes if _is_float(n)), None)
         if source is None or not value(source).dim():
             return None
+        if is_convolution(module):
+            weight, stride = module.weight, module.stride
+            return _of_convolution(node, source, weight, stride, str(caller.target))
         if not _maps_last_axis(module, value(source).shape[-1], out.shape[-1]):
             return None
         return _as_projection(node, source, str(caller.target))
+    if op_name(node) in ("conv1d", "conv2d", "conv3d"):
+        return _of_functional_convolution(node)
     found = _input_of_product(node)
     if found is None:
         return None
     axes = _einsum_axes(node, found) if op_name(node) == "einsum" else (1, 1)
     return _as_projection(node, found, "", *axes)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution of any kind."""
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _of_convolution(
+    node: fx.Node, source: fx.Node, weight: Any, stride: Any, path: str
+) -> Projection | None:
+    """Return the projection that a convolution of one position is; None for any other.
+
+    A depthwise one, with a weight (D, 1, 1, 1), maps no features to others.
+    """
+    x, out = value(source).shape, value(node).shape
+    sizes = (*weight.shape[2:], *(stride if isinstance(stride, (tuple, list)) else (stride,)))
+    if any(size != 1 for size in sizes) or len(x) != weight.dim() or x[2:] != out[2:]:
+        return None
+    if weight.shape[1] == 1 and x[1] > 1:
+        return None
+    return Projection(node, source, x[1], out[1], module=path, channels_first=True)
+
+
+def _of_functional_convolution(node: fx.Node) -> Projection | None:
+    """Return the projection of a call such as ``F.conv2d(x, weight, bias, stride)``."""
+    given = dict(zip(("input", "weight", "bias", "stride"), node.args, strict=False))
+    given |= dict(node.kwargs)
+    source, weight = given.get("input"), given.get("weight")
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node) or not is_weight(weight):
+        return None
+    stride = given.get("stride", 1)
+    return _of_convolution(node, source, value(weight), stride, "")
 
 
 def _input_of_product(node: fx.Node) -> fx.Node | None:
@@ -90,73 +144,6 @@ def is_weight(node: fx.Node) -> bool:
 def _is_float(node: fx.Node) -> bool:
     """Whether the value of a node is a floating-point tensor."""
     return isinstance(value(node), Tensor) and bool(value(node).is_floating_point())
-
-
-def bias_of(proj: Projection, root: nn.Module) -> str | fx.Node | None:
-    """Return the bias that a projection adds, None if there is none.
-
-    Returns:
-        the name of a parameter of a module, or the node of a bias that the forward uses itself.
-    """
-    if proj.module:
-        bias = getattr(root.get_submodule(proj.module), "bias", None)
-        plain = isinstance(bias, Tensor) and bias.shape == (proj.width,)
-        return f"{proj.module}.bias" if plain else None
-    name, args = op_name(proj.node), proj.node.args
-    found: object = None
-    if name == "linear":
-        found = args[2] if len(args) > 2 else proj.node.kwargs.get("bias")
-    elif name == "addmm":
-        found = args[0]
-    return found if isinstance(found, fx.Node) and is_weight(found) else None
-
-
-def weight_of(proj: Projection, root: nn.Module) -> tuple[str, bool]:
-    """Return the name of a projection's matrix, and whether that is (out, in).
-
-    The name is empty unless the projection is ``x W + b`` with one floating-point matrix W. The
-    shape of a matrix does not show this: a module may scale its output, or add a low-rank update,
-    and a square matrix may be used either way. So up to 16 features of one token are computed again
-    in float64 and compared with the example's output. On the meta device only the shape counts.
-    """
-    if proj.module:
-        own = root.get_submodule(proj.module).named_parameters(recurse=False)
-        names = [f"{proj.module}.{name}" for name, p in own if p.dim() == 2]
-    else:
-        weights = [n for n in proj.node.all_input_nodes if n.op == "get_attr"]
-        names = [str(n.target) for n in weights if value(n).dim() == 2]
-    widths = (proj.in_width, proj.width)
-    if len(names) != 1 or proj.in_axes != 1 or proj.axes != 1:
-        return "", False
-    weight = _attribute(root, names[0])
-    fits = [t for t in (False, True) if tuple(weight.shape)[:: -1 if t else 1] == widths]
-    plain = type(weight) in (Tensor, nn.Parameter)  # a quantised one may have no product of its own
-    if not plain or not weight.is_floating_point() or not fits:
-        return "", False
-    x, y = value(proj.source), value(proj.node)
-    if x.is_meta:  # no values: only a matrix that is not square is clear
-        return (names[0], fits[0]) if len(fits) == 1 else ("", False)
-    if weight.device != x.device or not x.numel():
-        return "", False
-    bias = bias_of(proj, root)
-    shift = _attribute(root, bias) if isinstance(bias, str) else value(bias) if bias else None
-    bound = 0.05 if y.dtype.itemsize == 2 else 5e-3  # bfloat16, TF32
-    x, y = x.detach().flatten(0, -2)[0].double(), y.detach().flatten(0, -2)[0].double()
-    some = slice(0, 16)  # the first features
-    added = 0.0 if shift is None else shift.detach()[some].double()
-    for transposed in fits:
-        matrix = (weight[some].T if transposed else weight[:, some]).detach().double()
-        gap = (x @ matrix + added - y[some]).abs().max()
-        if gap <= bound * y[some].abs().max().clamp(min=1e-6):
-            return names[0], transposed
-    return "", False
-
-
-def _attribute(root: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer by its dotted name; a parametrized one is computed."""
-    owner, _, last = name.rpartition(".")
-    found: Tensor = getattr(root.get_submodule(owner), last)
-    return found
 
 
 def input_of_call(call: fx.Node) -> fx.Node:
@@ -217,13 +204,13 @@ def _einsum_axes(node: fx.Node, source: fx.Node) -> tuple[int, int]:
 def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
     """Whether a childless module owns a matrix between two widths, and maps each token by itself.
 
-    Convolutions and recurrent layers mix tokens.
+    Recurrent layers mix tokens; convolutions are told by :func:`_of_convolution`.
 
     Several matrices count if one has the input's width and one the output's: a low-rank pair. A
     quantised matrix is an integer tensor packed in any shape, so its shape is not compared.
     """
-    mixes = (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase)
-    if base_children(module) or isinstance(module, mixes):
+    mixes = is_convolution(module) or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    if base_children(module) or mixes:
         return False
     if stacks_weights(module):
         return False

@@ -3,7 +3,7 @@
 from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
-from surgery.plugin.frozen_parts import Reference, frozen_inside, referred
+from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
     AddsOnto,
@@ -50,6 +50,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "adds_onto",
+    "as_matrix",
     "draw_by_name",
     "frozen_inside",
     "hookimpl",

@@ -65,7 +65,7 @@ class FrozenProjection:
 
     def matrix(self) -> Tensor:
         """Return W (in_width, width) as the base has it now."""
-        weight: Tensor = getattr(*self._weight).detach()
+        weight = as_matrix(getattr(*self._weight).detach())
         return (weight.T if self.transposed else weight)[:, self._chosen()]
 
     def bias(self) -> Tensor | None:
@@ -78,6 +78,11 @@ class FrozenProjection:
     def __call__(self, x: Tensor) -> Tensor:
         y, bias = x @ self.matrix().to(x.dtype), self.bias()
         return y if bias is None else y + bias.to(x.dtype)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return a weight (out, in, 1, 1) of a convolution as (out, in), and a matrix as it is."""
+    return weight.flatten(1) if weight.dim() > 2 else weight
 
 
 def frozen_inside(module: nn.Module) -> Iterator[FrozenProjection]:

@@ -30,9 +30,18 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import PortError
-from surgery.patterns import Match, PortNode, bias_of, input_of_call, module_call_of, value
+from surgery.patterns import (
+    Match,
+    PortNode,
+    Projection,
+    bias_of,
+    input_of_call,
+    module_call_of,
+    value,
+)
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
 from surgery.rewrite.casts import as_module_takes, cast, needed_cast
+from surgery.rewrite.channels import as_channels, features_to_the_end, tokens_of
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
     add,
@@ -66,6 +75,7 @@ def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module
 
 def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     """Insert, add or replace at a port, and let the match's ports name the new node."""
+    features_to_the_end(match)
     port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
     module = root.get_submodule(child)
@@ -133,7 +143,7 @@ def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, 
     """Return shape and dtype of an edit's port in every match of its site."""
     ports = [m.ports[edit.port] for m in matches if m.is_site(edit.kind, edit.site)
              and edit.port in m.ports]  # fmt: skip
-    values: list[torch.Tensor] = [value(port.node) for port in ports]
+    values = [tokens_of(value(p.node)) if p.channels_first else value(p.node) for p in ports]
     return [
         (torch.Size((*v.shape[:-1], len(port.columns))) if port.columns else v.shape, v.dtype)
         for v, port in zip(values, ports, strict=True)
@@ -151,6 +161,7 @@ def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
 
     A fused projection makes other ports, too, so the port first gets a call of its own.
     """
+    features_to_the_end(match)
     port = match.ports[edit.port]
     projection = port.projection
     assert projection is not None  # Port.feed refuses a port that no projection makes
@@ -161,11 +172,15 @@ def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
     source = input_of_call(port.own)
     dtype = needed_cast(source, root.get_submodule(child))
     with graph.inserting_before(port.own):
-        if dtype is None:
-            fed = graph.call_module(child, (source,))
-        else:
-            taken = graph.call_function(cast, (source, dtype))
-            fed = graph.call_module(child, (taken,))
+        taken = source
+        if projection.channels_first:
+            taken = graph.call_function(tokens_of, (source,))
+        if dtype is not None:
+            taken = graph.call_function(cast, (taken, dtype))
+        fed = graph.call_module(child, (taken,))
+        if projection.channels_first:
+            fed = graph.call_function(as_channels, (fed, source))
+        if dtype is not None:
             fed = graph.call_function(put, (source, fed))
     fed.meta.update(value=source.meta.get("value"), owner=source.meta.get("owner"))
     port.own.replace_input_with(source, fed)
@@ -233,7 +248,7 @@ def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
             take = column_functions(port.columns, device_of(port)).take
             return port.node.graph.call_function(take, (port.node,))
     if name.endswith(".source") and port.projection is not None:
-        return _flat(port.projection.source, port.projection.in_axes)
+        return _source(port.projection)
     return port.node
 
 
@@ -259,12 +274,17 @@ def total_lse(module: Any, *reads: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _flat(node: fx.Node, axes: int) -> fx.Node:
-    """Return ``node`` with its last ``axes`` axes flattened into one."""
-    if axes == 1:
+def _source(projection: Projection) -> fx.Node:
+    """Return what a projection reads, with its features as one last axis."""
+    node = projection.source
+    if projection.in_axes == 1 and not projection.channels_first:
         return node
     with node.graph.inserting_after(node):
-        return node.graph.call_method("flatten", (node, -axes))
+        if projection.channels_first:
+            tokens = node.graph.call_function(tokens_of, (node,))
+            tokens.meta.update(value=tokens_of(value(node)), owner=node.meta.get("owner"))
+            return tokens
+        return node.graph.call_method("flatten", (node, -projection.in_axes))
 
 
 def require_applied(done: bool, edit: Edit, path: str) -> None:

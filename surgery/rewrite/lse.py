@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from surgery.attention import attention, logsumexp, with_lse
 from surgery.patterns import Match, inputs, is_row_maximum, op_name, split_rows, value
 from surgery.rewrite.nodes import reorder, rows_like, tokens_like
+from surgery.rewrite.replays import replayed_heads, replayed_lse, tokens_in_a_row
 
 
 def expose_lse(match: Match) -> fx.Node:
@@ -24,6 +25,8 @@ def expose_lse(match: Match) -> fx.Node:
 
     An attention that is computed in chunks of its queries gets the chunks' lse, concatenated.
     """
+    if match.replay is not None:
+        return replayed_lse(_expose_one(match), match)
     if not match.parts:
         return _with_heads(_expose_one(match), match)
     rows = [_with_heads(_expose_one(part), part) for part in match.parts]
@@ -35,6 +38,8 @@ def expose_lse(match: Match) -> fx.Node:
 
 def split_heads(heads: fx.Node, match: Match) -> fx.Node:
     """Return query heads as (B, H, n, d)."""
+    if match.replay is not None:
+        return replayed_heads(heads, match)
     if match.order is not None:
         with heads.graph.inserting_after(heads):
             return heads.graph.call_function(reorder, (heads, match.order))
@@ -59,6 +64,9 @@ def key_heads(name: str, match: Match) -> fx.Node:
 def merged_tokens(match: Match) -> fx.Node:
     """Return the merged heads as (B, n, H d)."""
     port = match.ports["merged"]
+    if match.replay is not None:
+        with port.node.graph.inserting_after(port.node):
+            return port.node.graph.call_function(tokens_in_a_row, (port.node,))
     heads = split_heads(match.ports["query_heads"].node, match)
     graph = heads.graph
     with graph.inserting_after(max(heads, port.node)):
@@ -94,6 +102,13 @@ def _split_lse(lse: Tensor, n_heads: int) -> Tensor:
 
 def _expose_one(match: Match) -> fx.Node:
     """Add the logsumexp of one attention call's scores to the graph, and return its node."""
+    if not match.exposed:
+        match.exposed.append(_exposed(match))
+    return match.exposed[0]
+
+
+def _exposed(match: Match) -> fx.Node:
+    """Let an attention call return its lse as well, and return the node of it."""
     core = match.core
     graph = core.graph
     scores = match.softmax_input

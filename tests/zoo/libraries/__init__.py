@@ -1,0 +1,1 @@
+"""Tiny random models of other libraries, with the inputs of one forward each."""
