@@ -47,7 +47,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "heads": match.heads,
             "kv_heads": match.kv_heads,
             "head_width": heads.shape[-1],
-            "value_width": value(ports["value_heads"].node).shape[-1],
+            "value_width": match.value_width,
             "scale": match.scale if match.scale is not None else heads.shape[-1] ** -0.5,
             "softcap": match.softcap,
             "window": match.window,

@@ -70,7 +70,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
     found = find_matches(observation.graph, model)
     matches = _unique(found, model)
-    linear = _linear(found, observation, model)
+    linear = _linear(_kept(found, matches), observation, model)
     if not matches and not linear:
         raise SiteError(
             f"no site in {type(model).__name__}: no attention (query-key product, softmax), "
@@ -116,6 +116,12 @@ def _linear(found: list[Match], observation: Observation, model: nn.Module) -> l
         pattern_site(match, Group(path, [match]), observation.calls[path], model)
         for path, match in matches.items()
     ]
+
+
+def _kept(found: list[Match], matches: list[Match]) -> list[Match]:
+    """Return the matches of every call of the sites that are kept."""
+    sites = {(m.kind, m.key) for m in matches}
+    return [m for m in found if (m.kind, m.key) in sites]
 
 
 def _unique(matches: list[Match], model: nn.Module) -> list[Match]:

@@ -15,6 +15,7 @@ from surgery.patterns.layout import split_rows
 from surgery.patterns.match import Match, PortNode, weights_in
 from surgery.patterns.projection import (
     Projection,
+    every_position,
     features_last,
     input_of_call,
     module_call_of,
@@ -30,6 +31,7 @@ __all__ = [
     "Projection",
     "bias_of",
     "causal",
+    "every_position",
     "features_last",
     "find_matches",
     "input_of_call",

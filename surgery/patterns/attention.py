@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.patterns.attention_ports import assemble, may_precede_heads
+from surgery.patterns.attention_ports import assemble, may_precede_heads, weights_come_first
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     PRODUCTS,
@@ -144,8 +144,11 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> list[Match]:
     )  # fmt: skip
     caps = [n for n in flow(product, scores) if op_name(n) == "tanh"]
     rows = value(query).permute(order) if order else value(query)
+    talking = any(projection(n, root) for n in (*flow(product, scores), *later))
     for each in found:
         each.softmax_input = scores
+        if talking:
+            each.missing["lse"] = "projections mix the scores of its heads (talking heads)"
         _set_orders(each, product, weighted_sum, key is operands[1])
         each.softcap = scalars_between(flow(caps[-1], scores)) if caps else None
         each.nodes += [*flow(product, node), *flow(node, weighted_sum)]
@@ -172,6 +175,9 @@ def _set_orders(found: Match, product: fx.Node, weighted_sum: fx.Node, transpose
         # The order puts the summed axis, the m keys, at the end.
         last = _einsum_order(weighted_sum, val) or tuple(range(value(val).dim()))
         orders["value_heads"] = (*last[:-2], last[-1], last[-2])
+    elif op_name(weighted_sum) != "einsum" and not weights_come_first(found):
+        axes = tuple(range(value(val).dim()))  # V (..., d, m) times the transposed weights
+        orders["value_heads"] = (*axes[:-2], axes[-1], axes[-2])
     found.head_orders = {name: order for name, order in orders.items() if order is not None}
 
 
@@ -231,7 +237,7 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
             if len(operands) >= 2 and not any(is_parameter(n) for n in operands):
                 found.append(node)
             continue
-        if op_name(node) not in _SCORE_OPS or projection(node, root):
+        if op_name(node) not in _SCORE_OPS or not _scores_come_through(node, scores, root):
             continue
         for source in inputs(node):
             if _carries_scores(source) and source not in seen:
@@ -241,6 +247,18 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
         return None
     order = {n: i for i, n in enumerate(scores.graph.nodes)}
     return min(found, key=lambda n: order[n])
+
+
+def _scores_come_through(node: fx.Node, scores: fx.Node, root: nn.Module) -> bool:
+    """Whether a node is no projection, or one from all heads' scores to all heads' scores.
+
+    The second is talking heads: the heads are an axis of the scores in any place.
+    """
+    found = projection(node, root)
+    if found is None:
+        return True
+    shape = value(node).shape
+    return found.in_width == found.width and sorted(shape) == sorted(value(scores).shape)
 
 
 def _carries_scores(node: fx.Node) -> bool:

@@ -18,22 +18,27 @@ from itertools import takewhile
 from torch import Tensor, fx, nn
 
 from surgery.interop import base_children
+from surgery.patterns.attention_output import (
+    SUMS,
+    home,
+    input_of,
+    merged_heads,
+    outputs_of,
+    without_projection,
+)
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     PRODUCTS,
     VIEWS,
     flow,
     from_parameters,
-    inputs,
     is_activation,
     op_name,
-    upstream,
     value,
-    walk_forward,
 )
 from surgery.patterns.layout import columns, split_rows, token_order
 from surgery.patterns.match import Match, PortNode
-from surgery.patterns.projection import Projection, projection, walk_back
+from surgery.patterns.projection import Projection, walk_back
 from surgery.patterns.replay import replay_of
 from surgery.patterns.scores import before_rotation
 from surgery.patterns.streams import pair_outputs, streams_of
@@ -48,14 +53,6 @@ PROJECTED_OPS = (
             "copy max amax values sum as_strided gather"
         ).split()
     )
-)
-
-
-_SUMS = frozenset("add iadd radd sub rsub".split())
-
-
-_CONTEXT_OPS = VIEWS | frozenset(
-    "mul rmul dropout cat where masked_fill module repeat layer_norm rms_norm".split()
 )
 
 
@@ -98,9 +95,10 @@ def assemble(
     }
     heads = {"query": query, "key": key, "value": val}
     streams = streams_of(heads, root, partial(may_precede_heads, root))
-    outputs = _outputs(context, core, root)
+    chosen = {name: _nearest(node, core, root) for name, node in heads.items()}
+    pooled = flow(chosen["query"].node, query) if chosen["query"] else []
+    outputs = outputs_of(context, core, pooled, root)
     if not streams:
-        chosen = {name: _nearest(node, core, root) for name, node in heads.items()}
         streams = [{name: proj for name, proj in chosen.items() if proj is not None}]
         paired = {0: outputs[0]} if outputs else {}
     else:
@@ -116,7 +114,7 @@ def assemble(
 def _nearest(heads: fx.Node, core: fx.Node, root: nn.Module) -> Projection | None:
     """Return the projection that makes heads, one of the attention's own module first."""
     ends, _, _ = walk_back(heads, root, partial(may_precede_heads, root))
-    own = (end for end in ends if _home(end) == core.meta["owner"])
+    own = (end for end in ends if home(end) == core.meta["owner"])
     return next(own, ends[0] if ends else None)
 
 
@@ -157,12 +155,12 @@ def _stream(
     found.heads, found.kv_heads = _count_heads(query, ports, order), _count_heads(key, ports, order)
     if out is not None:
         ports["output"] = PortNode(out.node, out, channels_first=out.channels_first)
-        ports["merged"] = _merged(context, out)
+        ports["merged"] = merged_heads(context, out)
     elif number:
         ports["output"], ports["merged"] = PortNode(context), PortNode(context)
         found.missing["lse"] = "no output of its own stream is computed"
     else:
-        ports["output"] = _without_projection(context, core, root)
+        ports["output"] = without_projection(context, core, root)
         ports["merged"] = PortNode(ports["output"].node)
     found.nodes += flow(context, ports["output"].node)
     if "lse" not in found.missing:
@@ -170,69 +168,12 @@ def _stream(
     return found
 
 
-def _merged(context: fx.Node, out: Projection) -> PortNode:
-    """Return the merged heads: what the output projection reads, or the heads' part of it.
-
-    A block that computes attention and FFN side by side concatenates both in front of one output
-    projection.
-    """
-    whole = input_of(out)
-    if value(context).numel() == value(out.source).numel() or op_name(out.source) != "cat":
-        return whole
-    chain = [n for n in flow(context, out.source)[1:-1] if isinstance(value(n), Tensor)]
-    if not chain or value(chain[-1]).dim() != value(out.source).dim():
-        return whole
-    return dataclasses.replace(whole, node=chain[-1])
-
-
-def _passes_context(core: fx.Node, root: nn.Module, node: fx.Node) -> bool:
-    """Whether an operation may stand between the context and the output projection."""
-    if op_name(node) in _SUMS:  # parts of this attention, not the residual stream
-        parts = [n for n in inputs(node) if is_activation(n)]
-        return len(parts) > 1 and all(core in upstream(n) for n in parts)
-    return op_name(node) in _CONTEXT_OPS and projection(node, root) is None
-
-
-def _outputs(context: fx.Node, core: fx.Node, root: nn.Module) -> list[Projection]:
-    """Return the first projections behind the context; of one in two factors, the second."""
-    later = walk_forward(context, partial(_passes_context, core, root))
-    found = []
-    for out in (p for n in later if (p := projection(n, root))):
-        after = walk_forward(out.node, lambda n: op_name(n) in VIEWS)
-        second = (p for n in after if (p := projection(n, root)) and _are_factors(out, p))
-        found.append(next(second, out))
-    return found
-
-
-def _are_factors(first: Projection, second: Projection) -> bool:
-    """Whether two projections are the factors of one: of one module, and written alike."""
-    return _home(second) == _home(first) and second.node.op == first.node.op
-
-
-def _without_projection(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
-    """Return the output of an attention without output projection: the merged heads."""
-    later = walk_forward(context, partial(_passes_context, core, root))
-    merged = [n for n in later if op_name(n) in VIEWS and is_activation(n)]
-    return PortNode(merged[-1] if merged else context)
-
-
-def input_of(proj: Projection) -> PortNode:
-    """Return the input of a projection as a port."""
-    return PortNode(proj.source, channels_first=proj.channels_first)
-
-
-def _home(proj: Projection) -> str:
-    """Return the path of the module that runs a projection: the parent of a linear layer."""
-    owner = str(proj.node.meta["owner"])
-    return proj.module.rpartition(".")[0] if proj.module else owner
-
-
 def _in_another_layer(proj: Projection, core: fx.Node, root: nn.Module) -> bool:
     """Whether a projection is in another layer than the attention (shared keys and values).
 
     That is so if the paths of the two differ first at an element of an ``nn.ModuleList``.
     """
-    here, there = str(core.meta["owner"]).split("."), _home(proj).split(".")
+    here, there = str(core.meta["owner"]).split("."), home(proj).split(".")
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(here, there, strict=False)))
     if len(shared) in (len(here), len(there)):
         return False
@@ -266,16 +207,22 @@ def set_rows(found: Match) -> None:
         order = token_order(proj, heads, split, tokens)
     merged = ports["merged"]
     output.sequence_first = merged.sequence_first = order == "sequence first"
-    if not order and found.order is None and _weights_come_first(found):
+    added = [n for n in flow(ports["context"].node, merged.node) if op_name(n) in SUMS]
+    if added and proj is not None:
+        found.missing["lse"] = "something is added to its context"
+        return
+    if not order and found.order is None and weights_come_first(found):
         context, query = ports["context"].node, ports["query_heads"].node
         found.replay = replay_of(context, query, merged.node, merged.channels_first)
     if found.replay is not None:
-        found.heads = found.replay.heads
+        found.heads, keys = found.replay.heads, value(ports["key_heads"].node).shape
+        if len(keys) == value(ports["context"].node).dim():
+            found.kv_heads = keys[found.replay.axis]
     elif not order:
         found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
 
 
-def _weights_come_first(found: Match) -> bool:
+def weights_come_first(found: Match) -> bool:
     """Whether the context is (weights) V, so that its rows are those of the query heads."""
     context = found.ports["context"].node
     if op_name(context) not in PRODUCTS or "weights" not in found.ports:

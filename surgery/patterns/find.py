@@ -35,7 +35,8 @@ from torch import Tensor, fx, nn
 
 from surgery.interop import is_integer_tensor, real_tensors
 from surgery.patterns.attention import match_attention
-from surgery.patterns.attention_ports import input_of, set_rows
+from surgery.patterns.attention_output import input_of
+from surgery.patterns.attention_ports import set_rows
 from surgery.patterns.dataflow import is_activation, op_name, value
 from surgery.patterns.ffn import match_experts, match_ffn
 from surgery.patterns.match import Match, PortNode

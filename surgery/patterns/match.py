@@ -107,6 +107,13 @@ class Match:
         return self.key == key and (self.kind == kind or whole)
 
     @property
+    def value_width(self) -> int:
+        """The width of a value head, d_v."""
+        shape = value(self.ports["value_heads"].node).shape
+        order = self.head_orders.get("value_heads")
+        return int(shape[order[-1] if order else -1])
+
+    @property
     def one_key(self) -> bool:
         """Whether the example has a single key, so that the softmax is 1 whatever the query."""
         if "key_heads" not in self.ports:

@@ -41,6 +41,7 @@ class Projection:
             itself.
         channels_first: the features of input and output are axis 1, (B, D, h, w), as a
             convolution has them.
+        strides: the convolution reads every so manyth position of each axis; empty if every one.
     """
 
     node: fx.Node
@@ -51,6 +52,7 @@ class Projection:
     axes: int = 1
     module: str = ""
     channels_first: bool = False
+    strides: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> torch.Size:
@@ -103,12 +105,22 @@ def _of_convolution(
     A depthwise one, with a weight (D, 1, 1, 1), maps no features to others.
     """
     x, out = value(source).shape, value(node).shape
-    sizes = (*weight.shape[2:], *(stride if isinstance(stride, (tuple, list)) else (stride,)))
-    if any(size != 1 for size in sizes) or len(x) != weight.dim() or x[2:] != out[2:]:
+    if any(size != 1 for size in weight.shape[2:]) or len(x) != weight.dim():
+        return None
+    strides = tuple(stride) if isinstance(stride, (tuple, list)) else (stride,) * (len(x) - 2)
+    if tuple(-(-n // s) for n, s in zip(x[2:], strides, strict=True)) != tuple(out[2:]):
         return None
     if weight.shape[1] == 1 and x[1] > 1:
         return None
-    return Projection(node, source, x[1], out[1], module=path, channels_first=True)
+    strides = strides if set(strides) != {1} else ()
+    return Projection(node, source, x[1], out[1], module=path, channels_first=True, strides=strides)
+
+
+def every_position(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return the positions of x (B, D, h, w) that a convolution with these strides reads."""
+    for axis, stride in enumerate(strides, 2):
+        x = x[(slice(None),) * axis + (slice(None, None, stride),)]
+    return x
 
 
 def _of_functional_convolution(node: fx.Node) -> Projection | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import op_name, value
-from surgery.patterns.projection import Projection, features_last, is_weight
+from surgery.patterns.projection import Projection, every_position, features_last, is_weight
 from surgery.plugin import as_matrix
 
 
@@ -51,7 +51,7 @@ def weight_of(proj: Projection, root: nn.Module) -> tuple[str, bool]:
     plain = type(weight) in (Tensor, nn.Parameter)  # a quantised one may have no product of its own
     if not plain or not weight.is_floating_point() or not fits:
         return "", False
-    x, y = value(proj.source), value(proj.node)
+    x, y = every_position(value(proj.source), proj.strides), value(proj.node)
     if x.is_meta:  # no values: only a matrix that is not square is clear
         return (names[0], fits[0]) if len(fits) == 1 else ("", False)
     if weight.device != x.device or not x.numel():

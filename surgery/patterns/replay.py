@@ -30,11 +30,13 @@ class Replay:
     Attributes:
         nodes: the nodes behind the context, in order; the last one holds the merged heads.
         heads: H, the number of heads in the merged features.
+        axis: the axis of the heads in the context, the query heads, and the keys.
         channels_first: the merged heads are (B, H d, h, w).
     """
 
     nodes: tuple[fx.Node, ...]
     heads: int
+    axis: int
     channels_first: bool
 
 
@@ -61,7 +63,7 @@ def replay_of(context: fx.Node, query: fx.Node, merged: fx.Node, first: bool) ->
         numbers = numbers.reshape([-1 if i == axis else 1 for i in range(example.dim())])
         found = propagate_labels(context, (numbers + features).expand(example.shape), merged)
         if found is not None and _counts_up(features_last(found, first)):
-            return Replay(tuple(chain), count, first)
+            return Replay(tuple(chain), count, axis, first)
     return None
 
 

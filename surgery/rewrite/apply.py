@@ -41,7 +41,7 @@ from surgery.patterns import (
 )
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
 from surgery.rewrite.casts import as_module_takes, cast, needed_cast
-from surgery.rewrite.channels import as_channels, features_to_the_end, tokens_of
+from surgery.rewrite.channels import as_channels, features_to_the_end, read_tokens, tokens_of
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
     add,
@@ -281,8 +281,9 @@ def _source(projection: Projection) -> fx.Node:
         return node
     with node.graph.inserting_after(node):
         if projection.channels_first:
-            tokens = node.graph.call_function(tokens_of, (node,))
-            tokens.meta.update(value=tokens_of(value(node)), owner=node.meta.get("owner"))
+            tokens = node.graph.call_function(read_tokens, (node, projection.strides))
+            example = read_tokens(value(node), projection.strides)
+            tokens.meta.update(value=example, owner=node.meta.get("owner"))
             return tokens
         return node.graph.call_method("flatten", (node, -projection.in_axes))
 

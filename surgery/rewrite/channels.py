@@ -11,12 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from surgery.patterns import Match, value
+from surgery.patterns import Match, every_position, value
 
 
 def tokens_of(y: Tensor) -> Tensor:
     """Return y (B, D, h, w), or (B, D, n), as (B, h w, D)."""
     return y.flatten(2).transpose(1, 2)
+
+
+def read_tokens(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return the positions of x that a convolution with these strides reads, as (B, n, D)."""
+    return tokens_of(every_position(x, strides))
 
 
 def as_channels(tokens: Tensor, like: Tensor) -> Tensor:

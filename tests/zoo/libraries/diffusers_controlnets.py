@@ -57,8 +57,9 @@ def z_image_control(**options: Any) -> Any:
     import diffusers
 
     base = diffusers.ZImageTransformer2DModel(**Z_IMAGE)
-    control = diffusers.ZImageControlNetModel
-    return control.from_transformer(control(**options), base)
+    control = diffusers.ZImageControlNetModel(**options)
+    control.gradient_checkpointing = False  # its forward asks for it where gradients are on
+    return control.from_transformer(control, base)
 
 
 CONTROLS: dict[str, Case] = {
@@ -95,7 +96,7 @@ CONTROLS: dict[str, Case] = {
         FLUX | {"num_mode": 4},
         FLUX_INPUTS | TOKENS_HINT | {"controlnet_mode": fixed([[1], [3]])},
     ),
-    "SD3ControlNetModel": (SD3 | {"num_layers": 1}, SD3_INPUTS | LATENTS_HINT),
+    "SD3ControlNetModel": (SD3, SD3_INPUTS | LATENTS_HINT),
     "QwenImageControlNetModel": (QWEN, QWEN_INPUTS | TOKENS_HINT),
     "SanaControlNetModel": (SANA, SANA_INPUTS | {"controlnet_cond": noise(2, 4, 3, 5)}),
     "HunyuanDiT2DControlNetModel": (

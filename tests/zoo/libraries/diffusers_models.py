@@ -1,7 +1,9 @@
 """A tiny random model of every transformer and UNet class of diffusers, with example arguments.
 
-model, arguments = build("FluxTransformer2DModel")
-model(**arguments)
+    model, arguments = build("FluxTransformer2DModel")
+    model(**arguments)
+
+Two builds of a class are equal.
 """
 
 from __future__ import annotations

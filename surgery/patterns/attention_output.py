@@ -1,0 +1,98 @@
+"""Find the output of an attention behind its context: merged heads and output projections.
+
+    context (B, H, n, d) -> rearranged, gated -> merged (B, n, H d) -> output projection -> output
+
+An attention without output projection has the merged heads as its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from functools import partial
+
+from torch import fx, nn
+
+from surgery.patterns.dataflow import (
+    VIEWS,
+    inputs,
+    is_activation,
+    op_name,
+    upstream,
+    value,
+    walk_forward,
+)
+from surgery.patterns.match import PortNode
+from surgery.patterns.projection import Projection, projection
+
+SUMS = frozenset("add iadd radd sub rsub".split())
+
+
+_CONTEXT_OPS = VIEWS | frozenset(
+    "mul rmul dropout cat where masked_fill module repeat layer_norm rms_norm".split()
+)
+
+
+def merged_heads(context: fx.Node, out: Projection) -> PortNode:
+    """Return the merged heads: what the output projection reads, or the heads' part of it.
+
+    A block that computes attention and FFN side by side concatenates both in front of one output
+    projection.
+    """
+    whole, example = input_of(out), value(out.source)
+    if value(context).numel() == example.numel():
+        return whole
+    views = walk_forward(context, lambda n: op_name(n) in VIEWS)
+    parts = [n for n in views if op_name(n) in VIEWS and any(op_name(u) == "cat" for u in n.users)]
+    own = next((n for n in parts if value(n).dim() == example.dim()), None)
+    return whole if own is None else dataclasses.replace(whole, node=own)
+
+
+def _passes_context(
+    core: fx.Node, queries: Collection[fx.Node], root: nn.Module, node: fx.Node
+) -> bool:
+    """Whether an operation may stand between the context and the output projection.
+
+    A sum may, of parts of this attention and of its ``queries`` (pooled ones are added to the
+    context, MViTv2); the sum with the residual stream may not.
+    """
+    if op_name(node) in SUMS:
+        parts = [n for n in inputs(node) if is_activation(n)]
+        return len(parts) > 1 and all(n in queries or core in upstream(n) for n in parts)
+    return op_name(node) in _CONTEXT_OPS and projection(node, root) is None
+
+
+def outputs_of(
+    context: fx.Node, core: fx.Node, queries: Collection[fx.Node], root: nn.Module
+) -> list[Projection]:
+    """Return the first projections behind the context; of one in two factors, the second."""
+    later = walk_forward(context, partial(_passes_context, core, queries, root))
+    found = []
+    for out in (p for n in later if (p := projection(n, root))):
+        after = walk_forward(out.node, lambda n: op_name(n) in VIEWS)
+        second = (p for n in after if (p := projection(n, root)) and _are_factors(out, p))
+        found.append(next(second, out))
+    return found
+
+
+def _are_factors(first: Projection, second: Projection) -> bool:
+    """Whether two projections are the factors of one: of one module, and written alike."""
+    return home(second) == home(first) and second.node.op == first.node.op
+
+
+def without_projection(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
+    """Return the output of an attention without output projection: the merged heads."""
+    later = walk_forward(context, partial(_passes_context, core, (), root))
+    merged = [n for n in later if op_name(n) in VIEWS and is_activation(n)]
+    return PortNode(merged[-1] if merged else context)
+
+
+def input_of(proj: Projection) -> PortNode:
+    """Return the input of a projection as a port."""
+    return PortNode(proj.source, channels_first=proj.channels_first)
+
+
+def home(proj: Projection) -> str:
+    """Return the path of the module that runs a projection: the parent of a linear layer."""
+    owner = str(proj.node.meta["owner"])
+    return proj.module.rpartition(".")[0] if proj.module else owner
