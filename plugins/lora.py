@@ -9,6 +9,7 @@ arXiv:2210.14469), which also multiplies it by s.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -145,6 +146,9 @@ class LoRA(surgery.Method):
             return tuple(p for p in own if p in site.ports)
         addressed = (set(own) - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
         return tuple(p for p in self.ports if p in own) if addressed else ()
+
+    def without_attention(self) -> LoRA:
+        return dataclasses.replace(self, ports=("all",))
 
     def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(self.present_ports(site)):

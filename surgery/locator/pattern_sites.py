@@ -52,6 +52,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "softcap": match.softcap,
             "window": match.window,
             "stretch": stretch(value(ports["query_unrotated"].node), heads),
+            "stream": match.stream,
             "cross": _is_cross(match),
             "causal": _is_causal(match),
         }

@@ -12,6 +12,7 @@
       |  pattern_sites.py    describe each match as a Site with its ports
       |  module_sites.py     add the sites that are one module: norm, position, embedding
       |  call_sites.py       add the sites that wrap a module's call: block, stack, trunk
+      |  overlooked.py       name the projections and modules that no site reaches
       v
     Sites
 
@@ -38,6 +39,7 @@ from surgery.locator.gradient_reach import why_untrained
 from surgery.locator.host_choice import Group, groups_of
 from surgery.locator.module_sites import module_sites
 from surgery.locator.observation import Observation, observe
+from surgery.locator.overlooked import overlooked
 from surgery.locator.pattern_sites import pattern_site
 from surgery.patterns import (
     Match,
@@ -92,7 +94,12 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     ids = [x for x in given if not x.is_floating_point()]
     others = module_sites(model, observation, ids)
     others += call_sites(model, observation, sites, others)
-    return Sites(sites, type(model).__name__, linear + others)
+    return Sites(
+        sites,
+        type(model).__name__,
+        linear + others,
+        overlooked(model, observation, _kept(found, matches), sites),
+    )
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

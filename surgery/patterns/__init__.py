@@ -10,13 +10,12 @@ from surgery.patterns.dataflow import (
     value,
 )
 from surgery.patterns.ffn import joins_residual
-from surgery.patterns.find import find_matches, linear_matches, module_match
+from surgery.patterns.find import find_matches, linear_matches, module_match, projections
 from surgery.patterns.layout import split_rows
 from surgery.patterns.match import Match, PortNode, weights_in
 from surgery.patterns.projection import (
     Projection,
     every_position,
-    features_last,
     input_of_call,
     module_call_of,
     stacks_weights,
@@ -32,7 +31,6 @@ __all__ = [
     "bias_of",
     "causal",
     "every_position",
-    "features_last",
     "find_matches",
     "input_of_call",
     "inputs",
@@ -43,6 +41,7 @@ __all__ = [
     "module_match",
     "op_name",
     "origin",
+    "projections",
     "rows_sum_to_one",
     "split_rows",
     "stacks_weights",

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from surgery.capture import make_record, run_forward_hooks, run_pre_hooks
 
@@ -48,6 +48,9 @@ _ASSIGNS = (operator.setitem, Tensor.__setitem__)
 _LIKE_ANOTHER = frozenset("type_as view_as expand_as reshape_as to".split())
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 PRODUCTS = frozenset(["matmul", "bmm", "baddbmm", "einsum"])
 
 
@@ -72,6 +75,8 @@ def op_name(node: fx.Node) -> str:
     if target is getattr and isinstance(node.args[1], str):
         return node.args[1]
     name = target if isinstance(target, str) else getattr(target, "__name__", "?")
+    if name == "__get__":  # of an attribute, such as x.mT
+        name = getattr(getattr(target, "__self__", None), "__name__", name)
     name = name.strip("_")
     return "matmul" if name == "rmatmul" else name
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
     ACTIVATIONS,
+    BATCH_NORMS,
     VIEWS,
     flow,
     inputs,
@@ -124,7 +125,7 @@ def _is_nonlinear(node: fx.Node, root: nn.Module) -> bool:
     if node.op != "call_module":
         return False
     module = root.get_submodule(str(node.target))
-    affine = (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, nn.modules.batchnorm._BatchNorm)
+    affine = (nn.Identity, nn.Dropout, nn.Flatten, nn.Unflatten, *BATCH_NORMS)
     shapes = [getattr(value(n), "shape", None) for n in (node, *inputs(node)[:1])]
     if isinstance(module, affine) or shapes[0] != shapes[-1]:
         return False

@@ -40,7 +40,7 @@ from surgery.patterns.attention_ports import set_rows
 from surgery.patterns.dataflow import is_activation, op_name, value
 from surgery.patterns.ffn import match_experts, match_ffn
 from surgery.patterns.match import Match, PortNode
-from surgery.patterns.projection import projection
+from surgery.patterns.projection import Projection, projection
 from surgery.patterns.scores import before_rotation
 
 
@@ -83,7 +83,7 @@ def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> lis
     """Return the projections that are not part of any of the ``others``, of kind ``linear``."""
     taken = {p.projection.node for other in others for p in other.ports.values() if p.projection}
     inside = {node for other in others for node in other.nodes}
-    found = [proj for node in graph.nodes if (proj := projection(node, root))]
+    found = projections(graph, root)
     return [
         Match(
             "linear",
@@ -97,6 +97,11 @@ def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> lis
         for proj in found
         if proj.node not in taken and proj.node not in inside
     ]
+
+
+def projections(graph: fx.Graph, root: nn.Module) -> list[Projection]:
+    """Return every projection of a graph, in order."""
+    return [proj for node in graph.nodes if (proj := projection(node, root))]
 
 
 def _calls_no_module(graph: fx.Graph) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
+    BATCH_NORMS,
     ELEMENTWISE,
     VIEWS,
     flow,
@@ -104,7 +105,7 @@ def _keeps_channels(node: fx.Node, root: nn.Module) -> bool:
     module: Any = root.get_submodule(str(node.target))
     if is_convolution(module):
         return bool(module.groups == module.in_channels == module.out_channels)
-    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.Dropout, nn.Identity))
+    return isinstance(module, (*BATCH_NORMS, nn.Dropout, nn.Identity))
 
 
 def _channel_labels(node: fx.Node, labels: dict[fx.Node, Any]) -> Any:

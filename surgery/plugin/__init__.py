@@ -18,7 +18,7 @@ from surgery.plugin.module_protocols import (
 )
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.registry import is_leaf, method, methods, task, tasks
-from surgery.plugin.selection import Sites
+from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "method",
     "methods",
     "opened",
+    "overlooked_lines",
     "referred",
     "settle_advance",
     "task",

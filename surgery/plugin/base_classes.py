@@ -84,6 +84,13 @@ class Method:
         named = [site.ports[name] for name in self.named_ports(site) if name in site.ports]
         return tuple(port.name for port in named if port.in_width is not None)
 
+    def without_attention(self) -> Method | None:
+        """Return the method for FFN and linear sites, where a model has no attention.
+
+        None, the default, refuses such a model. ``surgery.splice`` asks only if no site was chosen.
+        """
+        return None
+
     def check(self, sites: list[Site]) -> None:
         """Look at all chosen sites at once; raise if one is missing."""
 

@@ -15,15 +15,22 @@ class Sites:
 
     Iteration and length cover attention and FFN. ``others`` holds the sites of the other kinds; a
     method that names such a kind in ``kinds`` is offered those that the selection still holds.
+    ``overlooked`` names what no site reaches: projections of hosts that make no port, and modules
+    that the example did not run.
 
     Example:
         ``surgery.locate(model).attention.layers(0, 12).expect(12)``
     """
 
     def __init__(
-        self, sites: list[Site], model: str = "", others: list[Site] | None = None
+        self,
+        sites: list[Site],
+        model: str = "",
+        others: list[Site] | None = None,
+        overlooked: list[str] | None = None,
     ) -> None:
         self._sites, self._model, self.others = list(sites), model, list(others or ())
+        self.overlooked = list(overlooked or ())
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._sites)
@@ -39,7 +46,9 @@ class Sites:
 
     def __getitem__(self, index: int | slice) -> Site | Sites:
         chosen = self._sites[index]
-        return Sites(chosen, self._model) if isinstance(chosen, list) else chosen
+        if isinstance(chosen, list):
+            return Sites(chosen, self._model, overlooked=self.overlooked)
+        return chosen
 
     @property
     def attention(self) -> Sites:
@@ -67,7 +76,8 @@ class Sites:
         return self._other("position")
 
     def _other(self, kind: str) -> Sites:
-        return Sites([site for site in self.others if site.kind == kind], self._model)
+        chosen = [site for site in self.others if site.kind == kind]
+        return Sites(chosen, self._model, overlooked=self.overlooked)
 
     def layers(self, start: int, stop: int) -> Sites:
         """Return the sites whose layer number is in ``range(start, stop)``."""
@@ -80,7 +90,7 @@ class Sites:
     def where(self, keep: Any) -> Sites:
         """Return the sites for which ``keep(site)`` is true."""
         others = [site for site in self.others if keep(site)]
-        return Sites([site for site in self if keep(site)], self._model, others)
+        return Sites([site for site in self if keep(site)], self._model, others, self.overlooked)
 
     def expect(self, n: int) -> Sites:
         """Return these sites if there are ``n`` of them.
@@ -95,7 +105,8 @@ class Sites:
     def __add__(self, other: Sites) -> Sites:
         sites = {s.identity: s for s in [*self, *other]}
         others = {s.identity: s for s in [*self.others, *other.others]}
-        return Sites([*sites.values()], self._model, [*others.values()])
+        lines = [*dict.fromkeys([*self.overlooked, *other.overlooked])]
+        return Sites([*sites.values()], self._model, [*others.values()], lines)
 
     def __repr__(self) -> str:
         rows: list[tuple[str, ...]] = [("site", "what", "heads", "kv", "d", "width", "ports")]
@@ -115,4 +126,13 @@ class Sites:
         more = [f"{number} {name}" for name, number in counts.items() if number]
         count += f" (and {', '.join(more)})" if more else ""
         head = f"{len(self)} sites in {self._model}: {count}"
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *overlooked_lines(self.overlooked)])
+
+
+def overlooked_lines(overlooked: list[str], limit: int = 5) -> list[str]:
+    """Return the lines that show what no site reaches, the first ``limit`` of them."""
+    if not overlooked:
+        return []
+    rest = len(overlooked) - limit
+    more = [f"  and {rest} more, see .overlooked"] if rest > 0 else []
+    return ["no site reaches:", *(f"  {line}" for line in overlooked[:limit]), *more]

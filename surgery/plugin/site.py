@@ -98,6 +98,10 @@ class Site:
         key: tells the site from other sites of the same host.
         kind: ``attention``, ``ffn``, or one of the other kinds above.
         layer: the first number in the path, None if there is none.
+        stream: the number of the stream, from 1, where one attention has several sequences of
+            tokens, each with projections of its own; 0 where it has one. The streams of an
+            attention are sites of one host. Each has its own queries, ``merged`` and ``output``;
+            keys and values are those of all streams, and virtual tokens are for its queries alone.
         cross: whether the queries attend to another sequence.
         causal: whether every query sees earlier keys only.
         heads, kv_heads, head_width, value_width: H, G, d and the width of a value head.
@@ -121,6 +125,7 @@ class Site:
     kind: Kind
     width: int
     ports: Mapping[str, Port] = field(default_factory=dict)
+    stream: int = 0
     cross: bool = False
     causal: bool = False
     heads: int = 0
@@ -160,9 +165,9 @@ class Site:
             if "activation" not in self.ports:
                 return "expert FFN"
             return "gated FFN" if "gate" in self.ports else "FFN"
-        return (
-            ("causal " if self.causal else "") + ("cross" if self.cross else "self") + "-attention"
-        )
+        stream = f", stream {self.stream}" if self.stream else ""
+        causal = "causal " if self.causal else ""
+        return f"{causal}{'cross' if self.cross else 'self'}-attention{stream}"
 
     def port(self, name: str) -> Port:
         """Return the port of that name.

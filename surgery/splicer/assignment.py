@@ -37,6 +37,28 @@ def assign(
     return todo
 
 
+def without_attention(
+    methods: tuple[Method, ...], sites: Sites
+) -> tuple[tuple[Method, ...], Sites, list[str]]:
+    """Return methods and sites for a model without attention, and lines that say what was chosen.
+
+    A method that suits no site there may name another for FFN and linear sites
+    (``Method.without_attention``). Where the model has attention, all stays as it is.
+    """
+    if len(sites.attention):
+        return methods, sites, []
+    chosen, notes = [], []
+    for method in methods:
+        other = method.without_attention()
+        if other is None or any(map(method.suits, offered(method, sites))):
+            chosen.append(method)
+            continue
+        sites = Sites([*sites, *sites.linear], "", sites.others, sites.overlooked)
+        chosen.append(other)
+        notes.append(f"no attention here: {method.name} is at the FFN and linear sites")
+    return tuple(chosen), sites, notes
+
+
 def offered(method: Method, sites: Sites) -> list[Site]:
     """Return the sites offered to a method: attention, FFN, and the other kinds that it names."""
     return [*sites, *(site for site in sites.others if site.kind in method.kinds)]

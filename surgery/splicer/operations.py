@@ -33,7 +33,7 @@ from surgery.interop import (
 )
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, settle_advance
-from surgery.splicer.assignment import assign, left_out
+from surgery.splicer.assignment import assign, left_out, without_attention
 from surgery.splicer.insertion import operate, take_out
 from surgery.splicer.record import Report, drop_record, forget_rows, look_up, reports
 from surgery.splicer.transaction import Transaction
@@ -84,11 +84,14 @@ def _splice(
     chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, chosen, name)
     _check_below(model, name)
+    notes: list[str] = []
     if at is None:
         at = locate(model, example_inputs)
+        chosen, at, notes = without_attention(chosen, at)
     sites = at if isinstance(at, Sites) else Sites([at] if isinstance(at, Site) else list(at))
     todo = assign(model, chosen, sites)
     report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
+    report.notes, report.overlooked = notes, sites.overlooked
     report.left_out = [line for method in chosen for line in left_out(method, sites)]
     trunks = [site.path for site in sites.others if site.kind == "trunk"]
     transaction = Transaction(model, report, trunk=bool(trunks))

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.plugin import Edit, Method, Site, Sites
+from surgery.plugin import Edit, Method, Site, Sites, overlooked_lines
 
 _RECORD = "_surgery_record"
 
@@ -52,6 +52,8 @@ class Report:
             is as before, None that there were no values to measure (``meta`` device).
         left_out: what was left out for want of a port: the method and the site, and the port where
             the site has others that the method edits.
+        notes: what was chosen instead, where a method found no attention.
+        overlooked: what no site of the model reaches, as ``surgery.locate`` names it.
         merged: whether a part has been folded into the base.
         order: the identities of the sites, in the order in which they were chosen.
     """
@@ -61,6 +63,8 @@ class Report:
     inserted: list[Inserted] = field(default_factory=list)
     change: dict[str, float | None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    overlooked: list[str] = field(default_factory=list)
     merged: bool = False
     order: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -100,6 +104,8 @@ class Report:
             )
         if self.left_out:
             lines.append(f"  left out, for want of a port: {', '.join(self.left_out)}")
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {line}" for line in overlooked_lines(self.overlooked)]
         return "\n".join(lines)
 
 

@@ -1,0 +1,64 @@
+"""Name what no site reaches, so that nothing is overlooked in silence.
+
+a projection in the host of an attention or FFN that makes none of its ports: a gate, a table of
+relative positions; most are linear sites of their own
+a module with parameters that the example did not run: the vision tower of a text-only example
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from surgery.locator.observation import Observation
+from surgery.patterns import Match, projections
+from surgery.plugin import Site
+
+
+def overlooked(
+    model: nn.Module, observation: Observation, matches: list[Match], sites: list[Site]
+) -> list[str]:
+    """Return a line for each projection and each module that no site reaches."""
+    return [*_projections(model, observation, matches, sites), *_not_run(model, observation)]
+
+
+def _projections(
+    model: nn.Module, observation: Observation, matches: list[Match], sites: list[Site]
+) -> list[str]:
+    """Return a line for each projection inside a host that makes no port of the host's sites."""
+    known = {p.projection.node for m in matches for p in m.ports.values() if p.projection}
+    names = {n for s in sites for p in s.ports.values() for n in (p.weight, p.bias) if n}
+    found: dict[str, str] = {}
+    for proj in projections(observation.graph, model):
+        path = proj.module or str(proj.node.meta["owner"])
+        within = (s.path for s in sites if not s.path or f"{path}.".startswith(f"{s.path}."))
+        host = next(within, None)
+        again = proj.module and any(n.rpartition(".")[0] == proj.module for n in names)
+        if host is not None and proj.node not in known and not again:
+            kind = "a linear site" if proj.module else "computed by the forward itself"
+            at, inside = (each or "(root)" for each in (path, host))
+            found[path] = f"{at}: a projection that makes no port of {inside}; {kind}"
+    return list(found.values())
+
+
+def _not_run(model: nn.Module, observation: Observation) -> list[str]:
+    """Return a line for each largest module with parameters of which the example used none."""
+    read = {str(node.target) for node in observation.graph.nodes if node.op == "get_attr"}
+    run = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in read}
+    for path in observation.calls:
+        run |= {id(p) for p in model.get_submodule(path).parameters(recurse=False)}
+    return [
+        f"{path}: the example does not run it ({size:,} parameters)"
+        for path, size in _unused("", model, run)
+    ]
+
+
+def _unused(path: str, module: nn.Module, run: set[int]) -> Iterable[tuple[str, int]]:
+    """Yield the largest modules, from ``module`` down, none of whose parameters is in ``run``."""
+    own = {id(p): p.numel() for p in module.parameters()}
+    if path and own and run.isdisjoint(own):
+        yield path, sum(own.values())
+        return
+    for name, child in module.named_children():
+        yield from _unused(f"{path}.{name}" if path else name, child, run)
