@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from surgery.patterns.dataflow import (
     VIEWS,
+    forwarded,
     inputs,
     is_activation,
     op_name,
@@ -42,10 +43,18 @@ def merged_heads(context: fx.Node, out: Projection) -> PortNode:
     whole, example = input_of(out), value(out.source)
     if value(context).numel() == example.numel():
         return whole
-    views = walk_forward(context, lambda n: op_name(n) in VIEWS)
-    parts = [n for n in views if op_name(n) in VIEWS and any(op_name(u) == "cat" for u in n.users)]
-    own = next((n for n in parts if value(n).dim() == example.dim()), None)
-    return whole if own is None else dataclasses.replace(whole, node=own)
+    size = value(context).numel()
+
+    def rearranged(node: fx.Node) -> bool:
+        """Whether a node holds the context's elements, or some of them."""
+        inside = op_name(node) in VIEWS or forwarded(node) is not None
+        joined = op_name(node) == "cat" and value(node).numel() <= size
+        return inside or joined
+
+    parts = [n for n in walk_forward(context, rearranged) if rearranged(n)]
+    alike = [n for n in parts if getattr(value(n), "shape", example.shape[:0]).numel() == size]
+    own = [n for n in alike if value(n).dim() == example.dim()]
+    return dataclasses.replace(whole, node=own[-1]) if own else whole
 
 
 def _passes_context(

@@ -15,6 +15,7 @@ import dataclasses
 from functools import partial
 from itertools import takewhile
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.interop import base_children
@@ -41,7 +42,7 @@ from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, walk_back
 from surgery.patterns.replay import replay_of
 from surgery.patterns.scores import before_rotation
-from surgery.patterns.streams import pair_outputs, streams_of
+from surgery.patterns.streams import pair_outputs, propagate_rows, streams_of
 
 PROJECTED_OPS = (
     VIEWS
@@ -211,6 +212,9 @@ def set_rows(found: Match) -> None:
     if added and proj is not None:
         found.missing["lse"] = "something is added to its context"
         return
+    if merged.tokens.shape[:-1].numel() != tokens.shape[:-1].numel() or not keeps_rows(found):
+        found.missing["lse"] = "its merged heads are not the tokens of its output, in order"
+        return
     if not order and found.order is None and weights_come_first(found):
         context, query = ports["context"].node, ports["query_heads"].node
         found.replay = replay_of(context, query, merged.node, merged.channels_first)
@@ -220,6 +224,21 @@ def set_rows(found: Match) -> None:
             found.kv_heads = keys[found.replay.axis]
     elif not order:
         found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
+
+
+def keeps_rows(found: Match) -> bool:
+    """Whether parts of the context that are concatenated again are in their order.
+
+    A model may take streams apart and put them together the other way round.
+    """
+    context, merged = found.ports["context"].node, found.ports["merged"].node
+    if not any(op_name(n) == "cat" for n in flow(context, merged)):
+        return True
+    shape = value(context).shape
+    numbers = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1).expand(shape)
+    rows = propagate_rows(context, numbers, merged)
+    expected = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1)
+    return rows is not None and rows.shape[-2] == shape[-2] and bool((rows == expected).all())
 
 
 def weights_come_first(found: Match) -> bool:

@@ -111,6 +111,9 @@ def pair_outputs(
     Labels of the streams' rows are propagated from the query heads' shape to what the output
     projections read. A projection of all rows is the output of the first stream.
     """
+    asking = [number for number, own in enumerate(streams) if "query" in own]
+    if len(asking) == 1:
+        return dict(zip(asking, outputs[:1], strict=False))
     shape = value(context).shape
     rows = torch.full((*shape[:-1], 1), -1, dtype=torch.int32)
     for number, own in enumerate(streams):

@@ -24,6 +24,7 @@ from tests.zoo.libraries.diffusers_transformers_sound import SOUNDS
 from tests.zoo.libraries.diffusers_transformers_video import VIDEOS
 from tests.zoo.libraries.diffusers_transformers_world import WORLDS
 from tests.zoo.libraries.diffusers_unets import UNETS
+from tests.zoo.libraries.operators import without_compiled_operators
 
 CASES: dict[str, Case] = (
     TWO_STREAMS | ONE_STREAM | RECENT | VIDEOS | WORLDS | SOUNDS | UNETS | CONTROLS
@@ -53,6 +54,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 def maker(name: str) -> Any:
     """What makes a model of the class."""
+    without_compiled_operators()
     import diffusers
     from diffusers.models import controlnets, transformers
 
