@@ -52,6 +52,7 @@ class Watcher:
         self._changed: set[tuple[int, str]] = set()
         self._started: dict[int, types.CodeType] = {}
         self._ran: set[int] = set()  # those of them that are no library's
+        self._inner: set[int] = set()  # code of functions that started functions define
         self._functions: dict[int, types.FunctionType] = {}
         self._reached: dict[int, Any] = {}  # alive, so that ids stay unique
         self._classes: set[type] = set()
@@ -186,12 +187,14 @@ class Watcher:
         if id(code) in self._started:
             return
         self._started[id(code)] = code
+        made_here = id(code) in self._inner  # its closure holds locals of a function that runs
+        self._inner.update(id(each) for each in code.co_consts if isinstance(each, types.CodeType))
         if of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals.get("__name__", ""):
             return
         self._ran.add(id(code))
         for chain in global_names(code):
             self._global(frame.f_globals, chain)
-        if code.co_freevars:
+        if code.co_freevars and not made_here:
             for name, value in frame.f_locals.items():
                 if name in code.co_freevars:
                     self.look_into(value)

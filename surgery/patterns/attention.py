@@ -26,6 +26,7 @@ from surgery.patterns.dataflow import (
     PRODUCTS,
     VIEWS,
     flow,
+    forwarded,
     inputs,
     is_activation,
     is_parameter,
@@ -144,7 +145,7 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> list[Match]:
     )  # fmt: skip
     caps = [n for n in flow(product, scores) if op_name(n) == "tanh"]
     rows = value(query).permute(order) if order else value(query)
-    talking = any(projection(n, root) for n in (*flow(product, scores), *later))
+    talking = any(_mixes_heads(n, scores, root) for n in (*flow(product, scores), *later))
     for each in found:
         each.softmax_input = scores
         if talking:
@@ -237,7 +238,8 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
             if len(operands) >= 2 and not any(is_parameter(n) for n in operands):
                 found.append(node)
             continue
-        if op_name(node) not in _SCORE_OPS or not _scores_come_through(node, scores, root):
+        stops = projection(node, root) and not _mixes_heads(node, scores, root)
+        if forwarded(node) is None and (op_name(node) not in _SCORE_OPS or stops):
             continue
         for source in inputs(node):
             if _carries_scores(source) and source not in seen:
@@ -249,16 +251,15 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
     return min(found, key=lambda n: order[n])
 
 
-def _scores_come_through(node: fx.Node, scores: fx.Node, root: nn.Module) -> bool:
-    """Whether a node is no projection, or one from all heads' scores to all heads' scores.
+def _mixes_heads(node: fx.Node, scores: fx.Node, root: nn.Module) -> bool:
+    """Whether a node projects all heads' scores to all heads' scores (talking heads).
 
-    The second is talking heads: the heads are an axis of the scores in any place.
+    The heads are an axis of the scores in any place.
     """
     found = projection(node, root)
-    if found is None:
-        return True
-    shape = value(node).shape
-    return found.in_width == found.width and sorted(shape) == sorted(value(scores).shape)
+    if found is None or found.in_width != found.width:
+        return False
+    return sorted(value(node).shape) == sorted(value(scores).shape)
 
 
 def _carries_scores(node: fx.Node) -> bool:

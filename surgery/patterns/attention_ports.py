@@ -33,8 +33,10 @@ from surgery.patterns.dataflow import (
     VIEWS,
     flow,
     from_parameters,
+    inputs,
     is_activation,
     op_name,
+    upstream,
     value,
 )
 from surgery.patterns.layout import columns, split_rows, token_order
@@ -208,11 +210,11 @@ def set_rows(found: Match) -> None:
         order = token_order(proj, heads, split, tokens)
     merged = ports["merged"]
     output.sequence_first = merged.sequence_first = order == "sequence first"
-    added = [n for n in flow(ports["context"].node, merged.node) if op_name(n) in SUMS]
-    if added and proj is not None:
+    if _is_added_to(found):
         found.missing["lse"] = "something is added to its context"
         return
-    if merged.tokens.shape[:-1].numel() != tokens.shape[:-1].numel() or not keeps_rows(found):
+    axes = output.projection.in_axes if output.projection else 1
+    if merged.tokens.shape[:-axes].numel() != tokens.shape[:-1].numel() or not keeps_rows(found):
         found.missing["lse"] = "its merged heads are not the tokens of its output, in order"
         return
     if not order and found.order is None and weights_come_first(found):
@@ -226,19 +228,28 @@ def set_rows(found: Match) -> None:
         found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
 
 
+def _is_added_to(found: Match) -> bool:
+    """Whether something other than parts of the attention is added to its context."""
+    chain = flow(found.ports["context"].node, found.ports["merged"].node)
+    added = [n for node in chain if op_name(node) in SUMS for n in inputs(node)]
+    return any(is_activation(n) and found.core not in upstream(n) for n in added)
+
+
 def keeps_rows(found: Match) -> bool:
     """Whether parts of the context that are concatenated again are in their order.
 
     A model may take streams apart and put them together the other way round.
     """
     context, merged = found.ports["context"].node, found.ports["merged"].node
-    if not any(op_name(n) == "cat" for n in flow(context, merged)):
+    if found.parts or not any(op_name(n) == "cat" for n in flow(context, merged)):
         return True
     shape = value(context).shape
     numbers = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1).expand(shape)
     rows = propagate_rows(context, numbers, merged)
     expected = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1)
-    return rows is not None and rows.shape[-2] == shape[-2] and bool((rows == expected).all())
+    if rows is None or rows.dim() < 2 or rows.shape[-2] != shape[-2]:
+        return True  # the labels are lost in between
+    return bool((rows == expected).all())
 
 
 def weights_come_first(found: Match) -> bool:

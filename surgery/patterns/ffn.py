@@ -60,7 +60,7 @@ def match_ffn(down: Projection, root: nn.Module) -> Match | None:
         low_rank = [end for end in ends if _reads_a_projection(end, sources, root)]
         ends = [end for end in ends if end not in low_rank] if len(low_rank) < len(ends) else ends
         sources = {origin(end.source) for end in ends}
-    if len(sources) != 1 or ends[0].in_width != down.width:
+    if len(sources) != 1 or ends[0].in_width != down.width or ends[0].tokens != down.tokens:
         return None
     ports = {
         "input": PortNode(sources.pop(), channels_first=ends[0].channels_first),
