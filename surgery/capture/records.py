@@ -7,6 +7,7 @@ makes an object of the class without calling ``__init__``, which has run once, i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ _PLAIN = (tuple, list, dict, slice, set, frozenset)  # fx writes the first three
 def is_record(x: Any) -> bool:
     """Whether ``x`` is an object other than a plain container, with a proxy somewhere in it."""
     return type(x) not in _PLAIN and _may_hold(x) and _holds_proxy(x, set())
+
+
+def is_own_kind(x: Any) -> bool:
+    """Whether fx would write ``x`` as something else: a numpy scalar, a tuple of an own class.
+
+    fx calls the class of a dataclass anew; one without a proxy in it is the object that it is.
+    """
+    scalar = isinstance(x, (int, float)) and type(x) not in (int, float, bool)
+    own_tuple = isinstance(x, tuple) and type(x) is not tuple and not hasattr(x, "_fields")
+    return scalar or own_tuple or (dataclasses.is_dataclass(x) and not isinstance(x, type))
 
 
 def attributes(x: Any) -> dict[str, Any]:
@@ -34,6 +45,11 @@ def items(x: Any) -> Any:
     if isinstance(x, list):
         return list(x)
     return tuple(x) if isinstance(x, tuple) else None
+
+
+def parts_of(record: Any) -> tuple[Any, Any]:
+    """Return the attributes and the items of a record, as :func:`make_record` takes them."""
+    return attributes(record), items(record)
 
 
 def make_record(kind: Any, held: dict[str, Any], inside: Any) -> Any:

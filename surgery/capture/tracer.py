@@ -25,7 +25,7 @@ from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy
 from surgery.capture.reads import Read
-from surgery.capture.records import attributes, is_record, items, make_record, unwrapped
+from surgery.capture.records import is_own_kind, is_record, make_record, parts_of, unwrapped
 from surgery.capture.watched_state import Watcher
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
@@ -146,9 +146,7 @@ class Tracer(TracerBase):
             return tuple(a)
         if is_record(a):
             return self.record_node(a)
-        if isinstance(a, (int, float)) and type(a) not in (int, float, bool):  # a numpy scalar
-            return self.constant_node(a)
-        if isinstance(a, tuple) and type(a) is not tuple and not hasattr(a, "_fields"):
+        if is_own_kind(a):
             return self.constant_node(a)
         try:
             return super().create_arg(a)
@@ -188,7 +186,7 @@ class Tracer(TracerBase):
     def record_node(self, record: Any) -> fx.Node:
         """Return a node that makes an object like this one, which holds proxies."""
         kind = self.constant_node(type(record))
-        held, inside = self.create_arg(attributes(record)), self.create_arg(items(record))
+        held, inside = map(self.create_arg, parts_of(record))
         node = self.graph.call_function(make_record, (kind, held, inside))
         node.meta.update(value=unwrapped(record), owner=self.owners[-1])
         return node

@@ -32,6 +32,7 @@ from surgery.interop.isolation import (
     unspliced_forward,
     untouched,
 )
+from surgery.interop.library_inputs import example_inputs
 from surgery.interop.offloading import explained_out_of_reach, onloaded, out_of_reach
 from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
 from surgery.interop.sharding import (
@@ -56,6 +57,7 @@ __all__ = [
     "differentiable",
     "encoder_fastpath",
     "evaluating",
+    "example_inputs",
     "explained_out_of_reach",
     "frozen",
     "hookless",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 
@@ -66,37 +65,6 @@ def choices(module: nn.Module) -> list[tuple[Any, str]]:
             configs[id(config)] = config
     own = "_attn_implementation_internal"
     return [(c, own if own in vars(c) else "_attn_implementation") for c in configs.values()]
-
-
-def example_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Return small inputs for a transformers model, made from its config; None if unknown.
-
-    Text: 2 sequences of 7 token ids. Images: 2 of the config's size.
-    """
-    if not is_pretrained(model):
-        return None
-    config: Any = model.config
-    device = next(model.parameters()).device
-    name = getattr(model, "main_input_name", "input_ids")
-    if name == "input_ids":
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        n_tokens = int(getattr(text, "vocab_size", 8))
-        ids = (torch.arange(14, device=device).reshape(2, 7) * 5 + 3) % n_tokens  # (B, n)
-        inputs = {"input_ids": ids}
-        if device.type != "meta":  # there a mask has no values, and models read them
-            inputs["attention_mask"] = torch.ones_like(ids)
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids[:, :5]
-        return inputs
-    if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 32)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        channels = getattr(vision, "num_channels", 3)
-        pixels = torch.linspace(-1, 1, 2 * channels * height * width, device=device)
-        dtype = next(model.parameters()).dtype
-        return {"pixel_values": pixels.reshape(2, channels, height, width).to(dtype)}
-    return None
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError
+from surgery.interop import example_inputs as made_inputs
 from surgery.interop import explained_out_of_reach, huggingface, leaves, outside_inference_mode
 from surgery.locator.call_sites import call_sites
 from surgery.locator.gradient_reach import why_untrained
@@ -60,7 +61,8 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         model: any ``nn.Module``. It runs once, in evaluation mode, and is not changed: no hook
             fires, no random number is drawn, no gradient is left behind.
         example_inputs: the arguments of that run: a dict of keyword arguments, a tuple of
-            positional ones, or one tensor. May be left out for a transformers model.
+            positional ones, or one tensor. May be left out where the library says what a model
+            takes: transformers, timm, sentence-transformers, torchvision's transformer.
 
     Returns:
         The sites, in the order of the computation; ``print`` shows them.
@@ -105,7 +107,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments of the run."""
     if example_inputs is None:
-        example_inputs = huggingface.example_inputs(model)
+        example_inputs = made_inputs(model)
     if example_inputs is None:
         raise SiteError(
             f"the inputs of {type(model).__name__} are unknown. Pass example_inputs=: "

@@ -15,6 +15,7 @@ gives a match.
 from __future__ import annotations
 
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -227,7 +228,8 @@ def _contracts_features(query: fx.Node, root: nn.Module) -> bool:
 def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
     """Return the product of two activations from which scores are computed, or None.
 
-    The first one in the graph's order counts. Others, as of relative positions, add to the scores.
+    Of several, the one in the nearest module counts, and there the first: scores of an earlier
+    layer, or of relative positions, are added to its own.
     """
     queue, seen = [scores], {scores}
     found: list[fx.Node] = []
@@ -248,7 +250,14 @@ def _product_behind(scores: fx.Node, root: nn.Module) -> fx.Node | None:
     if not found:
         return None
     order = {n: i for i, n in enumerate(scores.graph.nodes)}
-    return min(found, key=lambda n: order[n])
+    return min(found, key=lambda n: (-_shared_path(n, scores), order[n]))
+
+
+def _shared_path(a: fx.Node, b: fx.Node) -> int:
+    """Return how many modules, from the root on, contain both nodes."""
+    paths = (str(n.meta["owner"]).split(".") for n in (a, b))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(*paths, strict=False))
+    return len(list(same))
 
 
 def _mixes_heads(node: fx.Node, scores: fx.Node, root: nn.Module) -> bool:

@@ -54,7 +54,11 @@ def merged_heads(context: fx.Node, out: Projection) -> PortNode:
     parts = [n for n in walk_forward(context, rearranged) if rearranged(n)]
     if out.source in parts:
         return whole
-    alike = [n for n in parts if getattr(value(n), "shape", example.shape[:0]).numel() == size]
+    alike = [
+        n
+        for n in (context, *parts)
+        if getattr(value(n), "shape", example.shape[:0]).numel() == size
+    ]
     own = [n for n in alike if value(n).dim() == example.dim()]
     return dataclasses.replace(whole, node=own[-1]) if own else whole
 

@@ -40,10 +40,19 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
     torch.manual_seed(0)
     model: Any = timm.create_model(name, pretrained=False)
+    cut(model)
     image = torch.randn(2, *model.pretrained_cfg["input_size"])
     wake(model)
     settle(model, image)
     return model.eval(), {"x": image}
+
+
+def cut(model: Any) -> None:
+    """Keep the first three blocks of a large model whose blocks are all of one class."""
+    blocks = getattr(model, "blocks", ())
+    large = sum(p.numel() for p in model.parameters()) > 80e6
+    if large and len(blocks) > 3 and len({type(block) for block in blocks}) == 1:
+        model.blocks = blocks[:3]
 
 
 @torch.no_grad()
