@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import surgery
+from tests.support.models import rename
 from tests.zoo.build import tensors
 from tests.zoo.libraries.counting import attention_modules, projections, run
 from tests.zoo.libraries.table import markdown, summary
@@ -81,7 +82,17 @@ def check(library: str, name: str) -> dict[str, Any]:
     base = outputs(model, inputs)
     for method in METHODS:
         row[method] = attempt(lambda m=method: spliced(model, inputs, sites, METHODS[m], base))
+    row["renamed"] = attempt(lambda: same_by_other_names(model, inputs, sites))
     return row
+
+
+def same_by_other_names(model: nn.Module, inputs: Any, before: surgery.Sites) -> str:
+    """Rename every submodule; the same sites must be found. The model is of no use afterwards."""
+    renamed = rename(model)
+    after = surgery.locate(model, inputs)
+    assert [s.ports.keys() for s in after] == [s.ports.keys() for s in before], "other ports"
+    assert [s.path for s in after] == [renamed[s.path] for s in before], "other places"
+    return "ok"
 
 
 def attempt(act: Callable[[], str]) -> Any:

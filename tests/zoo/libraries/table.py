@@ -68,6 +68,10 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         f"- LoRA, with every projection reached or named: **{len(whole)}** "
         f"({100 * len(whole) / count:.1f} %).",
     ]
+    renamed = [state(r.get("renamed")) for r in families]
+    lines.append(
+        f"- The same sites when every submodule has another name: **{renamed.count('ok')}**."
+    )
     for method in METHODS[1:]:
         answers = [state(r.get(method)) for r in families]
         lines.append(
@@ -87,6 +91,8 @@ def _line(row: dict[str, Any]) -> str:
             reason = re.search(r"; (no lse: [^;.]*|there is no attention site|it needs [^;.]*)",
                                answer["message"])  # fmt: skip
             why[_plain(reason[1] if reason else answer["message"])] = None
+    if row["renamed"] != "ok":
+        why[f"renamed: {_plain(row['renamed']['message'])}"] = None
     if row["silent"]:
         why[f"silent: {row['silent'][0]}"] = None
     projections = f"{row['reached']} of {row['projections']}"
