@@ -1,6 +1,7 @@
 """Find the sites whose only port is ``call``: a whole module call, to be wrapped (``Port.wrap``).
 
-trunk    the smallest module that contains the embedding and every attention
+trunk    the smallest module that contains the embedding and every attention, and is called with
+         token ids: around a language model that is called with embeddings, the module that embeds
 stack    the trunk's child that contains every attention but not the embedding; the trunk itself
          if no such child is called
 block    the smallest module that contains one FFN and at least one attention
@@ -45,7 +46,26 @@ def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
 
 def _inside(path: str, others: set[str]) -> set[str]:
     """Return the paths among ``others`` that are ``path`` or lie below it."""
-    return {other for other in others if f"{other}.".startswith(f"{path}.")}
+    return {other for other in others if not path or f"{other}.".startswith(f"{path}.")}
+
+
+def positions_of_tokens(others: list[Site], sites: list[Site]) -> list[Site]:
+    """Return ``others`` without positions that are not those of embedded tokens.
+
+    The positions of tokens are encoded in the smallest module that contains an embedding of tokens
+    and an attention. Others are those of patches, in a tower for images.
+    """
+    attention = {site.path for site in sites if site.kind == "attention"}
+    towers = []
+    for path in (site.path for site in others if site.kind == "embedding"):
+        while path and not _inside(path, attention):
+            path = path.rpartition(".")[0]
+        towers.append(path)
+    return [
+        site
+        for site in others
+        if site.kind != "position" or not towers or any(_inside(t, {site.path}) for t in towers)
+    ]
 
 
 def _stack_and_trunk(
@@ -67,14 +87,16 @@ def _stack_and_trunk(
             path = path.rpartition(".")[0]
         return path
 
+    embedding = next(site for site in others if site.kind == "embedding")
     trunk = called(common_ancestor([*attention, *embeddings]))
+    while trunk and not _ids(trunk, embedding, model, observation):  # it is called with embeddings
+        trunk = called(trunk.rpartition(".")[0])
     below = common_ancestor(attention).removeprefix(trunk).removeprefix(".").split(".")[0]
     stack = f"{trunk}.{below}" if trunk else below
     separate = below and stack in observation.calls and not embeddings[0].startswith(f"{stack}.")
     # If both are one module, the wrap of the stack must be inside that of the trunk: the sequence
     # is cut before the trunk's wrap returns. The first wrap of a module is the innermost.
     paths: dict[Kind, str] = {"stack": stack if separate else trunk, "trunk": trunk}
-    embedding = next(site for site in others if site.kind == "embedding")
     return [_site(kind, path, embedding, model, observation) for kind, path in paths.items()]
 
 
@@ -86,18 +108,27 @@ def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Obse
     call, module = observation.calls[path], model.get_submodule(path)
     plan = HostPlan(path, frozenset(), call.args, call.kwargs)
     named = named_arguments(type(module).forward, call.args, call.kwargs)
-    given = (like.host.args, like.host.kwargs) if like.host and like.kind == "embedding" else ()
-    tokens = [x for x in leaves(given) if is_integer_tensor(x)]
-    names_of_ids = [
-        n
-        for n, x in named.items()
-        if is_integer_tensor(x) and any(tensors_equal(x, t) for t in tokens)
-    ]
     return Site(
         path, kind, kind, like.width, dtype=like.dtype, device=like.device, host=plan,
-        ids=names_of_ids[0] if names_of_ids else "", call=named,
+        ids=_ids(path, like, model, observation), call=named,
         ports={"call": Port("call", like.width, None)},
     )  # fmt: skip
+
+
+def _ids(path: str, embedding: Site, model: nn.Module, observation: Observation) -> str:
+    """Return the argument of a module's call that holds the embedded tokens; "" if none does."""
+    call, host = observation.calls[path], embedding.host
+    if host is None or embedding.kind != "embedding":
+        return ""
+    forward = type(model.get_submodule(path)).forward
+    tokens = [x for x in leaves((host.args, host.kwargs)) if is_integer_tensor(x)]
+    named = named_arguments(forward, call.args, call.kwargs).items()
+    found = (
+        name
+        for name, x in named
+        if is_integer_tensor(x) and any(tensors_equal(x, t) for t in tokens)
+    )
+    return next(found, "")
 
 
 def common_ancestor(paths: list[str]) -> str:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.interop import example_inputs as made_inputs
 from surgery.interop import explained_out_of_reach, huggingface, leaves, outside_inference_mode
-from surgery.locator.call_sites import call_sites
+from surgery.locator.call_sites import call_sites, positions_of_tokens
 from surgery.locator.gradient_reach import why_untrained
 from surgery.locator.host_choice import Group, groups_of
 from surgery.locator.module_sites import module_sites
@@ -94,7 +94,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     ]
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     ids = [x for x in given if not x.is_floating_point()]
-    others = module_sites(model, observation, ids)
+    others = positions_of_tokens(module_sites(model, observation, ids), sites)
     others += call_sites(model, observation, sites, others)
     return Sites(
         sites,
