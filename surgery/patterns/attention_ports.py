@@ -249,7 +249,7 @@ def keeps_rows(found: Match) -> bool:
     expected = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1)
     if rows is None or rows.dim() < 2 or rows.shape[-2] != shape[-2]:
         return True  # the labels are lost in between
-    return bool((rows == expected).all())
+    return bool(((rows == expected) | (rows < 0)).all())  # below 0: features from elsewhere
 
 
 def weights_come_first(found: Match) -> bool:
