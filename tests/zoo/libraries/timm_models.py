@@ -51,7 +51,8 @@ def cut(model: Any) -> None:
     """Keep the first three blocks of a large model whose blocks are all of one class."""
     blocks = getattr(model, "blocks", ())
     large = sum(p.numel() for p in model.parameters()) > 80e6
-    if large and len(blocks) > 3 and len({type(block) for block in blocks}) == 1:
+    kinds = {type(block) for block in blocks}
+    if large and len(blocks) > 3 and len(kinds) == 1 and kinds != {nn.Sequential}:
         model.blocks = blocks[:3]
 
 
