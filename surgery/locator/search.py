@@ -74,7 +74,8 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
     found = find_matches(observation.graph, model)
     matches = _unique(found, model)
-    linear = _linear(_kept(found, matches), observation, model)
+    kept = _kept(found, matches)
+    linear = _linear(kept, observation, model)
     if not matches and not linear:
         raise SiteError(
             f"no site in {type(model).__name__}: no attention (query-key product, softmax), "
@@ -100,7 +101,7 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         sites,
         type(model).__name__,
         linear + others,
-        overlooked(model, observation, _kept(found, matches), sites),
+        overlooked(model, observation, kept, sites),
     )
 
 

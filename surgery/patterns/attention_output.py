@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Collection
 from functools import partial
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
     VIEWS,
@@ -54,12 +54,8 @@ def merged_heads(context: fx.Node, out: Projection) -> PortNode:
     parts = [n for n in walk_forward(context, rearranged) if rearranged(n)]
     if out.source in parts:
         return whole
-    alike = [
-        n
-        for n in (context, *parts)
-        if getattr(value(n), "shape", example.shape[:0]).numel() == size
-    ]
-    own = [n for n in alike if value(n).dim() == example.dim()]
+    tensors = [n for n in (context, *parts) if isinstance(value(n), Tensor)]
+    own = [n for n in tensors if value(n).numel() == size and value(n).dim() == example.dim()]
     return dataclasses.replace(whole, node=own[-1]) if own else whole
 
 

@@ -187,8 +187,8 @@ def _in_another_layer(proj: Projection, core: fx.Node, root: nn.Module) -> bool:
 def set_rows(found: Match) -> None:
     """Note in a match how the rows of the query heads belong to the tokens of the output.
 
-    Sets ``sequence_first`` of the output and merged ports, and ``missing["lse"]`` if the query
-    heads are not (B, H, n, d) for the n tokens of the output.
+    Sets ``sequence_first`` of the output and merged ports; or ``replay``, if the model itself
+    rearranges the rows into the output's order; or ``missing["lse"]``, if neither is known.
     """
     ports, output = found.ports, found.ports["output"]
     proj = ports["query"].projection if "query" in ports else None
@@ -214,7 +214,7 @@ def set_rows(found: Match) -> None:
         found.missing["lse"] = "something is added to its context"
         return
     axes = output.projection.in_axes if output.projection else 1
-    if merged.tokens.shape[:-axes].numel() != tokens.shape[:-1].numel() or not keeps_rows(found):
+    if merged.tokens.shape[:-axes].numel() != tokens.shape[:-1].numel() or not _keeps_rows(found):
         found.missing["lse"] = "its merged heads are not the tokens of its output, in order"
         return
     if not order and found.order is None and weights_come_first(found):
@@ -235,7 +235,7 @@ def _is_added_to(found: Match) -> bool:
     return any(is_activation(n) and found.core not in upstream(n) for n in added)
 
 
-def keeps_rows(found: Match) -> bool:
+def _keeps_rows(found: Match) -> bool:
     """Whether parts of the context that are concatenated again are in their order.
 
     A model may take streams apart and put them together the other way round.
