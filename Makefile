@@ -1,11 +1,11 @@
 # make quickstart   a virtual environment, and a real encoder trained on real sentences
-# make test         the same set-up, and the default tier of tests: under 7 minutes on 2 cores
+# make test         the same set-up, and the default tier of tests: about 8 minutes on 2 cores
 # make recipes-smoke  the four tasks of the papers end to end, tiny models, data of $SURGERY_DATA
 # make compat       the fast tests on the oldest versions that pyproject.toml allows, and on the newest
 # make slow         the slow tier: what repeats the default tests over more options and models
 # make zoo          every model type of transformers, tiny, and docs/coverage.md from it
 # make zoo-libraries  models of timm, diffusers, torchvision and open_clip, likewise
-# make cases        spliced models beside other libraries: TRL, torchao, bitsandbytes, ONNX Runtime
+# make cases        spliced models beside other libraries: TRL, Lightning, torchao, bitsandbytes, ONNX Runtime
 # make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
 

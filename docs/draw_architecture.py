@@ -26,10 +26,11 @@ BEGIN, END = "<!-- floors: begin -->", "<!-- floors: end -->"
 # Where a box stands on its floor, and the file to read first. A new package needs a line here.
 LEFT, CENTRE, RIGHT = range(3)
 PLACES = {
-    "cli": (LEFT, "cli.py"),
+    "cli": (LEFT, "cli/console.py"),
     "testing": (RIGHT, "testing.py"),
     "surgery": (CENTRE, "__init__.py"),
     "adapter": (CENTRE, "adapter/saving.py"),
+    "formats": (CENTRE, "formats/translate.py"),
     "splicer": (CENTRE, "splicer/operations.py"),
     "host": (RIGHT, "host/execution.py"),
     "locator": (LEFT, "locator/search.py"),

@@ -1,6 +1,7 @@
 """Insert a small network, a bottleneck adapter, after a sub-layer or beside the FFN.
 
-    A(h) = relu(LN(h) W_d + b_d) W_u + b_u               LN only with ``layer_norm``
+    A(h) = f(LN(h) W_d + b_d) W_u + b_u                  f is relu by default; LN only with
+                                                         ``layer_norm``
     houlsby     a := a + A1(a), m := m + A2(m)           after attention and after the FFN
     attention   a := a + A(a)                            after attention only
     pfeiffer    m := m + A(m)                            after the FFN only
@@ -22,11 +23,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
 
 Placement = Literal["houlsby", "attention", "pfeiffer", "parallel", "block"]
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+FUNCTIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 SITES = {
     "houlsby": ("attention", "ffn"),
     "attention": ("attention",),
@@ -43,8 +47,9 @@ class Bottleneck(nn.Module):
         width, rank: D and the inner width r.
         scale: s; ``"learned"`` makes s a parameter that starts at 1.
         layer_norm: whether A has a LayerNorm for its input.
-        dropout: probability, after the relu.
+        dropout: probability, after f.
         init: ``zero`` or ``normal``, see Parameters.
+        activation: f.
 
     Shape:
         h (B, n, D) -> (B, n, D)
@@ -63,8 +68,10 @@ class Bottleneck(nn.Module):
         layer_norm: bool,
         dropout: float,
         init: str,
+        activation: Activation,
     ) -> None:
         super().__init__()
+        self.function = FUNCTIONS[activation]
         self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         self.dropout = surgery.Dropout(dropout)
@@ -79,7 +86,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        hidden = self.dropout(torch.relu(self.down(self.norm(h))))  # (B, n, r)
+        hidden = self.dropout(self.function(self.down(self.norm(h))))  # (B, n, r)
         out: Tensor = self.up(hidden)
         return out * self.scale
 
@@ -109,8 +116,9 @@ class FFNAdapter(surgery.Method):
             of this file.
         scale: s, a number, or ``"learned"`` (starts at 1). He et al. use 4 (XSum) and 2 (GLUE).
         layer_norm: whether the adapter has a LayerNorm for its input.
-        dropout: probability, after the relu.
+        dropout: probability, after f.
         init: ``zero`` starts exactly at the base model, ``normal`` near it.
+        activation: f: ``relu``, ``gelu``, ``silu`` or ``tanh``.
 
     Start: exact; with ``init="normal"`` none. Not mergeable. The keys and values of a layer are
     computed as in the base. Cost: 2 D r + r + D [+ 2 D] [+ 1] per adapter.
@@ -128,6 +136,7 @@ class FFNAdapter(surgery.Method):
     layer_norm: bool = False
     dropout: float = 0.0
     init: Literal["zero", "normal"] = "zero"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
@@ -137,6 +146,7 @@ class FFNAdapter(surgery.Method):
         self.require(valid, "scale", "a number other than 0, or 'learned'")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.require(self.init in ("zero", "normal"), "init", "'zero' or 'normal'")
+        self.require(self.activation in FUNCTIONS, "activation", f"one of {', '.join(FUNCTIONS)}")
 
     @property
     def start(self) -> surgery.Start:
@@ -146,9 +156,8 @@ class FFNAdapter(surgery.Method):
         return site.kind in SITES[self.placement]
 
     def splice(self, site: surgery.OpenSite) -> None:
-        adapter = Bottleneck(
-            site.width, self.rank, self.scale, self.layer_norm, self.dropout, self.init
-        )
+        options = self.scale, self.layer_norm, self.dropout, self.init, self.activation
+        adapter = Bottleneck(site.width, self.rank, *options)
         if self.placement == "block":
             site.port("call").wrap(After(adapter), name=self.name)
             return

@@ -8,6 +8,7 @@ projection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,13 @@ class Scale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
+    @staticmethod
+    def forward_grouped(modules: Sequence[Scale], x: Tensor) -> Tensor:
+        """Return the rows of each module, times its vector."""
+        scales = torch.stack([m.scale for m in modules])
+        rows = x.reshape(len(modules), -1, x.shape[-1])
+        return (rows * scales.unsqueeze(1)).view(x.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
 
@@ -45,7 +53,9 @@ class IA3(surgery.Method):
     """Rescale keys, values and the input of the FFN's last projection.
 
     Args:
-        ports: some of key, value (attention) and output (FFN, whose input is rescaled).
+        ports: some of key, value (attention) and output (FFN, whose input is rescaled). Where
+            ``Sites.matching`` has picked projections, it is those: the input of an output
+            projection, the output of any other.
 
     Start: exact. Mergeable. Cost: 2 G d per attention, F per FFN.
 
@@ -59,7 +69,6 @@ class IA3(surgery.Method):
     ports: tuple[str, ...] = ("key", "value", "output")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ports", tuple(self.ports))
         valid = set(self.ports) <= {"key", "value", "output"}
         self.require(bool(self.ports) and valid, "ports", "some of key, value, output")
 
@@ -72,7 +81,7 @@ class IA3(surgery.Method):
 
     def splice(self, site: surgery.OpenSite) -> None:
         for port in site.select(self.present_ports(site)):
-            if site.kind == "ffn":
+            if port.name == "output":
                 assert port.in_width is not None  # present_ports() names no other
                 port.feed(Scale(port.in_width), name=self.name)
             else:

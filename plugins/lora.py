@@ -12,19 +12,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
+from surgery_plugins.lora_updates import LowRankConvolution, LowRankExperts, LowRankRows
 
 PROJECTIONS = {
     "attention": ("query", "key", "value", "output"),
     "ffn": ("up", "gate", "output"),
     "linear": ("output",),
+    "convolution": ("output",),
+    "experts": ("up", "gate", "output"),
+    "embedding": ("rows",),
 }
 
 
@@ -63,11 +68,49 @@ class LowRank(nn.Module):
         """Whether merging needs a bias on the projection, to take up c."""
         return self.bias is not None
 
+    def fast_parameters(self) -> set[str]:
+        """Name B to LoRA+."""
+        return {"b"}
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return ``(W + s A B, b + s c)``, W (d_in, d_out)."""
         if bias is not None and self.bias is not None:
             bias = bias + self.scale * self.bias.to(bias)
         return weight + self.scale * (self.a.to(weight).T @ self.b.to(weight)), bias
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return the factors with the root of s in each; None beside a bias."""
+        root = math.sqrt(self.scale)
+        return None if self.bias is not None else (root * self.a, root * self.b)
+
+    def set_low_rank_factors(self, a: Tensor, b: Tensor) -> None:
+        with torch.no_grad():
+            self.a.copy_(a)
+            self.b.copy_(b)
+
+    @staticmethod
+    def forward_grouped(
+        modules: Sequence[LowRank], x: Tensor, onto: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the updates of the rows of several modules by two grouped products.
+
+            s_e x_e A_e B_e         x_e (m, d_in): the rows of module e
+
+        Smaller ranks are filled up with zeros. None beside dropout or a bias.
+        """
+        if any(m.bias is not None or (m.training and m.dropout.p) for m in modules):
+            return None
+        a, b = _stacked([m.a for m in modules]), _stacked([m.b for m in modules])
+        hidden = torch.bmm(x.reshape(len(modules), -1, x.shape[-1]), a.transpose(1, 2))
+        scales = [m.scale for m in modules]
+        if len({*scales}) > 1:
+            hidden = hidden * hidden.new_tensor(scales).view(-1, 1, 1)
+            scales = [1.0]
+        if onto is not None and onto.dtype == hidden.dtype:
+            whole = onto.reshape(len(modules), -1, onto.shape[-1])
+            return torch.baddbmm(whole, hidden, b, alpha=scales[0]).view(onto.shape)
+        out = torch.bmm(hidden * scales[0], b).view(*x.shape[:-1], -1)
+        return out if onto is None else onto + out.to(onto.dtype)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return the update, or its sum with ``onto``, in which the scale costs no operation."""
@@ -83,24 +126,43 @@ class LowRank(nn.Module):
         return out if onto is None else onto + out.to(onto.dtype)
 
 
+def _stacked(factors: list[Tensor]) -> Tensor:
+    """Return factors (r, width) as one tensor (E, R, width); R is the largest r."""
+    rank = max(map(len, factors))
+    wide = [f if len(f) == rank else F.pad(f, (0, 0, 0, rank - len(f))) for f in factors]
+    return torch.stack(wide)
+
+
 @dataclass(frozen=True)
 class LoRA(surgery.Method):
-    """Add a low-rank update to projections of attention or FFN.
+    """Add a low-rank update to projections of attention or FFN, and to other maps that are named.
 
-    In a fused projection only the columns of the named ports are updated.
+    In a fused projection only the columns of the named ports are updated. Linear layers outside
+    attention and FFN, convolutions and the embedding are updated where ``at`` holds them:
+    ``at=sites + sites.embedding`` with ``ports=("query", "value", "rows")``.
 
     Args:
         rank: inner width r, at least 1.
         alpha: numerator of the scale s.
         rslora: s = alpha / sqrt(r) instead of alpha / r.
-        ranks: other ranks for some sites, as ``{"layers.0.": 16, "mlp": 4}``: regular expressions
-            that are searched for in a site's path; the first that is found gives the rank.
+        ranks: other ranks for some projections, as ``{"layers.0.": 16, "mlp": 4, "q_proj": 2}``:
+            regular expressions that are searched for in the path of the site, and of the module
+            that makes the projection; the first that is found gives the rank, and before all the
+            whole path of the module. They are of a kind that ends soon in any path (see
+            ``surgery.are_quick_patterns``).
+        alphas: other numerators for some projections, likewise.
+        fused: whether the ports of one fused projection share A, as one update of the whole
+            projection does.
         ports: the projections: query, key, value, output (attention); up, gate, output (FFN);
-            output (linear). ``output`` beside other ports is the output of their kind of site;
-            alone it is that of every kind. ``"all"`` is every projection that a site has. What a
-            site lacks is left out there, and the report names it.
-        dropout: probability, on the input of A.
-        bias: whether to add a trainable bias, scaled as the product is.
+            output (linear, convolution); rows (embedding); up, gate, output (experts). ``output``
+            beside other ports is the output of their kind of site; alone it is that of every kind.
+            ``"all"`` is every projection that a site has. What a site lacks is left out there, and
+            the report names it. Where ``Sites.matching`` has picked projections, it is those
+            instead.
+        dropout: probability, on the input of A; it leaves out embeddings and experts, which have
+            no such input.
+        bias: whether to add a trainable bias, scaled as the product is; not for an embedding or
+            experts.
 
     Start: exact. Mergeable. Cost: rank * (d_in + d_out) [+ d_out] per projection.
 
@@ -118,14 +180,20 @@ class LoRA(surgery.Method):
     bias: bool = False
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    fused: bool = False
 
     def __post_init__(self) -> None:
-        ports = (self.ports,) if isinstance(self.ports, str) else tuple(self.ports)
-        object.__setattr__(self, "ports", ports)
-        self.require(isinstance(self.rank, int) and self.rank >= 1, "rank", "an integer >= 1")
-        for pattern, rank in self.ranks.items():
-            valid = isinstance(rank, int) and rank >= 1 and _is_regular_expression(pattern)
-            self.require(valid, "ranks", "regular expressions of paths, with integers >= 1")
+        self.require(self.rank >= 1, "rank", "an integer >= 1")
+        self.require(all(r >= 1 for r in self.ranks.values()), "ranks", "integers >= 1")
+        self.require(all(a > 0 for a in self.alphas.values()), "alphas", "numbers > 0")
+        for option in ("ranks", "alphas"):
+            self.require(
+                surgery.are_quick_patterns(getattr(self, option)), option,
+                "regular expressions that end soon: with at most three open repeats (* + ? {m,n}; "
+                "digits are free), none of a group but (...)?, without (?...) but (?:...), "
+                "without \\1",
+            )  # fmt: skip
         self.require(self.alpha > 0, "alpha", "a number > 0")
         self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         known = sorted({port for ports in PROJECTIONS.values() for port in ports})
@@ -147,24 +215,51 @@ class LoRA(surgery.Method):
         addressed = (set(own) - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
         return tuple(p for p in self.ports if p in own) if addressed else ()
 
+    def at_rank(self, rank: int) -> LoRA:
+        plain = {"rslora": False, "ranks": {}, "alphas": {}, "fused": False}
+        return dataclasses.replace(self, rank=rank, alpha=float(rank), **plain)
+
     def without_attention(self) -> LoRA:
         return dataclasses.replace(self, ports=("all",))
 
+    def check(self, sites: list[surgery.Site]) -> None:
+        kinds = {site.kind for site in sites}
+        for kind in sorted(kinds & {"embedding", "experts"}):
+            self.require(not self.bias, "bias", f"False at sites of kind {kind!r}")
+            alone = kinds <= {"embedding", "experts"}
+            self.require(not (self.dropout and alone), "dropout", f"0 at sites of kind {kind!r}")
+
     def splice(self, site: surgery.OpenSite) -> None:
+        whole: dict[str, LowRank] = {}  # the first update of each fused projection
         for port in site.select(self.present_ports(site)):
             assert port.in_width is not None
-            rank = next((r for p, r in self.ranks.items() if re.search(p, site.path)), self.rank)
-            scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-            update = LowRank(port.in_width, port.width, rank, scale, self.dropout, self.bias)
-            port.add(update, name=self.name)
+            rank = _of(self.ranks, site, port) or self.rank
+            alpha = _of(self.alphas, site, port) or self.alpha
+            scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+            if site.kind == "embedding":
+                rows = LowRankRows(port.in_width, port.width, rank, scale, site.base().padding_idx)
+                port.add(rows, name=self.name, reads=("ids",))
+            elif site.kind == "convolution":
+                kernel = LowRankConvolution(site.base(), rank, scale, self.dropout, self.bias)
+                port.add(kernel, name=self.name, reads=("input",))
+            elif site.kind == "experts":
+                stack = port.parameter()
+                widths = len(stack()), port.in_width, port.width
+                experts = LowRankExperts(stack, port.transposed, *widths, rank, scale)
+                port.wrap(experts, name=self.name)
+            else:
+                update = LowRank(port.in_width, port.width, rank, scale, self.dropout, self.bias)
+                if self.fused and port.module:
+                    update.a = whole.setdefault(port.module, update).a
+                port.add(update, name=self.name)
 
 
-def _is_regular_expression(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+def _of(values: Mapping[str, Any], site: surgery.Site, port: surgery.Port) -> Any:
+    """Return the value whose pattern is found in the paths of a projection, None if none is."""
+    if port.module in values:
+        return values[port.module]
+    paths = (site.path, port.module)
+    return next((v for p, v in values.items() if any(re.search(p, path) for path in paths)), None)
 
 
 @surgery.hookimpl

@@ -63,11 +63,8 @@ class Reparametrised(nn.Module):
         self.share, self.groups = share, site.kv_heads
         self.widths = [site.kv_heads * site.head_width, site.kv_heads * site.value_width]
         inner = hidden if share in ("layer", "global") else 0
-
-        def rows() -> nn.Module:
-            return Rows(length, site.width, inner, std)
-
-        self.rows: Any = site.share("rows", rows) if share == "global" else rows()
+        sizes, shared = (length, site.width, inner, std), share == "global"
+        self.rows: Any = site.share("rows", lambda: Rows(*sizes)) if shared else Rows(*sizes)
         if share == "simple":
             self.norm = site.frozen_norm()
             self.projections = [site.port(name).frozen() for name in ("key", "value")]
@@ -75,6 +72,10 @@ class Reparametrised(nn.Module):
             self.outward = _linear(inner or site.width, sum(self.widths), std)
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        kind = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # what is kept serves plain forwards, too
+                return self.forward()
         rows = self.rows()  # (P, D), or (P, m) after the first half of an MLP
         if self.share == "simple":
             rows = self.norm(rows)
@@ -88,12 +89,11 @@ class Reparametrised(nn.Module):
 
     def sources(self) -> Iterable[Tensor]:
         """All tensors that keys and values depend on, also those registered elsewhere."""
-        rows = self.rows if isinstance(self.rows, nn.Module) else self.rows.module
-        own = [*self.parameters(), *rows.parameters()]
+        own = [*self.parameters(), *getattr(self.rows, "module", self.rows).parameters()]
         if self.share != "simple":
             return own
-        norm = getattr(self.norm, "module", self.norm)
-        return [*own, *norm.parameters(), *(x for p in self.projections for x in p.tensors())]
+        tensors = (x for projection in self.projections for x in projection.tensors())
+        return [*own, *getattr(self.norm, "module", self.norm).parameters(), *tensors]
 
 
 def _linear(width: int, out: int, std: float) -> nn.Linear:
@@ -149,8 +149,7 @@ class Prefix(nn.Module):
 
     def plain_state(self) -> dict[str, Tensor]:
         """The tensors to store after training: keys, values, and the scalars."""
-        with torch.no_grad():
-            keys, values = self.made() if self.made else (self.keys, self.values)
+        keys, values = self.made() if self.made else (self.keys, self.values)
         scalars = dict(self.named_parameters(recurse=False))
         return {**scalars, "keys": keys.detach(), "values": values.detach()}
 

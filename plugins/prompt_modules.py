@@ -1,6 +1,6 @@
 """The modules of prompt-tuning that run inside a model, and what they tell each other.
 
-Call (prompt.py) sets a Run for one call of the model, and runs
+A wrap of the trunk (prompt_calls.py) sets a Run for one call of the model, and then runs
   Embed      puts the rows in the place of embeddings
   Later      moves the positions of the tokens behind the prompt
   Attend     keeps the prompt's keys and values in the Run, or lets tokens attend to them
@@ -8,6 +8,9 @@ Call (prompt.py) sets a Run for one call of the model, and runs
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,15 +27,16 @@ class Run:
     Args:
         alone: whether the prompt runs by itself now.
         total: length of the running sequence if the prompt stands in front of others, else 0.
-        repeats: whether gradient checkpointing is on.
+        past: how many tokens before those of this call a KV cache holds, the prompt not counted.
 
     Attributes:
+        repeats: whether gradient checkpointing is on.
         seen: the keys and values of the prompt.
         copies: leaves in their place, which collect the gradients of repeated layers.
     """
 
-    def __init__(self, alone: bool = False, total: int = 0, repeats: bool = False) -> None:
-        self.alone, self.total, self.repeats = alone, total, repeats
+    def __init__(self, alone: bool = False, total: int = 0, past: int = 0) -> None:
+        self.alone, self.total, self.past, self.repeats = alone, total, past, False
         self.seen: Seen = {}
         self.copies: Seen = {}
 
@@ -72,6 +76,12 @@ class Collect(torch.autograd.Function):
         return None, grad, *(None if x is None else x.grad for pair in pairs for x in pair)
 
 
+class Mark:
+    """Tells what a KV cache has kept of a prompt, and whether the prompt was checked."""
+
+    checked = False
+
+
 class Prompt(nn.Module):
     """The rows of the prompt, and the call that runs now.
 
@@ -85,16 +95,17 @@ class Prompt(nn.Module):
     def __init__(self, rows: Tensor, encoder: nn.Module) -> None:
         super().__init__()
         self.rows, self.encoder = nn.Parameter(rows), encoder
-        self.causal = False
         self.run = surgery.CallValue[Run]()
-        self.mark = object()  # tells what a KV cache has kept of this prompt
+        self.mark = Mark()
 
     @property
     def length(self) -> int:
         return int(self.rows.shape[0])
 
     def start_from(self, vocabulary: Tensor) -> None:
-        """Start from random rows of the vocabulary (V, D)."""
+        """Start from random rows of the vocabulary (V, D); rows without values stay so."""
+        if self.rows.is_meta:
+            return
         with torch.no_grad():
             chosen = torch.randint(len(vocabulary), (self.length,), device=vocabulary.device)
             self.rows.copy_(vocabulary[chosen])
@@ -102,6 +113,23 @@ class Prompt(nn.Module):
     def forward(self) -> Tensor:
         rows: Tensor = self.encoder(self.rows)
         return rows.clone() if rows is self.rows else rows  # FSDP2 frees a parameter after forward
+
+
+class _Thread(threading.local):
+    alone: Prompt | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def alone(prompt: Prompt) -> Iterator[None]:
+    """Let a prompt run by itself inside the ``with`` block; others are off meanwhile."""
+    outer, _thread.alone = _thread.alone, prompt
+    try:
+        yield
+    finally:
+        _thread.alone = outer
 
 
 class Part(nn.Module):
@@ -114,6 +142,16 @@ class Part(nn.Module):
     @property
     def shared(self) -> Prompt:
         return self.prompt if isinstance(self.prompt, Prompt) else self.prompt.module  # type: ignore[no-any-return]
+
+    @property
+    def run(self) -> Run | None:
+        """The run of the model that this prompt takes part in now."""
+        return None if self.is_off else self.shared.run.get()
+
+    @property
+    def is_off(self) -> bool:
+        """Whether another prompt runs by itself."""
+        return _thread.alone not in (None, self.shared)
 
     def plain_state(self) -> dict[str, Tensor]:
         """The tensors to store after training: the rows."""
@@ -129,12 +167,12 @@ class Attend(Part):
 
     def __init__(self, prompt: Any, site: surgery.Site) -> None:
         super().__init__(prompt)
-        self.window, self.scored = site.window, {"scale": site.scale, "softcap": site.softcap}
-        self.path = site.path
+        self.window, self.scale, self.softcap = site.window, site.scale, site.softcap
+        self.path = f"{site.path} {site.key}".strip()  # heads may be sites of one module
 
     def forward(self, merged: Tensor, query: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> Tensor:
         run = self.call()
-        if run is None:
+        if run is None or run.total:
             return merged
         if run.alone:
             if self.path in run.seen:
@@ -144,25 +182,44 @@ class Attend(Part):
                 )
             run.seen[self.path] = k[0], v[0]
             return merged
-        if self.window is not None and k.shape[-2] + self.shared.length > self.window:
-            raise surgery.ForwardError(
-                f"method 'prompt': {k.shape[-2]} tokens and {self.shared.length} of the prompt are "
-                f"more than the {self.window} that a token sees here. Shorten one of them."
-            )
-        seen = run.keys_and_values(self.path)
-        return surgery.virtual_tokens(merged, query, lse, *seen, **self.scored)
+        return surgery.virtual_tokens(merged, query, lse, **self.tokens(run, query))
 
     def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor, *_: Tensor) -> Tensor:
         """The logsumexp of all keys, the prompt's included, for methods later in the list."""
         run = self.call()
-        if run is None or run.alone:
+        if run is None or run.contains_prompt:
             return lse
-        return surgery.virtual_lse(query, lse, *run.keys_and_values(self.path), **self.scored)
+        return surgery.virtual_lse(query, lse, **self.tokens(run, query))
+
+    def tokens(self, run: Run, query: Tensor) -> dict[str, Any]:
+        """The arguments of ``surgery.virtual_tokens`` that describe the prompt here."""
+        keys, values = run.keys_and_values(self.path)
+        found = {"keys": keys, "values": values, "scale": self.scale, "softcap": self.softcap}
+        if self.window is None or run.past + query.shape[2] + len(keys[0]) <= self.window:
+            return found
+        return {**found, "scores": self.windowed(run.past, len(keys[0])), "softcap": None}
+
+    def windowed(self, past: int, length: int) -> Any:
+        """Return a function of the scores (B, H, n, P) that hides what is out of the window.
+
+        Query i is token P + past + i of the whole sequence, and sees the last ``window`` tokens.
+        """
+        window, softcap = self.window, self.softcap
+        assert window is not None
+
+        def hide(scores: Tensor) -> Tensor:
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            last = torch.arange(scores.shape[-2], device=scores.device)[:, None] + length + past
+            hidden = torch.arange(length, device=scores.device) <= last - window  # (n, P)
+            return scores.masked_fill(hidden, torch.finfo(scores.dtype).min / 2)
+
+        return hide
 
     def call(self) -> Run | None:
         """Return the call of the model that runs now; None if this attention runs by itself."""
-        run = self.shared.run.get()
-        if run is None and surgery.in_backward():
+        run = self.run
+        if run is None and not self.is_off and surgery.in_backward():
             raise surgery.ForwardError(
                 f"method 'prompt': {self.path} runs again in a backward pass, and its first run "
                 "cannot be told. Checkpoint with torch.utils.checkpoint, or not at all."
@@ -174,12 +231,14 @@ class Embed(Part):
     """Replace the first P embeddings (B, n, D) by the rows while the prompt runs."""
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        prompt, run = self.shared, self.shared.run.get()
+        prompt, run = self.shared, self.run
         if run is None or not run.contains_prompt:
             if run is None or not run.repeats:
                 return embeddings
             seen = [x for pair in run.seen.values() for x in pair]
             return Collect.apply(run, embeddings, *seen)  # type: ignore[no-any-return, no-untyped-call]
+        if embeddings.shape[1] < max(prompt.length, run.total):  # other tokens, as padding is
+            return embeddings
         rows = prompt().to(embeddings.dtype).expand(len(embeddings), -1, -1)  # (B, P, D)
         return torch.cat([rows, embeddings[:, prompt.length :]], 1)
 
@@ -188,6 +247,6 @@ class Later(Part):
     """Return ``positions + P`` for real tokens; the running prompt keeps its positions."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        run = self.shared.run.get()
+        run = self.run
         inside = run is not None and run.contains_prompt
-        return positions if inside else positions + self.shared.length
+        return positions if inside or self.is_off else positions + self.shared.length

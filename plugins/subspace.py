@@ -83,7 +83,6 @@ class SSL(surgery.Method):
     ports: tuple[str, ...] = ("query", "key", "value", "output")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ports", tuple(self.ports))
         known = {port for ports in PORTS.values() for port in ports}
         valid = bool(self.ports) and set(self.ports) <= known
         self.require(valid, "ports", f"some of {', '.join(sorted(known))}")

@@ -9,7 +9,9 @@ SurgeryError
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SurgeryError(Exception):
@@ -60,3 +62,15 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     """Return ``Did you mean 'query'? `` if a known name is near ``wrong``, else ''."""
     close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
+
+
+_LINE = reprlib.Repr()
+_LINE.maxstring, _LINE.maxother = 80, 120
+
+
+def shown(value: Any) -> str:
+    """Return the ``repr`` of a value for a message: about a line of it, whatever it is."""
+    try:
+        return _LINE.repr(value)
+    except Exception:  # an int of too many digits, or a class whose repr fails
+        return f"<{type(value).__name__}>"

@@ -1,7 +1,9 @@
 """Settings for every test: one thread, quiet transformers, reproducible Hypothesis.
 
 Tests are in two tiers. The default one has each method, law and kind of model once or twice; the
-slow one (marker ``slow``) has what repeats them over further options, models and backends.
+slow one (marker ``slow``) has what repeats them over further options, models and backends. Of a
+test with ``few(n)`` n cases, spread evenly over all, are in the default tier and the rest in the
+slow one.
 Hypothesis tries few examples of a property by default and many under HYPOTHESIS_PROFILE=slow.
 """
 
@@ -30,8 +32,18 @@ settings.register_profile("slow", parent=settings.get_profile("default"), max_ex
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of real data run where $SURGERY_DATA says where they are."""
+    """Put cases into the slow tier; tests of real data run where $SURGERY_DATA says they are."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        count = each[0].get_closest_marker("few").args[0]  # type: ignore[union-attr]
+        kept = {i * len(each) // count for i in range(count)}
+        for item in [item for i, item in enumerate(each) if i not in kept]:
+            item.add_marker(pytest.mark.slow)
     if "SURGERY_DATA" not in os.environ:
         without = [item for item in items if item.get_closest_marker("data")]
         config.hook.pytest_deselected(items=without)

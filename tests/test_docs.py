@@ -46,6 +46,7 @@ def test_the_reference_has_every_public_name() -> None:
     assert missing == []
 
 
+@pytest.mark.slow
 def test_the_example_with_lse_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     code = next(text for text in examples if "class AttentionSink" in text)
@@ -86,3 +87,35 @@ def test_the_tests_that_need_a_gpu_are_a_tier() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/surgery"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "tests/surgery/attention/test_kernels.py::" in done.stdout
+
+
+def test_the_page_on_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gpt2")
+    surgery.splice(model, surgery.method("lora", rank=2))
+    for name in ("billing", "legal"):
+        surgery.save(model, tmp_path / "adapters" / name)
+    surgery.remove(model)
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(12).reshape(4, 3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 2}
+    names: dict[str, Any] = {"model": model, "surgery": surgery, "batch_of_four": batch}
+    text = (ROOT / "docs/serving.md").read_text()
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    assert (tmp_path / "served/billing/adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, which PEFT calls
+def test_the_page_for_users_of_peft_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("gpt2").save_pretrained(tmp_path / "openai-community/gpt2")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/moving_from_peft.md").read_text()
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    base = build("gpt2").state_dict()
+    assert all(torch.equal(x, base[key]) for key, x in names["model"].state_dict().items())
+    assert {path.name for path in (tmp_path / "adapter_for_peft").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }

@@ -18,17 +18,24 @@ from queue import Queue
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from surgery import RecipeError
 from surgery_recipes.comparison import tables
 from surgery_recipes.comparison.grid import Cell, Grid, cells, check, settings
 
-COMMAND = "from surgery.cli import app; app()"
+# Python puts the current folder in front of all others: a file there could pass for a library.
+COMMAND = "import sys; sys.path[:] = filter(None, sys.path); from surgery.cli import app; app()"
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-def run_grid(grid: Grid, console: Console) -> list[Cell]:
+def run_grid(grid: Grid, console: Console, trust: bool = False) -> list[Cell]:
     """Run what is not finished, then write the tables.
+
+    Args:
+        grid: what to run.
+        console: where to say how far it is.
+        trust: whether the package of ``model: package:NAME`` may be imported, whatever it is.
 
     Returns:
         The cells whose runs failed. The folder of each has a ``log.txt``.
@@ -39,16 +46,18 @@ def run_grid(grid: Grid, console: Console) -> list[Cell]:
     everything = cells(grid)
     if grid.baseline and len(grid.seeds) > 1 and importlib.util.find_spec("scipy") is None:
         raise RecipeError("significance over seeds needs scipy. pip install 'surgery[recipes]'")
-    check(grid, everything)
+    check(grid, everything, trust)
     todo = [cell for cell in everything if not cell.finished]
-    console.print(f"{grid.title}: {len(everything)} runs, {len(everything) - len(todo)} finished")
-    failed = list(_run_all(grid, todo, console)) if todo else []
+    done = len(everything) - len(todo)
+    console.print(Text(f"{grid.title}: {len(everything)} runs, {done} finished"))
+    failed = list(_run_all(grid, todo, console, trust)) if todo else []
     made = tables.write(grid, everything)
     if made is not None:
         console.print(made)
-        console.print(f"tables and plots: {grid.output}/table.md .html .csv, *.png")
+        console.print(Text(f"tables and plots: {grid.output}/table.md .html .csv, *.png"))
     for cell in failed:
-        console.print(f"failed: {cell.folder}, see {cell.folder}/log.txt", style="bold red")
+        said = f"failed: {cell.folder}, see {cell.folder}/log.txt"
+        console.print(Text(said, style="bold red"))
     return failed
 
 
@@ -59,7 +68,7 @@ def gpus() -> list[str]:
     return [name.strip() for name in names][:count]
 
 
-def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:
+def _run_all(grid: Grid, todo: list[Cell], console: Console, trust: bool) -> Iterator[Cell]:
     """Run cells, one at a time on each GPU or in all; yield those that failed."""
     devices: Queue[str] = Queue()
     for name in gpus() or [""]:
@@ -68,11 +77,11 @@ def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:
     def run(cell: Cell) -> bool:
         device = devices.get()
         try:
-            return _run(grid, cell, device)
+            return _run(grid, cell, device, trust)
         finally:
             devices.put(device)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task(grid.title, total=len(todo))
         with ThreadPoolExecutor(devices.qsize()) as pool:
@@ -82,15 +91,17 @@ def _run_all(grid: Grid, todo: list[Cell], console: Console) -> Iterator[Cell]:
                     yield cell
 
 
-def _run(grid: Grid, cell: Cell, device: str) -> bool:
+def _run(grid: Grid, cell: Cell, device: str, trust: bool) -> bool:
     """Run one cell in a process of its own; whether it finished."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **({GPUS: device} if device else {})}
-    resume = ["--resume" if cell.begun else "--overwrite"]
-    command = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *resume]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "SURGERY_TRACEBACK": "1"}
+    environment |= {GPUS: device} if device else {}
+    flags = ["--resume" if cell.begun else "--overwrite", *(["--trust"] if trust else [])]
+    command = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *flags]
     with (cell.folder / "log.txt").open("a") as log:
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, *command],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
+            env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            check=False,
         )  # fmt: skip
     return done.returncode == 0 and cell.finished

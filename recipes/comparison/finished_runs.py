@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from surgery import RecipeError
 from surgery_recipes.comparison.grid import Cell
+from surgery_recipes.recipe_files import reason
 
 LOWER_IS_BETTER = ("ter",)
 SIGNIFICANT = 0.05
@@ -49,8 +51,12 @@ def read_runs(cells: Sequence[Cell]) -> list[Line]:
     for cell in cells:
         if not cell.finished:
             continue
-        content = json.loads((cell.folder / "metrics.json").read_text())
-        last = content["rows"][-1]
+        file = cell.folder / "metrics.json"
+        try:
+            content = json.loads(file.read_bytes())
+            last = content["rows"][-1]
+        except (ValueError, LookupError, TypeError) as error:
+            raise RecipeError(f"{file} is damaged: {reason(error)}. Run it again.") from error
         line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
         for name, value in last["scores"].items():
             if value is not None:

@@ -24,6 +24,7 @@ from surgery_recipes.recipe_files import (
     read_extended,
     read_recipe,
     shipped_recipes,
+    shown,
 )
 from surgery_recipes.run import (
     Prepared,
@@ -103,11 +104,10 @@ def read_grid(path: str | Path) -> Grid:
     for key, value in content.items():
         if key not in known:
             raise RecipeError(
-                f"{path}: unknown key {key!r}. {suggest(str(key), known)}Keys: {', '.join(known)}."
+                f"{path}: unknown key {shown(key)}. {suggest(str(key), known)}"
+                f"Keys: {', '.join(known)}."
             )
-        kind = {"dict": dict, "list": list}.get(str(known[key].type).partition("[")[0], str)
-        if type(value) is not kind:
-            raise RecipeError(f"{path}: {key}={value!r} must be a {kind.__name__}.")
+        _check_type(f"{path}: {key}", value, str(known[key].type))
     for key in ("title", "tasks", "rows", "scores"):
         if not content.get(key):
             raise RecipeError(f"{path}: the key {key!r} is missing or empty.")
@@ -116,25 +116,21 @@ def read_grid(path: str | Path) -> Grid:
     names = {name.split("/")[-1] for name in recipes}
     for row in grid.rows:
         if not any(f"{task}/{row}" in recipes for task in grid.tasks):
-            raise RecipeError(f"{path}: no task has a row {row!r}. {suggest(row, names)}")
+            raise RecipeError(f"{path}: no task has a row {shown(row)}. {suggest(row, names)}")
     for task in grid.tasks:
         if task not in grid.scores:
-            raise RecipeError(f"{path}: no scores of task {task!r}. Add them to 'scores'.")
-    if not grid.seeds or not all(type(seed) is int for seed in grid.seeds):
-        raise RecipeError(f"{path}: seeds={grid.seeds!r} must be numbers, one or more.")
+            raise RecipeError(f"{path}: no scores of task {shown(task)}. Add them to 'scores'.")
+        if not grid.scores[task]:
+            raise RecipeError(f"{path}: scores of {task} is empty. Name one or more.")
+    if not grid.seeds:
+        raise RecipeError(f"{path}: seeds=[] must be numbers, one or more.")
     for key in ("tasks", "rows", "seeds"):
         twice = [x for x in getattr(grid, key) if getattr(grid, key).count(x) > 1]
         if twice:
-            raise RecipeError(f"{path}: {key} has {twice[0]!r} twice.")
-    lists: dict[str, Any] = {"set": grid.set}
-    for key in ("scores", "task_set", "row_set"):
-        lists |= {f"{key} of {name}": texts for name, texts in getattr(grid, key).items()}
-    for what, texts in lists.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise RecipeError(f"{path}: {what} is {texts!r}; write a list of texts, [a=1, b=2].")
+            raise RecipeError(f"{path}: {key} has {shown(twice[0])} twice.")
     if grid.baseline and grid.baseline not in grid.rows:
         raise RecipeError(
-            f"{path}: the baseline {grid.baseline!r} is not one of the rows."
+            f"{path}: the baseline {shown(grid.baseline)} is not one of the rows."
             f" Rows: {', '.join(grid.rows)}."
         )
     columns = {f"{task}.{name}" for task in grid.tasks for name in grid.scores[task]}
@@ -146,11 +142,26 @@ def read_grid(path: str | Path) -> Grid:
     return grid
 
 
+def _check_type(what: str, value: Any, kind: str) -> None:
+    """Raise unless a value has the type of an annotation, such as ``dict[str, list[str]]``."""
+    outer, _, rest = kind.partition("[")
+    inner = rest[:-1].removeprefix("str, ")
+    types = {"dict": (dict,), "list": (list,), "str": (str,), "int": (int,), "float": (int, float)}
+    texts = kind != "list[str]" or all(isinstance(text, str) for text in value)
+    if type(value) not in types[outer] or not texts:
+        also = ": write a list of texts, [a=1, b=2]" if kind == "list[str]" else ""
+        raise RecipeError(f"{what} is {shown(value)}; it must be a {kind}{also}.")
+    for name, each in value.items() if outer == "dict" else ():
+        _check_type(f"{what} of {shown(name)[1:-1]}", each, inner)
+    for each in value if kind == "list[int]" else ():
+        _check_type(f"{what} of {shown(value)}", each, inner)
+
+
 def _known(path: str | Path, key: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise if a name in ``given`` is not one of ``names``."""
     for name in given:
         if name not in names:
-            raise RecipeError(f"{path}: {key} has {name!r}. {suggest(name, names)}")
+            raise RecipeError(f"{path}: {key} has {shown(name)}. {suggest(name, names)}")
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -176,7 +187,12 @@ def recipe_of(grid: Grid, cell: Cell) -> Recipe:
     return read_recipe(find_recipe(f"{cell.task}/{cell.row}"), settings(grid, cell))
 
 
-def check(grid: Grid, everything: list[Cell]) -> None:
+def models(grid: Grid) -> list[str]:
+    """The models of all runs, each once."""
+    return list(dict.fromkeys(recipe_of(grid, cell).model for cell in cells(grid)))
+
+
+def check(grid: Grid, everything: list[Cell], trust: bool = False) -> None:
     """Check the settings, data and model of every run, before any of them starts.
 
     Raises:
@@ -194,7 +210,7 @@ def check(grid: Grid, everything: list[Cell]) -> None:
         training_arguments(recipe)
         same = repr((recipe.task, recipe.model, recipe.data, recipe.limit))
         if same not in tried:
-            _check_scores(grid, cell.task, prepare_run(recipe))
+            _check_scores(grid, cell.task, prepare_run(recipe, trust))
             tried.add(same)
 
 
@@ -208,6 +224,6 @@ def _check_scores(grid: Grid, name: str, prepared: Prepared) -> None:
     for score in grid.scores[name]:
         if score not in given and score.partition("_")[0] not in task.notes():
             raise RecipeError(
-                f"scores: task {name!r} has no score {score!r}. {suggest(score, given)}"
+                f"scores: task {name!r} has no score {shown(score)}. {suggest(score, given)}"
                 f"Scores: {', '.join(sorted(given))}."
             )

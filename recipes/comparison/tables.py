@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from surgery_recipes.comparison import plots
 from surgery_recipes.comparison.finished_runs import SIGNIFICANT, Line, mark_better, read_runs
@@ -31,11 +32,11 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
         csv.writer(file).writerows(_for_programs(grid, lines))
     plots.by_parameters(grid, lines, folder / "parameters.png")
     plots.by_length(grid, lines, folder / "length.png")
-    shown = Table(title=grid.title)
+    shown = Table(title=Text(grid.title))
     for number, name in enumerate(head):
-        shown.add_column(name, no_wrap=number == 0, overflow="fold")
+        shown.add_column(Text(name), no_wrap=number == 0, overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown
 
 

@@ -1,18 +1,15 @@
 """Recipe files: find the YAML files of a recipe, merge them, and read them into a ``Recipe``."""
 
 from surgery_recipes.recipe_files.layered_yaml import read_extended
-from surgery_recipes.recipe_files.recipe import (
-    Recipe,
-    make_recipe,
-    read_recipe,
-    write_recipe,
-)
+from surgery_recipes.recipe_files.recipe import Recipe, make_recipe, read_recipe, write_recipe
 from surgery_recipes.recipe_files.shipped import (
     find_recipe,
     find_table,
     shipped_recipes,
     shipped_tables,
 )
+from surgery_recipes.recipe_files.shown_values import reason, shown
+from surgery_recipes.recipe_files.whole_files import write_whole
 
 __all__ = [
     "Recipe",
@@ -21,7 +18,10 @@ __all__ = [
     "make_recipe",
     "read_extended",
     "read_recipe",
+    "reason",
     "shipped_recipes",
     "shipped_tables",
+    "shown",
     "write_recipe",
+    "write_whole",
 ]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files.layered_yaml import merge, override, read_extended
+from surgery_recipes.recipe_files.plain_yaml import write_yaml
+from surgery_recipes.recipe_files.shown_values import shown
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Recipe:
 
     Attributes:
         model: a hub id, a local folder, or ``package:NAME`` for an installed package that carries
-            a model and has a function ``get_model_path()``.
+            a model and has a function ``get_model_path()``. Its code is imported, so it is asked
+            for, or needs ``--trust``.
         task: the registered name of the task to train and score; ``surgery.tasks()`` lists them.
         about: a few words that say what the run is.
         data: the options of the task: files, columns, lengths.
@@ -48,6 +49,7 @@ class Recipe:
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: the dtype of the base and of what is inserted: ``float32``, or ``auto`` for the one
             of the model's files. Mixed precision takes float32 and ``training.bf16``.
+        quantize: ``nf4`` or ``int8`` to load the base that way, by bitsandbytes; "" for as it is.
         limit: how many examples of a split to take, for trials: ``{train: 100, test: 10}``. They
             are drawn at random, and always the same.
         patience: stop after this many validations without an improvement; 0 never stops early.
@@ -65,6 +67,7 @@ class Recipe:
     baseline: bool = False
     device: str = "auto"
     dtype: str = "float32"
+    quantize: str = ""
     limit: dict[str, Any] = field(default_factory=dict)
     patience: int = 0
     training: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +106,7 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     for key in content:
         if key not in fields:
             raise RecipeError(
-                f"{where}: unknown key {key!r}. {suggest(str(key), fields)}"
+                f"{where}: unknown key {shown(key)}. {suggest(str(key), fields)}"
                 f"Keys: {', '.join(fields)}."
             )
     for key in ("model", "task"):
@@ -113,18 +116,31 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
     for key, value in content.items():
         kind = type(getattr(blank, key))
         if type(value) is not kind:
-            raise RecipeError(f"{where}: {key}={value!r} must be a {kind.__name__}.")
+            raise RecipeError(f"{where}: {key}={shown(value)} must be a {kind.__name__}.")
     recipe = Recipe(**content)
     for entry in recipe.splice:
         if not isinstance(entry, dict) or "method" not in entry:
-            raise RecipeError(f"{where}: splice entry {entry!r} needs a key 'method'.")
+            raise RecipeError(f"{where}: splice entry {shown(entry)} needs a key 'method'.")
+        if not isinstance(entry["method"], str):
+            raise RecipeError(f"{where}: splice entry {shown(entry)}: method must be a name.")
+    if not all(isinstance(name, str) for name in recipe.keep):
+        raise RecipeError(f"{where}: keep={shown(recipe.keep)} must be names of modules.")
+    if recipe.patience < 0:
+        raise RecipeError(f"{where}: patience={recipe.patience} must be 0 or more.")
     if recipe.device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"{where}: device={recipe.device!r} must be auto, cpu or cuda.")
+        raise RecipeError(f"{where}: device={shown(recipe.device)} must be auto, cpu or cuda.")
     if recipe.dtype not in ("float32", "auto"):
-        raise RecipeError(f"{where}: dtype={recipe.dtype!r} must be float32 or auto.")
+        raise RecipeError(f"{where}: dtype={shown(recipe.dtype)} must be float32 or auto.")
+    if recipe.quantize not in ("", "nf4", "int8"):
+        raise RecipeError(f"{where}: quantize={shown(recipe.quantize)} must be nf4 or int8.")
+    if recipe.quantize and (recipe.baseline or not recipe.splice):
+        raise RecipeError(
+            f"{where}: a quantised base is trained with adapters only. Add a splice entry, and set "
+            "baseline to false."
+        )
     return recipe
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as one YAML file that extends nothing."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    write_yaml(dataclasses.asdict(recipe), path)

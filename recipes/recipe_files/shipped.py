@@ -20,7 +20,9 @@ from typing import TypeVar
 
 from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files.layered_yaml import extended
+from surgery_recipes.recipe_files.plain_yaml import is_file
 from surgery_recipes.recipe_files.recipe import RecipeFiles
+from surgery_recipes.recipe_files.shown_values import short
 
 HERE = Path(__file__).parents[1]
 Found = TypeVar("Found")
@@ -48,15 +50,15 @@ def find_recipe(name: str) -> RecipeFiles:
     Raises:
         RecipeError: no recipe has the name, and no file is there.
     """
-    if Path(name).is_file():
+    if is_file(Path(name)):
         return RecipeFiles(name, (Path(name),))
     task, _, row = name.partition("/")
     more = ""
     if row:
         rows = {known: [path.stem for path in _rows(base)] for known, base in _tasks().items()}
         having = [known for known, own in rows.items() if row in own]
-        more += f"Tasks with a row {row!r}: {', '.join(having)}. " if having else ""
-        more += f"Rows of task {task}: {', '.join(rows[task])}. " if task in rows else ""
+        more += f"Tasks with a row {short(row)!r}: {', '.join(having)}. " if having else ""
+        more += f"Rows of task {short(task)}: {', '.join(rows[task])}. " if task in rows else ""
     return _named(name, "recipe", shipped_recipes(), more)
 
 
@@ -66,14 +68,14 @@ def find_table(name: str) -> Path:
     Raises:
         RecipeError: no table has the name, and no file is there.
     """
-    return Path(name) if Path(name).is_file() else _named(name, "table", shipped_tables(), "")
+    return Path(name) if is_file(Path(name)) else _named(name, "table", shipped_tables(), "")
 
 
 def _named(name: str, what: str, known: Mapping[str, Found], more: str) -> Found:
     if name not in known:
         raise RecipeError(
-            f"{name}: no such {what}. {suggest(name, known)}{more}Give the path of a YAML file, or "
-            "a name that `surgery recipes` lists."
+            f"{short(name)}: no such {what}. {suggest(name, known)}{more}Give the path of a YAML "
+            "file, or a name that `surgery recipes` lists."
         )
     return known[name]
 

@@ -38,7 +38,7 @@ def answers(
     found: dict[tuple[int, ...], Any] = {}
     training = model.training
     model.eval()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     verb = "generating" if task.kind == "decoder" else "answering"
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         bar = progress.add_task(verb, total=len(mine))

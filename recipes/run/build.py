@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    set_seed,
+)
 
 import surgery
-from surgery import RecipeError
-from surgery_recipes.recipe_files import Recipe
+from surgery import MethodError, RecipeError
+from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.collate import Collator
 from surgery_recipes.run.prepare import Prepared
@@ -29,15 +34,26 @@ def planned_methods(recipe: Recipe) -> Plan:
     made = []
     for entry in recipe.splice:
         if entry.get("at") not in (None, "attention", "ffn"):
-            raise RecipeError(f"splice entry {entry!r}: at must be attention or ffn.")
+            raise RecipeError(f"splice entry {shown(entry)}: at must be attention or ffn.")
         layers = entry.get("layers", [0, 1])
         if not isinstance(layers, list) or [type(x) for x in layers] != [int, int]:
             raise RecipeError(
-                f"splice entry {entry!r}: layers must be [first, last + 1], two whole numbers."
+                f"splice entry {shown(entry)}: layers must be [first, last + 1], two whole numbers."
             )
         options = {k: v for k, v in entry.items() if k not in ("method", "at", "layers")}
-        made.append((surgery.method(entry["method"], **options), entry))
+        made.append((_method(entry["method"], options), entry))
     return made
+
+
+def _method(name: str, options: dict[str, Any]) -> surgery.Method:
+    try:
+        return surgery.method(name, **options)
+    except MethodError as error:
+        raise MethodError(reason(error)) from error
+    except Exception as error:  # a method is a plugin: it may raise anything at a wrong option
+        raise MethodError(
+            f"method {shown(name)} cannot be made with {shown(options)}: {reason(error)}"
+        ) from error
 
 
 def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
@@ -52,19 +68,35 @@ def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
     set_seed(seed)
     task, source = prepared.task, source or prepared.source
     dtype: Any = torch.float32 if prepared.recipe.dtype == "float32" else "auto"
+    more = _quantized(prepared.recipe.quantize)
     try:
         if task.kind == "decoder":
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
         else:
             names = dict(enumerate(task.labels))
             model = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=len(names), id2label=names, dtype=dtype
+                source, num_labels=len(names), id2label=names, dtype=dtype, **more
             )
             model.config.pad_token_id = pad_id(prepared.tokenizer)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model {source!r} cannot be loaded for this task: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"model {shown(source)} cannot be loaded for this task: {reason(error)}"
+        ) from error
     grow_vocabulary(model, len(prepared.tokenizer))
     return model
+
+
+def _quantized(how: str) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that quantise the base, its head excepted."""
+    if not how:
+        return {}
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if how == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options |= {"bnb_4bit_use_double_quant": True}
+    heads = [".*pooler", "classifier", "score", "lm_head"]  # what a base may have no weights for
+    config = BitsAndBytesConfig(**options, llm_int8_skip_modules=heads)
+    return {"quantization_config": config}
 
 
 def fresh_parameters(model: nn.Module) -> list[str]:
@@ -105,8 +137,8 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
             there = {site.layer for site in chosen if site.layer is not None}
             if not first < end or not set(range(first, end)) <= there:
                 raise RecipeError(
-                    f"splice entry {entry!r}: layers must be [first, last + 1] of this model's "
-                    f"layers {min(there, default=0)} to {max(there, default=0)}."
+                    f"splice entry {shown(entry)}: layers must be [first, last + 1] of this "
+                    f"model's layers {min(there, default=0)} to {max(there, default=0)}."
                 )
             chosen = chosen.layers(first, end)
         name = "default" if index == 0 else f"step{index + 1}"
@@ -153,8 +185,8 @@ def try_out(model: Any, prepared: Prepared) -> float:
     except (IndexError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"the longest examples ({examples['input_ids'].shape[1]} tokens to learn, "
-            f"{prompts['input_ids'].shape[1]} to answer) do not go through the model: {error}. "
-            "Lower data.max_length, or take a model with more positions."
+            f"{prompts['input_ids'].shape[1]} to answer) do not go through the model: "
+            f"{reason(error)}. Lower data.max_length, or take a model with more positions."
         ) from error
     finally:
         model.train()

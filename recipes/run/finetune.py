@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import TrainingArguments, set_seed
 
 import surgery
+from surgery import RecipeError, StoreError, restore
 from surgery_recipes.recipe_files import Recipe, read_recipe
 from surgery_recipes.run import results
 from surgery_recipes.run.answers import answers
@@ -35,12 +37,12 @@ from surgery_recipes.run.build import (
     trainable,
     try_out,
 )
+from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
 from surgery_recipes.run.prepare import Prepared, prepare_run
 from surgery_recipes.run.results import Row
 from surgery_recipes.run.run_folder import (
     RunOptions,
     check_folder,
-    last_checkpoint,
     read_trained,
     start_folder,
     write_trained,
@@ -62,13 +64,14 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
     made = training_arguments(recipe, run.wandb)
     folder = Path(recipe.output)
     check_folder(folder, recipe, run)
-    prepared = prepare_run(recipe)
+    prepared = prepare_run(recipe, run.trust)
     trained = read_trained(folder) if run.resume else None
-    checkpoint = last_checkpoint(folder) if run.resume and trained is None else None
+    checkpoint = None
     if trained is None:
         model = load_base(prepared, made.seed)
         splice(model, prepared, methods)
         try_out(model, prepared)
+        checkpoint = _last_checkpoint(model, folder) if run.resume else None
     else:
         model = _load(prepared, made, folder)
     first = made.process_index == 0
@@ -76,14 +79,16 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
         console = Console(quiet=True)
     else:
         start_folder(folder, recipe, run)
+        if trained is None:
+            drop_newer(folder, checkpoint)
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in prepared.examples.items())
-    console.print(f"{recipe.model}: {sizes}", highlight=False, markup=False)
+    console.print(Text(f"{recipe.model}: {sizes}"))
     rows = []
     if recipe.baseline:
         console.rule("frozen base, new head")
         rows.append(_baseline(prepared, made, console))
     what = " + ".join(entry["method"] for entry in recipe.splice) or "fine-tuning"
-    console.rule(what)
+    console.rule(Text(what))
     if methods:
         console.print(surgery.summary(model), highlight=False)
     if trained is None:
@@ -93,50 +98,64 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
         results.write(folder, rows, prepared.task, made.seed)
     console.print(results.table(rows, prepared.task.metric))
     for name, note in prepared.task.notes().items():
-        console.print(f"{name}: {note}", highlight=False, markup=False)
+        console.print(Text(f"{name}: {note}"))
     last = rows[-1]
     shown = ", ".join(f"{name} {value:.4f}" for name, value in last.scores.items())
-    console.print(
-        f"{what}: {shown}; {last.seconds:.0f} s; results in {folder}",
-        highlight=False,
-        markup=False,
-    )
-    console.print(f"score it again with: surgery eval {folder}", highlight=False, markup=False)
+    console.print(Text(f"{what}: {shown}; {last.seconds:.0f} s; results in {folder}"))
+    console.print(Text(f"score it again with: surgery eval {folder}"))
     return rows
 
 
-def dry_run(recipe: Recipe, console: Console) -> float:
+def _last_checkpoint(model: Any, folder: Path) -> Path:
+    """The newest checkpoint that can be resumed from.
+
+    Raises:
+        RecipeError: no checkpoint is whole.
+    """
+    why = ""
+    for checkpoint in whole_checkpoints(folder):
+        try:
+            if surgery.summary(model).reports:
+                restore(model, checkpoint)  # checks digests; the trainer restores it again
+            return checkpoint
+        except StoreError as error:
+            why = f" {error}"
+    raise RecipeError(f"--resume: {folder} has no whole checkpoint.{why} Start with --overwrite.")
+
+
+def dry_run(recipe: Recipe, console: Console, trust: bool = False) -> float:
     """Build everything and run the longest examples once, without training; return the loss."""
     methods = planned_methods(recipe)
     made = training_arguments(recipe)
-    prepared = prepare_run(recipe)
+    prepared = prepare_run(recipe, trust)
     model = load_base(prepared, made.seed)
     splice(model, prepared, methods)
     loss = try_out(model, prepared)
     for name, split in prepared.examples.items():
-        console.print(f"{name}: {len(split):,} examples", highlight=False)
+        console.print(Text(f"{name}: {len(split):,} examples"))
     if methods:
         console.print(surgery.summary(model), highlight=False)
     console.print(f"trainable: {trainable(model):,}; loss of the longest examples: {loss:.3f}")
     return loss
 
 
-def evaluate(folder: Path, console: Console) -> dict[str, float]:
+def evaluate(folder: Path, console: Console, trust: bool = False) -> dict[str, float]:
     """Score a finished run again, from its files and a freshly loaded base."""
     recipe = read_recipe(folder / "recipe.yaml")
-    prepared = prepare_run(recipe)
+    prepared = prepare_run(recipe, trust)
     made = training_arguments(recipe)
     model = _load(prepared, made, folder)
     _, scores = _answer(model, prepared, made, console)
     for name, value in scores.items():
-        console.print(f"{folder}: {name} {value}")
+        console.print(Text(f"{folder}: {name} {value}"))
     return scores
 
 
 def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
     """A freshly loaded base with the adapter of a run, or the model that it trained as a whole."""
     if prepared.recipe.splice:
-        model = surgery.load(load_base(prepared, made.seed), folder / "adapter")
+        base = load_base(prepared, made.seed)
+        model = surgery.load(base, folder / "adapter", keep=prepared.recipe.keep)
     else:
         model = load_base(prepared, made.seed, str(folder / "model"))
     return model.to(made.device)
@@ -155,7 +174,7 @@ def _fit(
     prepared: Prepared,
     made: TrainingArguments,
     console: Console,
-    checkpoint: str | None,
+    checkpoint: Path | None,
     folder: Path | None,
 ) -> dict[str, Any]:
     """Train one model, save it in ``folder`` unless that is None, and return its numbers."""
@@ -164,12 +183,12 @@ def _fit(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         if folder is not None and made.process_index == 0:
             where = _keep(model, prepared, folder)
             step = trainer.state.global_step
-            console.print(f"\ninterrupted at step {step}: what was learnt is in {where}")
+            console.print(Text(f"\ninterrupted at step {step}: what was learnt is in {where}"))
         raise
     counts = surgery.summary(model)
     whole = all(p.requires_grad for p in model.parameters())
@@ -202,7 +221,8 @@ def _score(
         sets, scores = _answer(model, prepared, made, console)
     except KeyboardInterrupt:
         if folder is not None:
-            console.print(f"\ninterrupted: training is over, --resume scores it; see {folder}")
+            said = f"\ninterrupted: training is over, --resume scores it; see {folder}"
+            console.print(Text(said))
         raise
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import os.path
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -19,7 +21,7 @@ from transformers import (
 
 import surgery
 from surgery import Example, Features, RecipeError, suggest
-from surgery_recipes.recipe_files import Recipe
+from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.model_source import model_path
 
 FITTED = ("train", "validation")
@@ -53,43 +55,52 @@ class Prepared:
         return [name for name in self.examples if name not in FITTED]
 
 
-def prepare_run(recipe: Recipe) -> Prepared:
+def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
     """Read the data of a recipe and check that they suit the model.
 
+    Args:
+        recipe: the recipe.
+        trust: whether the package of ``model: package:NAME`` may be imported, whatever it is.
+
     Raises:
-        RecipeError: the model is of the wrong kind, data are missing, or an example is too long.
+        RecipeError: the model is of the wrong kind or not trusted, data are missing, or an
+            example is too long.
     """
-    task = surgery.task(recipe.task, **recipe.data)
+    with _told(recipe.task):
+        task = _task(recipe)
     if recipe.baseline and task.kind != "classifier":
         raise RecipeError(
             f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
             "baseline out."
         )
-    source = model_path(recipe.model)
+    source = model_path(recipe.model, trust)
     config = _config(source, task)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model {source!r} has no tokenizer that loads: {error}") from error
+        raise RecipeError(
+            f"model {shown(source)} has no tokenizer that loads: {reason(error)}"
+        ) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise RecipeError(
-            f"model {source!r}: its tokenizer has neither a padding nor an end token. Set one in "
-            "its tokenizer_config.json."
+            f"model {shown(source)}: its tokenizer has neither a padding nor an end token. "
+            "Set one in its tokenizer_config.json."
         )
     before = set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
     new = [token for token in task.tokens if token not in before]
-    examples = _limited(task.splits(), recipe.limit)
-    features = {
-        name: [task.encode(example, tokenizer) for example in examples[name]]
-        for name in FITTED
-        if name in examples
-    }
-    prompts = {
-        name: [task.prompt(example, tokenizer) for example in examples[name]]
-        for name in examples
-        if name not in FITTED
-    }
+    with _told(recipe.task):
+        examples = _limited(task.splits(), recipe.limit)
+        features = {
+            name: [task.encode(example, tokenizer) for example in examples[name]]
+            for name in FITTED
+            if name in examples
+        }
+        prompts = {
+            name: [task.prompt(example, tokenizer) for example in examples[name]]
+            for name in examples
+            if name not in FITTED
+        }
     if task.kind == "classifier":
         _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
@@ -104,22 +115,45 @@ def prepare_run(recipe: Recipe) -> Prepared:
     return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
 
 
+@contextmanager
+def _told(task: str) -> Iterator[None]:
+    """Turn what a task raises into an error of a few lines. A task is a plugin."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(reason(error)) from error
+    except Exception as error:
+        raise RecipeError(f"task {shown(task)} fails: {reason(error)}") from error
+
+
+def _task(recipe: Recipe) -> surgery.Task:
+    """The task of a recipe; an option whose default is a text must be a text."""
+    cls = surgery.tasks().get(recipe.task)
+    for option in dataclasses.fields(cls) if cls else ():
+        given = recipe.data.get(option.name, option.default)
+        if isinstance(option.default, str) and not isinstance(given, str):
+            raise RecipeError(f"data.{option.name}={shown(given)} must be a text.")
+    return surgery.task(recipe.task, **recipe.data)
+
+
 def _config(source: str, task: surgery.Task) -> Any:
     """The configuration of the base.
 
     Raises:
         RecipeError: there is none, or the base is not of the kind that the task needs.
     """
-    here = Path(source)
-    meant = here.is_absolute() or source.startswith(".") or source.count("/") > 1
-    if meant and not here.is_dir():
-        raise RecipeError(f"model {source!r}: no such folder.")
+    here = os.path.isdir(source)
+    meant = os.path.isabs(source) or source.startswith(".") or source.count("/") > 1
+    if meant and not here:
+        raise RecipeError(f"model {shown(source)}: no such folder.")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        also = "" if here.is_dir() else ", and there is no such folder here"
-        raise RecipeError(f"model {source!r} cannot be loaded{also}: {error}") from error
-    what = f"model {source!r} ({config.model_type})"
+        also = "" if here else ", and there is no such folder here"
+        raise RecipeError(
+            f"model {shown(source)} cannot be loaded{also}: {reason(error)}"
+        ) from error
+    what = f"model {shown(source)} ({config.model_type})"
     if task.kind == "classifier" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise RecipeError(
             f"{what} cannot take a classification head, which task {task.name!r} needs. "
@@ -149,10 +183,13 @@ def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[st
     for name, count in limit.items():
         if name not in splits:
             raise RecipeError(
-                f"limit: no split {name!r}. {suggest(name, splits)}Splits: {', '.join(splits)}."
+                f"limit: no split {shown(name)}. {suggest(name, splits)}"
+                f"Splits: {', '.join(splits)}."
             )
-        if not isinstance(count, int) or count < 1:
-            raise RecipeError(f"limit: {name}={count!r} must be a number of examples, 1 or more.")
+        if type(count) is not int or count < 1:
+            raise RecipeError(
+                f"limit: {name}={shown(count)} must be a number of examples, 1 or more."
+            )
     drawn = {}
     for name, examples in splits.items():
         if not examples:

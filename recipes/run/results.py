@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
+from rich.text import Text
 
 import surgery
 from surgery import Example
+from surgery_recipes.recipe_files import write_whole
 
 SHOWN = 100
 FEW = 10  # examples; the score of a quarter with fewer means nothing
@@ -65,12 +67,12 @@ class Row:
 
 def table(rows: Sequence[Row], metric: str) -> Table:
     """The table that is printed at the end of a run."""
-    made = Table(title=f"{metric} on what was held out")
+    made = Table(title=Text(f"{metric} on what was held out"))
     for heading in ("", metric, "trainable", "inserted", "of the base", "training"):
-        made.add_column(heading, justify="right" if heading else "left")
+        made.add_column(Text(heading), justify="right" if heading else "left")
     for row in rows:
         numbers = (f"{row.score:.4f}", f"{row.trainable:,}", f"{row.inserted:,}")
-        made.add_row(row.what, *numbers, f"{row.percent:.2f} %", f"{row.seconds:.0f} s")
+        made.add_row(Text(row.what), *numbers, f"{row.percent:.2f} %", f"{row.seconds:.0f} s")
     return made
 
 
@@ -104,7 +106,7 @@ def write(folder: Path, rows: Sequence[Row], task: surgery.Task, seed: int) -> N
             "python": platform.python_version(),
         },
     }  # fmt: skip
-    (folder / "metrics.json").write_text(json.dumps(_without_nan(content), indent=1))
+    write_whole(folder / "metrics.json", json.dumps(_without_nan(content), indent=1))
 
 
 def _without_nan(x: Any) -> Any:

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from surgery import RecipeError
-from surgery_recipes.recipe_files import Recipe, read_recipe, write_recipe
+from surgery_recipes.recipe_files import (
+    Recipe,
+    read_recipe,
+    reason,
+    shown,
+    write_recipe,
+    write_whole,
+)
+from surgery_recipes.run.checkpoints import CHECKPOINTS, checkpoints, whole_checkpoints
 
-CHECKPOINTS = "checkpoints"
 RECIPE, METRICS, TRAINED = "recipe.yaml", "metrics.json", "trained.json"
 
 
@@ -28,11 +33,13 @@ class RunOptions:
         resume: continue an unfinished run.
         overwrite: replace what the folder holds.
         wandb: log to Weights & Biases.
+        trust: import the package of ``model: package:NAME``, whatever it is.
     """
 
     resume: bool = False
     overwrite: bool = False
     wandb: bool = False
+    trust: bool = False
 
 
 def finished(folder: Path) -> bool:
@@ -42,13 +49,7 @@ def finished(folder: Path) -> bool:
 
 def begun(folder: Path) -> bool:
     """Whether a run can be resumed here, from a checkpoint or with scoring."""
-    return (folder / TRAINED).is_file() or last_checkpoint(folder) is not None
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of the run in the folder, or None."""
-    checkpoints = folder / CHECKPOINTS
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return (folder / TRAINED).is_file() or any(whole_checkpoints(folder))
 
 
 def check_folder(folder: Path, recipe: Recipe, run: RunOptions) -> None:
@@ -57,6 +58,12 @@ def check_folder(folder: Path, recipe: Recipe, run: RunOptions) -> None:
     Raises:
         RecipeError: the folder holds another run, holds none to resume, or cannot be written to.
     """
+    try:
+        folder.is_dir()
+    except OSError as error:
+        raise RecipeError(
+            f"output={shown(str(folder))}: {reason(error)}. Choose another folder."
+        ) from error
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise RecipeError(
@@ -70,8 +77,10 @@ def check_folder(folder: Path, recipe: Recipe, run: RunOptions) -> None:
                 "again with --overwrite, or choose another folder with output=PATH."
             )
         if not begun(folder):
+            half = ", ".join(path.name for path in checkpoints(folder))
             raise RecipeError(
-                f"--resume: {folder} has no checkpoint to resume from. Start again with "
+                f"--resume: {folder} has no checkpoint to resume from"
+                f"{f'; {half} was not written whole' if half else ''}. Start again with "
                 "--overwrite."
             )
         same_settings(folder, recipe, "the run has")
@@ -108,7 +117,7 @@ def start_folder(folder: Path, recipe: Recipe, run: RunOptions) -> None:
 
 def write_trained(folder: Path, numbers: dict[str, Any]) -> None:
     """Record that training is over, with its numbers: only scoring remains."""
-    (folder / TRAINED).write_text(json.dumps(numbers))
+    write_whole(folder / TRAINED, json.dumps(numbers))
 
 
 def read_trained(folder: Path) -> dict[str, Any] | None:
@@ -116,7 +125,13 @@ def read_trained(folder: Path) -> dict[str, Any] | None:
     file = folder / TRAINED
     if not file.is_file():
         return None
-    numbers: dict[str, Any] = json.loads(file.read_text())
+    try:
+        numbers: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RecipeError(
+            f"{file} is damaged: {reason(error)}. Delete it: --resume then goes on from the last "
+            "checkpoint."
+        ) from error
     return numbers
 
 
@@ -130,8 +145,8 @@ def same_settings(folder: Path, recipe: Recipe, asked: str) -> None:
     before = dataclasses.asdict(read_recipe(file)) if file.is_file() else {}
     for name, (then, wanted) in _differences(before, dataclasses.asdict(recipe)):
         raise RecipeError(
-            f"{folder}: that run had {name}={then!r}, {asked} {wanted!r}. Take the same setting or "
-            "another folder, or delete this one."
+            f"{folder}: that run had {name}={shown(then)}, {asked} {shown(wanted)}. Take "
+            "the same setting or another folder, or delete this one."
         )
 
 

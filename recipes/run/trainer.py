@@ -1,27 +1,29 @@
-"""Adapt transformers' Trainer: checkpoints hold what is trained and nothing else."""
+"""Adapt transformers' Trainer: weight decay, order of batches, progress, seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import surgery
-from surgery import RecipeError, restore, suggest, trained_rows
-from surgery_recipes.recipe_files import Recipe
+from surgery import RecipeError, suggest, trained_rows
+from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.answers import pad_id
+from surgery_recipes.run.checkpoints import CHECKPOINTS
 from surgery_recipes.run.collate import Collator
 from surgery_recipes.run.prepare import Prepared
-from surgery_recipes.run.run_folder import CHECKPOINTS
 
 
 class LossInBar(ProgressCallback):
@@ -50,8 +52,22 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {"before": self.seconds}, "attributes": {}}
 
 
+class OrderOfEpoch(Sampler[int]):
+    """Draws the order of each epoch from the seed and the number of the epoch."""
+
+    def __init__(self, sampler: Any, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
 class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints are adapters, and whose weight decay spares rows and biases."""
+    """A Trainer whose weight decay spares rows and biases, and whose batches follow the seed."""
 
     @property
     def seconds(self) -> float:
@@ -72,29 +88,27 @@ class AdapterTrainer(Trainer):
             spared |= {f"{path}.{name}" if path else name for name in names}
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Batches of similar length: their order follows from the seed and the epoch alone.
+
+        transformers' sampler draws it from the state of all random numbers, which a run that is
+        resumed inside an epoch does not have any more.
+        """
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return OrderOfEpoch(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, and leave the random numbers of training alone."""
+        with torch.random.fork_rng(devices=[]):
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Validate in order: ``compute_metrics`` pairs predictions with examples by place."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = output_dir or self.args.output_dir
-        if not surgery.summary(self.model).reports:
-            super()._save(folder, state_dict)
-        elif self.args.should_save:
-            surgery.save(self.model, folder, plain=False)
-            torch.save(self.args, Path(folder) / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if surgery.summary(self.model).reports:
-            restore(self.model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if surgery.summary(self.model).reports:
-            restore(self.model, str(self.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()
 
 
 def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
@@ -107,15 +121,16 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
     for key, given in recipe.training.items():
         if key not in known:
             raise RecipeError(
-                f"training: transformers.TrainingArguments has no {key!r}. {suggest(key, known)}"
+                f"training: transformers.TrainingArguments has no {shown(key)}. "
+                f"{suggest(key, known)}"
             )
         if known[key] in (bool, "bool") and isinstance(given, str):
-            raise RecipeError(f"training.{key}={given!r} must be true or false.")
+            raise RecipeError(f"training.{key}={shown(given)} must be true or false.")
         kind = str(known[key])
         if isinstance(given, str) and "str" not in kind and ("int" in kind or "float" in kind):
-            raise RecipeError(f"training.{key}={given!r} must be a number.")
+            raise RecipeError(f"training.{key}={shown(given)} must be a number.")
         if key.startswith("per_device_") and not (isinstance(given, int) and given >= 1):
-            raise RecipeError(f"training.{key}={given!r} must be a whole number, 1 or more.")
+            raise RecipeError(f"training.{key}={shown(given)} must be a whole number, 1 or more.")
         if key == "output_dir":
             raise RecipeError("training.output_dir: checkpoints go below output=PATH. Set that.")
     _check_device(recipe)
@@ -133,8 +148,8 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
     }
     try:
         made = TrainingArguments(**{**defaults, **recipe.training})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"training: {error}") from error
+    except Exception as error:  # of a hundred arguments, few are checked before they are used
+        raise RecipeError(f"training: {reason(error)}") from error
     if recipe.patience and not made.load_best_model_at_end:
         raise RecipeError(
             "patience compares checkpoints with the best one. Set training.load_best_model_at_end="
@@ -164,7 +179,7 @@ def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArgumen
         given |= set(task.score([0] * len(validation), validation))
     if name.removeprefix("eval_") not in given:
         raise RecipeError(
-            f"training.metric_for_best_model={name!r}: validation has no such score. "
+            f"training.metric_for_best_model={shown(name)}: validation has no such score. "
             f"{suggest(name, given)}Scores: {', '.join(sorted(given))}."
         )
 
@@ -192,8 +207,8 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
             eval_dataset=prepared.features.get("validation"),
             compute_metrics=accuracy if task.kind == "classifier" else None,
         )
-    except (ImportError, ValueError, TypeError) as error:
-        raise RecipeError(f"training: transformers' Trainer refuses it: {error}") from error
+    except Exception as error:
+        raise RecipeError(f"training: transformers' Trainer refuses it: {reason(error)}") from error
     trainer.can_return_loss = True
     if task.kind == "classifier":  # their loss is a mean already: it takes no num_items_in_batch
         trainer.model_accepts_loss_kwargs = False

@@ -1,117 +1,184 @@
-"""Read and write the files of a saved adapter; adapter/saving.py has the format.
+"""Write the files of an adapter in one step, beside whatever else is in the folder.
 
-Reading checks the files for damage before anything is loaded. Writing replaces a file in one step,
-so that a reader finds the old file or the new one.
+    lock the folder                     other saves wait
+    sweep                               what a killed save has left
+    stage .surgery-*.tmp                the description before, the new one, the new tensors
+    rename the tensors                  no reader knows of them
+    rename surgery.json                 the step: readers find the old adapter or the new one
+    remove                              the tensors that surgery.json does not name, staged files
+
+Only tensors are removed that a description names, by a name and a digest that are those of the
+file. A staged description therefore tells the next save what is to be swept, and goes last.
+The lock is that of ``flock`` on the folder itself, so it leaves no file and ends with its process.
+Where a file system has none, nothing orders two saves, and nothing is swept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from torch import Tensor
-
+from surgery.adapter.manifest import JSON, LARGEST, is_name_of
 from surgery.errors import StoreError
+from surgery.formats import contents
 
-FORMAT = 1
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PATIENCE = 120.0  # seconds that a save waits for another
+_STAGED = re.compile(
+    r"\.surgery-[0-9a-f]{16}\.tmp"
+    r"|(surgery\.json|surgery-[0-9a-f]{12}\.safetensors)[a-z0-9_]{8}\.tmp"  # of earlier versions
+)
 
 
-JSON = "surgery.json"
+def write(folder: Path, file: str, data: bytes, text: bytes) -> bool:
+    """Replace the adapter in a folder: ``data`` under the name ``file``, described by ``text``.
 
-
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the description and the tensors of a saved adapter, checked for damage.
+    Returns:
+        whether another save to the folder was under way, and its adapter has been replaced.
 
     Raises:
-        StoreError: a file is missing, damaged or of another format.
+        StoreError: another save does not end, or a file cannot be written. The adapter that was
+            there is whole.
     """
-    path = Path(folder) / JSON
-    if not path.is_file():
-        raise StoreError(f"{folder}: no {JSON} here, so surgery.save has saved no adapter there.")
     try:
-        description = json.loads(path.read_bytes())
-        if description["format"] != FORMAT:
-            raise StoreError(
-                f"{path} has format {description['format']}, this surgery reads {FORMAT}. Install "
-                f"the version {description.get('versions', {}).get('surgery')} that wrote it."
-            )
-        file, digest = description["tensors"], description["sha256"]
-        complete = _is_complete(description)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error!r}). Save the adapter again.") from error
-    if not complete:
-        raise StoreError(f"{path} is damaged: a value has the wrong type. Save the adapter again.")
-    tensors = Path(folder) / file
-    if not tensors.is_file():
-        raise StoreError(f"{tensors} is missing. Copy the whole folder, or save again.")
-    data = tensors.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder) as (waited, alone):
+            if alone:
+                _sweep(folder)
+            before = _described(folder / JSON)
+            _replace(folder, file, data, text, before)
+            return waited and before not in (b"", text)
+    except OSError as error:
         raise StoreError(
-            f"{tensors} is damaged or truncated: the digest of its {len(data):,} bytes is not the "
-            f"one in {JSON}. Copy the file again, or save again."
-        )
+            f"{error.filename or folder} cannot be written ({error.strerror or error}). The "
+            f"adapter that was in {folder} is there as before. Make room, or choose a folder that "
+            "you may write to."
+        ) from error
+
+
+def _replace(folder: Path, file: str, data: bytes, text: bytes, before: bytes) -> None:
+    """Stage and rename; whatever happens, leave only what surgery.json names then."""
+    staged = [folder / f".surgery-{secrets.token_hex(8)}.tmp" for _ in range(3)]
     try:
-        found = load_tensors(data)
-    except SafetensorError as error:
-        raise StoreError(f"{tensors} is damaged ({error}). Save the adapter again.") from error
-    named = {f"kept.{n}" for n in description["kept"]} | {f"rows.{n}" for n in description["rows"]}
-    if named != {name for name in found if not name.startswith("inserted.")}:
-        raise StoreError(f"{path} is damaged: {file} holds other base tensors. Save again.")
-    return description, found
+        for path, content in zip(staged, (before, text, data), strict=True):
+            put(path, content)
+        os.replace(staged[2], folder / file)
+        sync(folder)
+        os.replace(staged[1], folder / JSON)
+        sync(folder)
+    finally:
+        for each in (before, text):
+            _remove_tensors(folder, each)
+        for path in reversed(staged):
+            unlink(path)
 
 
-def _is_complete(description: dict[str, Any]) -> bool:
-    """Whether each value of a description that ``load`` reads has the right type.
+def put(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the disk. Its mode is that of any new file."""
+    with open(path, "xb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Wait until renames in a folder are on the disk, where the system can say so."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _described(path: Path) -> bytes:
+    """Return the bytes of a description; b"" if there is none, or none that can be read."""
+    try:
+        return contents(path, LARGEST) or b""
+    except StoreError:
+        return b""
+
+
+def _file_of(description: bytes) -> tuple[str, str]:
+    """Return the file of tensors that a description names as its own, and its digest."""
+    try:
+        found: Any = json.loads(description)
+        file, digest = found["tensors"], found["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "", ""
+    own = is_name_of(file, digest) and re.fullmatch(r"[0-9a-f]{64}", digest)
+    return (file, digest) if own else ("", "")
+
+
+def _remove_tensors(folder: Path, description: bytes) -> None:
+    """Remove the tensors that a description names as its own, unless surgery.json names them."""
+    file, digest = _file_of(description)
+    with contextlib.suppress(StoreError):  # what cannot be read stays
+        if not file or file == _file_of(contents(folder / JSON, LARGEST) or b"")[0]:
+            return
+        data = contents(folder / file)
+        if data is not None and hashlib.sha256(data).hexdigest() == digest:
+            unlink(folder / file)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves have left that were killed; the folder is locked, so none is running."""
+    for path in folder.iterdir():
+        if _STAGED.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            _remove_tensors(folder, _described(path))
+            unlink(path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[tuple[bool, bool]]:
+    """Lock a folder against other saves; yield whether one was waited for, and if locks work.
 
     Raises:
-        KeyError, TypeError, AttributeError: a value is missing, or a container has the wrong type.
+        StoreError: another save holds the lock for longer than ``PATIENCE``.
     """
-    splices, rows = description["splices"], description.setdefault("rows", {})
-    names = [description["kept"], *(saved["modules"] for saved in splices)]
-    methods = [m for saved in splices for m in saved["methods"]]
-    sites = [site for saved in splices for site in saved["sites"]]
-    texts = [saved["name"] for saved in splices] + [m["name"] for m in methods]
-    texts += [text for each in names for text in each]
-    texts += [site[part] for site in sites for part in ("path", "key", "kind")]
-    numbers = [number for each in rows.values() for number in each]
-    lists = [splices, *names, *rows.values(), *(saved["methods"] for saved in splices)]
-    return (
-        all(isinstance(x, list) for x in lists)
-        and all(isinstance(x, str) for x in texts)
-        and all(type(x) is int and x >= 0 for x in numbers)
-        and all(isinstance(m["options"], dict) for m in methods)
-        and "fingerprint" in description["base"]
-        and Path(description["tensors"]).name == description["tensors"]
-    )
-
-
-def file_of(folder: Path) -> str:
-    """Return the name of the tensor file of the adapter in this folder; '' if there is none."""
+    if fcntl is None:
+        yield False, False
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        name = json.loads((folder / JSON).read_bytes())["tensors"]
-        return name if isinstance(name, str) and Path(name).name == name else ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        start, waited = time.monotonic(), False
+        while (works := _lock(handle)) is None:
+            waited = True
+            if time.monotonic() - start > PATIENCE:
+                raise StoreError(
+                    f"{folder}: another save has been under way for {PATIENCE:.0f} seconds. Wait "
+                    "for it, end its process, or save to another folder. Nothing was written."
+                )
+            time.sleep(0.005)
+        yield waited, works
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that has inherited the handle
+        os.close(handle)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file in one step: after a crash it is the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+def _lock(handle: int) -> bool | None:
+    """Whether the folder is locked now; None while another save has it, False without locks."""
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # as for any new file; mkstemp allows its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return None if error.errno in (errno.EAGAIN, errno.EACCES) else False
+    return True

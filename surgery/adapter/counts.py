@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,14 @@ from torch import nn
 
 from surgery.adapter.parameters import plain_state, spliced_parameters
 from surgery.adapter.row_training import trained_rows
-from surgery.splicer import Report, reports
+from surgery.plugin import Method, html_table
+from surgery.rewrite import Rows
+from surgery.splicer import Report, look_up, reports, spliced_model
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Sites, methods and parameter counts of a spliced model. Print it.
+    """Sites, methods and parameter counts of a spliced model. Print it, or its ``line``.
 
     All counts are counts of numbers. A parameter of which single rows are trained
     (``surgery.train_rows``) counts as trainable with those rows alone.
@@ -28,6 +30,7 @@ class Summary:
         trainable: parameters that require a gradient now.
         kept: parameters of the base among the trainable ones.
         dtypes: those of inserted parameters, and those of the base.
+        states: for each splice whether it is on in this context, trained, and partly merged.
     """
 
     model: str
@@ -38,6 +41,7 @@ class Summary:
     trainable: int
     kept: int
     dtypes: tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]
+    states: dict[str, str]
 
     @property
     def total(self) -> int:
@@ -49,18 +53,18 @@ class Summary:
         """Inserted parameters in per cent of the base's, as papers give it."""
         return 100 * self.inserted / self.base
 
+    @property
+    def line(self) -> str:
+        """What is trained, in one line, as PEFT's ``print_trainable_parameters`` shows it."""
+        percent = 100 * self.trainable / self.total
+        return f"trainable {self.trainable:,} of {self.total:,} parameters ({percent:.4f} %)"
+
     def __repr__(self) -> str:
         lines = [self.model]
         for report in self.reports:
-            lines.append(f"  {report.name}: start {report.start}")
-            for method in report.methods:
-                own = [i for i in report.inserted if i.method is method]
-                sites = {i.site.identity for i in own}
-                kinds = sorted({i.site.description for i in own})
-                lines.append(
-                    f"    {method}\n      at {len(sites)} sites ({', '.join(kinds)}), "
-                    f"{len(own)} modules, {sum(i.parameters for i in own):,} parameters"
-                )
+            lines.append(f"  {report.name}: {self.states[report.name]}; start {report.start}")
+            for method, places, count in _used(report):
+                lines.append(f"    {method}\n      at {places}, {count:,} parameters")
         if self.dtypes[0] and self.dtypes[0] != self.dtypes[1]:
             inner, outer = (" and ".join(str(d)[6:] for d in each) for each in self.dtypes)
             lines.append(f"  inserted parameters are {inner}, the base is {outer}")
@@ -74,9 +78,29 @@ class Summary:
         ]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (report.name, method, places, f"{count:,}")
+            for report in self.reports
+            for method, places, count in _used(report)
+        ]
+        columns = ("splice", "method", "places", "parameters")
+        return html_table(self.model, columns, rows, [self.line])
+
+
+def _used(report: Report) -> Iterator[tuple[Method, str, int]]:
+    """Yield each method of a splice, where it is, and how many parameters it has."""
+    for method in report.methods:
+        own = [i for i in report.inserted if i.method is method]
+        sites = {i.site.identity for i in own}
+        kinds = sorted({i.site.description for i in own})
+        places = f"{len(sites)} sites ({', '.join(kinds)}), {len(own)} modules"
+        yield method, places, sum(i.parameters for i in own)
+
 
 def summary(model: nn.Module) -> Summary:
     """Return the sites, methods, trainable and total parameters of a model."""
+    model = spliced_model(model)
     inserted = {id(p): p for _, p in spliced_parameters(model)}
     base = [p for p in model.parameters() if id(p) not in inserted]
     named = list(model.named_parameters())
@@ -88,12 +112,26 @@ def summary(model: nn.Module) -> Summary:
         base=sum(p.numel() for p in base),
         inserted=sum(p.numel() for p in inserted.values()),
         stored=sum(t.numel() for t in plain_state(model).values()),
+        states={name: _state(model, name) for name in reports(model)},
         dtypes=(_dtypes(inserted.values()), _dtypes(base)),
         trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
         kept=sum(
             numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted
         ),
     )
+
+
+def _state(model: nn.Module, name: str) -> str:
+    """Say whether a splice is on in this context, trained, partly merged, and in which dtype."""
+    choice = look_up(model).switches.now()
+    share = choice.shares.get(name, 1)
+    on = "off" if not choice.has(name) else "on" if share == 1 else f"on at {share}"
+    if isinstance(share, Rows):
+        on = f"on in {len(share.entries)} of {share.of} rows"
+    parameters = [p for _, p in spliced_parameters(model, name)]
+    trained = "trained" if any(p.requires_grad for p in parameters) else "frozen"
+    parts = [on, trained, *(str(dtype)[6:] for dtype in _dtypes(parameters))]
+    return ", ".join([*parts, *(["partly merged"] if reports(model)[name].merged else [])])
 
 
 def _dtypes(parameters: Iterable[torch.Tensor]) -> tuple[torch.dtype, ...]:

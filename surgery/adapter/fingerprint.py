@@ -11,6 +11,7 @@ bound between equal and other weights is a root mean square of 0.003.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping
 
@@ -21,10 +22,14 @@ _MATRICES, _NUMBERS, _ALIKE = 16, 65_536, 3e-3
 
 
 def fingerprint(model: nn.Module, without: Collection[str]) -> dict[str, float]:
-    """Return the number of each of up to 16 matrices, by name; none is named in ``without``."""
+    """Return the number of each of up to 16 matrices, by name; none is named in ``without``.
+
+    A matrix with values that are not finite has no such number and is left out.
+    """
     known = [n for n, p in model.named_parameters() if n not in without and _readable(p)]
     step = -(-len(known) // _MATRICES) or 1
-    return {name: _number(model.get_parameter(name)) for name in known[::step]}
+    numbers = {name: _number(model.get_parameter(name)) for name in known[::step]}
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
 def warn_of_other_weights(model: nn.Module, saved: Mapping[str, float], folder: object) -> None:

@@ -1,34 +1,50 @@
 """Load a saved adapter: splice it into a base again, or leave the base as it was.
 
-    read the files, check their digest                   files.py
+    download from the hub if there is no such folder     adapter/downloading.py
+    read the files, check their digest                   adapter/reading.py
     find the sites of the saved paths, compare shapes    every misfit is reported
+    compare claims with tensors, before memory is taken  adapter/claims.py
     compare the fingerprint                              other weights are a warning
     splice the saved methods, under the saved names      as in the first model
     copy the tensors; note what was trained along        after this nothing can fail
 
-Whatever can fail comes before the tensors are copied; if a splice fails, those before it are
-removed.
+Whatever can fail comes before the tensors are copied; if a step fails, the model is put back as it
+was (splicer/all_or_nothing.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from surgery.adapter.atomic_write import read
+from surgery.adapter.claims import (
+    fill,
+    misfit,
+    require_asked,
+    require_base,
+    require_inserted,
+)
+from surgery.adapter.downloading import local_folder
 from surgery.adapter.fingerprint import warn_of_other_weights
-from surgery.adapter.parameters import full_state
-from surgery.adapter.row_training import rows_fit, train_rows
+from surgery.adapter.opening import opened
+from surgery.adapter.reading import read
+from surgery.adapter.row_training import train_rows
 from surgery.adapter.saving import site_shape
-from surgery.adapter.training import base_tensors, keep_also, warn_of_replaced
-from surgery.errors import MethodError, StoreError
-from surgery.interop import like, outside_inference_mode
+from surgery.adapter.training import keep_also, warn_of_replaced
+from surgery.errors import RefusedError, StoreError
+from surgery.interop import outside_inference_mode
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
-from surgery.splicer import remove, reports, splice
+from surgery.splicer import Before, atomically, reports, require_free, splice
+
+# The file of an adapter has at most four times the bytes of its base, and so many more: it may
+# hold float32 where the base has eight bits, and a small base may have a large adapter.
+_TIMES, _MORE = 4, 512 << 20
 
 
 @outside_inference_mode
@@ -37,6 +53,9 @@ def load(
     folder: str | os.PathLike[str],
     example_inputs: Any = None,
     name: str | None = None,
+    keep: Sequence[str] = (),
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> nn.Module:
     """Splice a saved adapter into a base model, in place. Warn if the base has other weights.
 
@@ -45,52 +64,90 @@ def load(
 
     Args:
         model: the base; its sites must have the shapes that the adapter was made for.
-        folder: the folder that ``save`` was given.
+        folder: the folder that ``save`` was given, or ``OWNER/NAME`` on the Hugging Face hub if
+            there is no such folder.
         example_inputs: as for :func:`surgery.locate`.
         name: the name of the splice in this model; by default the name that it was saved under. An
             adapter that consists of several splices keeps their names.
+        keep: names of modules or tensors of the base that the adapter may replace beside heads and
+            rows. What else it replaces is told by a warning; a whole embedding is refused.
+        revision: a branch, tag or commit on the hub.
+        subfolder: the folder in ``folder``, or in the repository, that holds the adapter.
 
     Returns:
         the model.
 
     Raises:
-        StoreError: files are missing or damaged, or the base does not fit. Nothing has changed.
+        StoreError: files are missing or damaged, the base does not fit, or the adapter would write
+            to what it may not. Nothing has changed.
+        SpliceError: a splice of that name is there already. Nothing has changed.
     """
-    description, tensors = read(folder)
+    local = local_folder(folder, bound(model), revision, subfolder)
+    description, tensors, sites = opened(model, local, example_inputs, bound(model))
     if name is not None:
         _require_one(description["splices"], name, folder)
-    sites = locate(model, example_inputs)
-    plans = [_match(saved, sites, folder) for saved in description["splices"]]
-    rows = description["rows"]
-    _check_kept(model, tensors, folder)
-    _check_rows(model, tensors, rows, folder)
+    for saved in description["splices"]:
+        require_free(model, name or saved["name"])
+    sites = locate(model, example_inputs) if sites is None else sites
+    load_opened(model, (description, tensors, sites), local, name, keep)
+    return model
+
+
+def load_opened(
+    model: nn.Module,
+    found: tuple[dict[str, Any], dict[str, Tensor], Sites],
+    folder: Any,
+    name: str | None = None,
+    keep: Sequence[str] = (),
+) -> None:
+    """Splice an adapter that has been opened into a model with these sites, as ``load`` does."""
+    description, tensors, sites = found
+    made = [[saved_method(m, folder) for m in saved["methods"]] for saved in description["splices"]]
+    plans = [
+        _match(saved, methods, sites, folder)
+        for methods, saved in zip(made, description["splices"], strict=True)
+    ]
+    require_base(model, description, tensors, folder)
+    require_asked(model, description, sites, keep, folder)
+    for methods, (saved, at) in zip(made, plans, strict=True):
+        with _refused(folder):
+            require_inserted(model, methods, at, saved, tensors, folder)
     known = description["base"]["fingerprint"]
     if isinstance(known, dict):  # early files have a digest of shapes here
         warn_of_other_weights(model, known, folder)
     kept = {n: tensors[f"kept.{n}"] for n in description["kept"]}
     warn_of_replaced(model, kept, folder)
+    todo = list(zip(made, plans, strict=True))
+    atomically(
+        model, lambda before: _insert(model, description, tensors, todo, name, folder, before)
+    )
+
+
+def _insert(
+    model: nn.Module, description: dict[str, Any], tensors: dict[str, Tensor],
+    todo: list[tuple[list[Method], tuple[dict[str, Any], Sites]]], name: str | None, folder: Any,
+    before: Before,
+) -> None:  # fmt: skip
+    """Splice the saved methods, copy the tensors, and note what was trained along."""
     done: list[str] = []
-    try:
-        for saved, at in plans:
-            methods = [_method(m, folder) for m in saved["methods"]]
+    saved_paths: list[str] = []
+    own_paths: list[str] = []
+    for methods, (saved, at) in todo:
+        with _refused(folder):
             report = splice(model, methods, at=at, name=name or saved["name"])
-            done.append(report.name)
-            paths = [i.path for i in report.inserted]
-            if name is not None or paths != saved["modules"]:
-                tensors = _moved(tensors, saved["modules"], paths)
-            if [p.rpartition(".")[0] for p in paths] != [
-                p.rpartition(".")[0] for p in saved["modules"]
-            ]:
-                raise StoreError(_misfit(folder, "inserted modules", saved["modules"], paths))
-        _fill(model, tensors, rows, folder, done)
-    except BaseException:
-        for each in reversed(done):
-            remove(model, each)
-        raise
+        done.append(report.name)
+        paths = [i.path for i in report.inserted]
+        saved_paths += saved["modules"]
+        own_paths += paths
+        if [p.rpartition(".")[0] for p in paths] != [
+            p.rpartition(".")[0] for p in saved["modules"]
+        ]:
+            raise StoreError(misfit(folder, "inserted modules", saved["modules"], paths))
+    tensors = moved(tensors, saved_paths, own_paths)  # at once: two splices may swap paths
+    fill(model, description, tensors, folder, done, before)
     keep_also(model, description["kept"])
-    for parameter, chosen in rows.items():
+    for parameter, chosen in description["rows"].items():
         train_rows(model, parameter, chosen)
-    return model
 
 
 def _require_one(splices: list[dict[str, Any]], name: str, folder: Any) -> None:
@@ -103,7 +160,7 @@ def _require_one(splices: list[dict[str, Any]], name: str, folder: Any) -> None:
         )
 
 
-def _moved(tensors: dict[str, Tensor], saved: list[str], here: list[str]) -> dict[str, Tensor]:
+def moved(tensors: dict[str, Tensor], saved: list[str], here: list[str]) -> dict[str, Tensor]:
     """Return the tensors with the paths of the saved modules replaced by those in this model."""
     moved = {f"inserted.{a}.": f"inserted.{b}." for a, b in zip(saved, here, strict=False)}
     found = {}
@@ -119,26 +176,45 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises:
         StoreError: files are missing or damaged, or other modules are spliced into the model.
     """
-    description, tensors = read(folder)
-    rows = description["rows"]
-    _check_kept(model, tensors, folder)
-    _check_rows(model, tensors, rows, folder)
-    _fill(model, tensors, rows, folder, list(reports(model)))
+    description, tensors = read(folder, bound(model))
+    require_base(model, description, tensors, folder)
+    require_asked(model, description, Sites([]), (), folder)
+    names = list(reports(model))
+    atomically(model, lambda before: fill(model, description, tensors, folder, names, before))
     return model
 
 
-def _method(saved: dict[str, Any], folder: Any) -> Method:
+def bound(model: nn.Module) -> int:
+    """Return how many bytes the file of an adapter of this model may have."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return _TIMES * sum(x.numel() * x.element_size() for x in tensors) + _MORE
+
+
+@contextmanager
+def _refused(folder: Any) -> Iterator[None]:
+    """Turn the refusal of what an adapter asks for into a StoreError that names its folder."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except RefusedError as error:
+        raise StoreError(f"the adapter in {folder} cannot be loaded here: {error}") from error
+
+
+def saved_method(saved: dict[str, Any], folder: Any) -> Method:
     """Return a method by its saved name and options."""
     try:
         return method(saved["name"], **saved["options"])
-    except MethodError as error:
+    except RefusedError as error:
         raise StoreError(
             f"the adapter in {folder} cannot be loaded here: {error} Install the plugin that the "
             "adapter was made with, in the same version."
         ) from error
 
 
-def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, Any], Sites]:
+def _match(
+    saved: dict[str, Any], methods: list[Method], sites: Sites, folder: Any
+) -> tuple[dict[str, Any], Sites]:
     """Return a saved splice with the sites of this model that it was made at.
 
     Raises:
@@ -152,10 +228,14 @@ def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, 
         if site is None:
             wrong.append(f"{shape['path']}: no such {shape['kind']} site")
             continue
+        picked = tuple(shape.get("picked", ()))
+        site = dataclasses.replace(site, picked=picked) if picked else site
         own = site_shape(site)
-        differing = [k for k in shape if shape[k] != own[k]]
-        if differing:
-            what = ", ".join(f"{k} {shape[k]} in the adapter, {own[k]} here" for k in differing)
+        differing = [k for k in shape if shape[k] != own.get(k)]
+        lacking = [port for port in picked if port not in site.ports]
+        if differing or lacking:
+            lines = [f"{k} {shape[k]} in the adapter, {own.get(k)} here" for k in differing]
+            what = ", ".join([*lines, *(f"no port {port!r} here" for port in lacking)])
             wrong.append(f"{site.path}: {what}")
         chosen.append(site)
     if wrong:
@@ -166,62 +246,6 @@ def _match(saved: dict[str, Any], sites: Sites, folder: Any) -> tuple[dict[str, 
             + more
             + "\nLoad it into the base that it was made for (see 'base' in surgery.json)."
         )
-    first = [site for site in chosen if site.kind in ("attention", "ffn", "linear")]
+    asked = {kind for method in methods for kind in method.kinds} - {"attention", "ffn", "linear"}
+    first = [site for site in chosen if site.kind not in asked]  # the others come by their kind
     return saved, Sites(first, others=[site for site in chosen if site not in first])
-
-
-def _check_kept(model: nn.Module, tensors: dict[str, Tensor], folder: Any) -> None:
-    """Raise if the base lacks a kept tensor, or has one of another shape."""
-    own = base_tensors(model)
-    for key, tensor in tensors.items():
-        name = key.removeprefix("kept.")
-        if key.startswith("kept.") and (name not in own or own[name].shape != tensor.shape):
-            here = tuple(own[name].shape) if name in own else "not there"
-            raise StoreError(_misfit(folder, name, tuple(tensor.shape), here))
-
-
-def _check_rows(
-    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any
-) -> None:
-    """Raise if the base lacks a parameter of which rows were saved, or one of the rows."""
-    for name, chosen in rows.items():
-        if not rows_fit(model, name, chosen, tensors[f"rows.{name}"]):
-            raise StoreError(
-                f"the adapter in {folder} has rows {chosen[:5]} of {name}, which this model lacks. "
-                "If they are new tokens, add them first: take the tokenizer that was saved with "
-                "the adapter and call model.resize_token_embeddings(len(tokenizer))."
-            )
-
-
-def _fill(
-    model: nn.Module, tensors: dict[str, Tensor], rows: dict[str, list[int]], folder: Any,
-    names: list[str],
-) -> None:  # fmt: skip
-    """Copy saved tensors into the splices of these names and into the base, all or none."""
-    own = base_tensors(model)
-    wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
-    wanted |= {k: own[k.removeprefix("kept.")] for k in tensors if k.startswith("kept.")}
-    wanted |= {f"rows.{name}": own[name].detach()[chosen] for name, chosen in rows.items()}
-    missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
-    if missing or unexpected:
-        raise StoreError(
-            f"the adapter in {folder} lacks the tensors {missing[:5]} and has {unexpected[:5]}, "
-            "which have no place in this model. See 'splices' in surgery.json for the methods and "
-            "options that it was made with."
-        )
-    for key, target in wanted.items():
-        if target.shape != tensors[key].shape:
-            raise StoreError(_misfit(folder, key, tuple(tensors[key].shape), tuple(target.shape)))
-    with torch.no_grad():
-        for key, target in wanted.items():
-            target.copy_(like(tensors[key], target))
-        for name, chosen in rows.items():
-            own[name][chosen] = tensors[f"rows.{name}"].to(own[name])
-
-
-def _misfit(folder: Any, what: str, saved: Any, here: Any) -> str:
-    """Return the message that ``what`` differs between the adapter and this model."""
-    return (
-        f"the adapter in {folder} does not fit this model: {what}: {saved} in the adapter, {here} "
-        "here. Load it into the base that it was made for (see 'base' in surgery.json)."
-    )

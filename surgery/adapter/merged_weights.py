@@ -17,17 +17,17 @@ given what b holds besides that bias. Nothing is changed here: adapter/merging.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter.folding import call_fold, protocol_of, reads_bias
 from surgery.errors import SpliceError
+from surgery.interop import stored_parameters
 from surgery.plugin import (
-    Edit,
-    Foldable,
-    FoldableInput,
     NeedsBias,
     PartlyFoldable,
     Port,
@@ -36,7 +36,7 @@ from surgery.plugin import (
     frozen_inside,
     referred,
 )
-from surgery.splicer import Inserted, reports
+from surgery.splicer import Inserted, look_up, reports
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -52,18 +52,29 @@ class MergePlan:
         whole: modules that can go.
         parts: modules of which a part is folded (``PartlyFoldable``) and the rest stays.
         left: modules that stay although they were chosen.
+        untied: names of weights that are tied to another and need a copy of their own.
 
     Args:
         names: the splices to merge.
         partial: leave in place what cannot be folded, instead of raising.
         stay: paths of modules that are not to be folded, and why.
+        untie: fold into a tied weight, too, which then needs a copy of its own.
+        plain: paths of linear layers that stand in the place of quantised ones.
     """
 
     def __init__(
-        self, model: nn.Module, names: list[str], partial: bool, stay: dict[str, str]
+        self,
+        model: nn.Module,
+        names: list[str],
+        partial: bool,
+        stay: dict[str, str],
+        untie: bool = False,
+        plain: Collection[str] = (),
     ) -> None:
-        self.model, self.partial, self.stay = model, partial, stay
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.model, self.partial, self.stay, self.untie = model, partial, stay, untie
+        self.plain = plain
+        self.parameters = stored_parameters(model)
+        self.untied: list[str] = []
         self.weights: dict[str, Tensor] = {}
         self.whole: list[Inserted] = []
         self.parts: list[Inserted] = []
@@ -106,19 +117,22 @@ class MergePlan:
     def conflicts(self) -> dict[str, str]:
         """Return the modules that cannot go because of others that stay: reasons by path.
 
-        A module that stays may use a part of another, or compute with a weight as it is now.
+        A module that stays may use a part of another, or compute with a weight as it is now. What
+        is off will be switched on over the merged weights.
         """
-        gone = {i.path for i in self.whole}
-        every = [i for report in reports(self.model).values() for i in report.inserted]
-        staying = [(i, self.model.get_submodule(i.path)) for i in every if i.path not in gone]
+        gone, choice = {i.path for i in self.whole}, look_up(self.model).switches.default
+        every = [(i, report.name) for report in reports(self.model).values()
+                 for i in report.inserted]  # fmt: skip
+        staying = [(i, self.model.get_submodule(i.path), choice.has(name))
+                   for i, name in every if i.path not in gone]  # fmt: skip
         found: dict[str, str] = {}
         for i in [*self.whole, *self.parts]:
             inside = set(self.model.get_submodule(i.path).modules())
-            port = i.site.port(i.edit.port)
-            for other, module in staying:
+            port = self.port_of(i)
+            for other, module, is_on in staying:
                 if i.path in gone and not inside.isdisjoint(referred(module)):
                     found[i.path] = f"{other.method.name!r} at {other.site.path} uses parts of it"
-                for name in (n for n in (port.weight, port.bias) if n in self.parameters):
+                for name in [n for n in (port.weight, port.bias) if is_on and n in self.parameters]:
                     if any(frozen.reads(self.parameters[name]) for frozen in frozen_inside(module)):
                         found[i.path] = f"{other.method.name!r} computes with the base's {name}"
         return {path: why for path, why in found.items() if path not in self.stay}
@@ -129,12 +143,12 @@ class MergePlan:
         Raises:
             SpliceError: a ``fold`` fails, or a value is not finite in the dtype of the base.
         """
-        port = chosen[0].site.port(chosen[0].edit.port)
+        port = self.port_of(chosen[0])
         weight, bias = self.float64_copy(port.weight), self.float64_copy(port.bias)
         at: Any = slice(None) if port.columns is None else torch.tensor(port.columns)
-        matrix = None if weight is None else as_matrix(weight)
-        matrix = matrix.T if port.transposed and matrix is not None else matrix
-        w = matrix[:, at] if matrix is not None else None
+        matrix = weight if weight is None or port.stacked else as_matrix(weight)
+        matrix = matrix.mT if port.transposed and matrix is not None else matrix
+        w = matrix[..., at] if matrix is not None else None
         b = bias[at] if bias is not None else None
         own_bias = None if b is None else b.clone()  # the projection's bias before any fold
         feeds = [i for i in chosen if i.edit.verb == "feed"]
@@ -142,12 +156,14 @@ class MergePlan:
         for inserted in [*reversed(feeds), *behind]:
             module: Any = self.model.get_submodule(inserted.path)
             if inserted.edit.verb == "feed":
-                w = _call_fold(inserted, lambda w, b, m=module: (m.fold_input(w), b), w, b)[0]
-            elif b is not None and own_bias is not None and _reads_bias(inserted):
-                w, b = _call_fold(inserted, module.fold, w, b - own_bias)
+                w = call_fold(inserted, module, lambda w, b, m=module: (m.fold_input(w), b), w, b)[
+                    0
+                ]
+            elif b is not None and own_bias is not None and reads_bias(inserted):
+                w, b = call_fold(inserted, module, module.fold, w, b - own_bias)
                 b = None if b is None else own_bias + b
             else:
-                w, b = _call_fold(inserted, module.fold, w, b)
+                w, b = call_fold(inserted, module, module.fold, w, b)
             (self.parts if isinstance(module, PartlyFoldable) else self.whole).append(inserted)
         for name, merged in ((port.weight, w), (port.bias, b)):
             if merged is not None and not bool(
@@ -160,17 +176,31 @@ class MergePlan:
                 )
         if matrix is not None:
             assert w is not None
-            matrix[:, at] = w  # a view: it writes to ``weight``
+            matrix[..., at] = w  # a view: it writes to ``weight``
         if bias is not None:
             assert b is not None
             bias[at] = b
+
+    def port_of(self, inserted: Inserted) -> Port:
+        """Return the port of a module, with the matrix of a layer that has been dequantised."""
+        port = inserted.site.port(inserted.edit.port)
+        if port.weight or port.module not in self.plain:
+            return port
+        bias = f"{port.module}.bias"
+        return dataclasses.replace(
+            port,
+            weight=f"{port.module}.weight",
+            bias=bias if bias in self.parameters else "",
+            transposed=True,
+        )
 
     def float64_copy(self, name: str) -> Tensor | None:
         """Return the copy of a parameter that all folds write to; None if ``name`` is empty."""
         if not name:
             return None
         if name not in self.weights:
-            self.weights[name] = self.parameters[name].detach().double().clone()
+            copy = self.parameters[name].detach().double()
+            self.weights[name] = copy.clone(memory_format=torch.contiguous_format)
         return self.weights[name]
 
     def why_not(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:
@@ -178,13 +208,17 @@ class MergePlan:
         if inserted.path in self.stay:
             return self.stay[inserted.path]
         module, edit = self.model.get_submodule(inserted.path), inserted.edit
-        port = inserted.site.port(edit.port)
-        if not isinstance(module, _protocol(edit)):
+        port = self.port_of(inserted)
+        if not isinstance(module, protocol_of(edit)):
             return "its module is not a linear map of the projection's input"
         if isinstance(module, PartlyFoldable) and not self.partial:
             return "only a part of its module is linear"
         if not port.weight and not (inserted.site.kind == "norm" and port.bias):
-            return f"port {port.name!r} is not made by one plain floating-point matrix"
+            hint = "; if it is quantised, merge(..., dequantize=True) makes it one"
+            return (
+                f"port {port.name!r} is not made by one plain floating-point matrix"
+                f"{hint if port.module else ''}"
+            )
         for name in (port.weight, port.bias):
             if name and name not in self.parameters:
                 return f"{name} is no longer a parameter (a parametrization may compute it)"
@@ -195,10 +229,17 @@ class MergePlan:
     def why_shared(self, site: Site, port: Port) -> str:
         """Return where else the weight or bias of a port is used; '' if nowhere."""
         for name in filter(None, (port.weight, port.bias)):
-            tied = self.model.named_parameters(remove_duplicate=False)
+            tied = self.parameters.items()
             others = [n for n, p in tied if _share_memory(p, self.parameters[name]) and n != name]
-            if others:
-                return f"its weight {name} is also {others[0]}, which must stay as it is"
+            if others and not self.untie:
+                return (
+                    f"its weight {name} is also {others[0]}, which must stay as it is "
+                    "(untie=True gives it a copy of its own)"
+                )
+            if others and name not in self.untied:
+                self.untied.append(name)
+        if port.shared:
+            return f"another site runs its weight {port.weight}, too, and would get this update"
         for other in site.ports.values():
             overlap = other.columns is None or not {*other.columns}.isdisjoint(port.columns or ())
             if other.name != port.name and port.weight and other.weight == port.weight and overlap:
@@ -229,43 +270,6 @@ class MergePlan:
         if inserted.path in self.refused:
             return False
         module = self.model.get_submodule(inserted.path)
-        return isinstance(module, _protocol(inserted.edit)) and not isinstance(
+        return isinstance(module, protocol_of(inserted.edit)) and not isinstance(
             module, PartlyFoldable
         )
-
-
-def _protocol(edit: Edit) -> type:
-    """Return the protocol that a module needs to be folded at this edit."""
-    return FoldableInput if edit.verb == "feed" else Foldable
-
-
-def _call_fold(
-    inserted: Inserted, fold: Callable[..., Any], weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return ``fold(weight, bias)`` of an inserted module, checked to have the same shapes."""
-    where = f"method {inserted.method.name!r} at {inserted.site.path}"
-    try:
-        with torch.no_grad():
-            result = fold(weight, bias)
-            new_weight, new_bias = result
-            pairs = ((new_weight, weight), (new_bias, bias))
-            fits = all(
-                getattr(new, "shape", None) == getattr(old, "shape", None) for new, old in pairs
-            )
-    except Exception as error:  # a plugin's code may raise anything
-        raise SpliceError(
-            f"{where}: its fold fails ({type(error).__name__}: {error}). Nothing has changed. fold "
-            "is given W (in, out) and b, or None, and returns both; a module that folds a bias of "
-            "its own into b has needs_bias = True."
-        ) from error
-    if not fits:
-        raise SpliceError(
-            f"{where}: its fold gives other shapes than the weight and bias that it was given. "
-            "Nothing has changed. Return W (in, out) and b in their shapes, and None for None."
-        )
-    return new_weight, new_bias
-
-
-def _reads_bias(inserted: Inserted) -> bool:
-    """Whether a module reads the bias of a projection (a read such as ``query.bias``)."""
-    return any(read.endswith(".bias") for read in inserted.edit.reads)

@@ -1,14 +1,14 @@
-"""List the tensors of inserted modules, by their names in the model."""
+"""List the tensors of inserted modules and of the base, by their names in the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.plugin import Reparametrised
-from surgery.splicer import reports
+from surgery.splicer import look_up, reports, spliced_model
 
 
 def spliced_parameters(
@@ -23,6 +23,7 @@ def spliced_parameters(
         name: the name of the splice; None means all.
     """
     seen: set[int] = set()
+    model = spliced_model(model)
     for report in reports(model).values():
         if name is None or report.name == name:
             for inserted in report.inserted:
@@ -32,15 +33,15 @@ def spliced_parameters(
                         yield f"{inserted.path}.{own}", parameter
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that inference needs of the inserted modules, by name.
+def plain_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors that inference needs of inserted modules, of all splices or of some.
 
     They are the ``plain_state`` of a module that has one (``Reparametrised``), else its
     ``state_dict``. A shared tensor comes once.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for report in reports(model).values():
+    for report in [reports(model)[name] for name in (names or reports(model))]:
         for inserted in report.inserted:
             module: Any = model.get_submodule(inserted.path)
             state = (
@@ -54,19 +55,41 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def full_state(model: nn.Module, names: list[str] | None = None) -> dict[str, Tensor]:
+def full_state(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Return parameters and persistent buffers of inserted modules, of all splices or of some."""
     found: dict[str, Tensor] = {}
     for name in reports(model) if names is None else names:
-        found |= dict(spliced_parameters(model, name)) | dict(_buffers(model, name))
+        inserted = reports(model)[name].inserted
+        found |= state_of_modules({i.path: model.get_submodule(i.path) for i in inserted})
     return found
 
 
-def _buffers(model: nn.Module, name: str) -> list[tuple[str, Tensor]]:
-    """Return the persistent buffers of one splice; they are those in the ``state_dict``."""
-    found = []
-    for inserted in reports(model)[name].inserted:
-        module = model.get_submodule(inserted.path)
-        named = dict(module.named_buffers())
-        found += [(f"{inserted.path}.{n}", named[n]) for n in module.state_dict() if n in named]
+def state_of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers of modules of one splice, which are given by path.
+
+    A parameter that several of them share comes once, under its first name.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in modules.items():
+        own: dict[str, Tensor] = dict(module.named_parameters())
+        own = {name: tensor for name, tensor in own.items() if id(tensor) not in seen}
+        seen.update(map(id, own.values()))
+        buffers = dict(module.named_buffers())
+        own |= {n: buffers[n] for n in module.state_dict() if n in buffers}
+        found |= {f"{path}.{name}": tensor for name, tensor in own.items()}
     return found
+
+
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the base that are saved along, by name.
+
+    They are the parameters that ``freeze_base`` left trainable, and the buffers beside them.
+    """
+    own = base_tensors(model)
+    return {name: own[name] for name in look_up(model).kept}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

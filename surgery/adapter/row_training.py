@@ -88,9 +88,3 @@ def trained_rows(model: nn.Module) -> dict[str, list[int]]:
             "all its rows would be trained. Call surgery.freeze_base and surgery.train_rows again."
         )
     return {name: hook.rows for name, hook in hooks.items()}
-
-
-def rows_fit(model: nn.Module, name: str, rows: Sequence[int], saved: Tensor) -> bool:
-    """Whether the model has these rows of the parameter ``name``, of the width of ``saved``."""
-    own = dict(model.named_parameters())
-    return name in own and max(rows) < own[name].shape[0] and own[name].shape[1:] == saved.shape[1:]

@@ -12,7 +12,7 @@
                                     rows.<name>       single rows of them (train_rows)
 
 The tensors are written first. The JSON names them by their digest and takes its place last, in one
-step, so an interrupted save leaves the old adapter whole.
+step (adapter/atomic_write.py), so an interrupted save leaves the old adapter whole.
 """
 
 from __future__ import annotations
@@ -21,70 +21,109 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
-from surgery.adapter.atomic_write import FORMAT, JSON, file_of, write_whole
+from surgery.adapter.atomic_write import write
+from surgery.adapter.claims import finite
 from surgery.adapter.fingerprint import fingerprint
-from surgery.adapter.parameters import full_state, plain_state, spliced_parameters
+from surgery.adapter.manifest import FORMAT
+from surgery.adapter.parameters import (
+    full_state,
+    kept_tensors,
+    plain_state,
+    spliced_parameters,
+)
+from surgery.adapter.peft_saving import save_peft
 from surgery.adapter.row_training import trained_rows
-from surgery.adapter.training import kept_tensors
 from surgery.errors import SpliceError
 from surgery.interop import (
     huggingface,
     is_first_process,
     is_sharded,
+    keeping_thread_state,
     onloaded,
     out_of_reach,
     wait_for_others,
     whole,
 )
 from surgery.plugin import Site, methods
-from surgery.splicer import reports
+from surgery.splicer import Report, reports, require_spliced, spliced_model
+
+Format = Literal["surgery", "peft"]
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -> Path:
-    """Save every splice of a model, and the parameters of its base that were trained along.
+@keeping_thread_state
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    plain: bool = True,
+    only: str | Sequence[str] | None = None,
+    format: Format = "surgery",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Save the splices of a model, and the parameters of its base that were trained along.
 
     Args:
-        model: a spliced model.
+        model: a spliced model, or DDP, FSDP or ``torch.compile`` around it.
         folder: the folder to write to. It is made if needed; an older adapter in it is replaced.
         plain: store only what inference needs, such as the keys and values of a prefix without the
             MLP that makes them. ``False`` stores everything, to continue training.
+        only: the splices to save, by name; None means all.
+        format: ``surgery``, the own format, which holds everything; or ``peft``, the two files that
+            PEFT, vLLM and converters to GGUF read. It holds one splice of one of the methods lora,
+            ia3, prefix (with ``shift``) and prompt, with heads, biases and rows beside it.
+        state_dict: whole tensors by their names in the model, as a trainer gathers those of a
+            sharded model in one process. They are stored in place of the model's own.
 
     A model that is sharded over several processes must be saved by all of them; the first writes.
+    Saves to one folder wait for each other: the last one stays, and warns if it has waited.
 
     Returns:
         the folder.
 
     Raises:
-        SpliceError: nothing is spliced in, a splice is partly merged, or numbers are offloaded.
+        SpliceError: nothing is spliced in, under a name in ``only``, a splice is partly merged,
+            numbers are offloaded, or something has no place in the format.
+        StoreError: the folder cannot be written to; the adapter in it is as it was.
     """
-    if not reports(model):
-        raise SpliceError(f"nothing is spliced into this {type(model).__name__}: nothing to save.")
-    merged = [report.name for report in reports(model).values() if report.merged]
+    model = spliced_model(model)
+    asked = [only] if isinstance(only, str) else list(reports(model) if only is None else only)
+    require_spliced(model, *asked)
+    names = [name for name in reports(model) if name in asked]  # in the order in which they run
+    if not names:
+        raise SpliceError("only= names no splice, so there is nothing to save. None means all.")
+    chosen = [reports(model)[name] for name in names]
+    merged = [report.name for report in chosen if report.merged]
     if merged:
         raise SpliceError(
             f"splice {merged[0]!r} is partly merged into the base, so an adapter would lack the "
             "part that the base's weights hold. Save before merging, or save the whole model."
         )
-    own = dict(model.named_parameters())
-    _warn_of_methods_not_offered(model)
-    modules = [model.get_submodule(i.path) for r in reports(model).values() for i in r.inserted]
+    if format not in get_args(Format):
+        raise SpliceError(f"format={format!r} must be one of {', '.join(get_args(Format))}.")
+    if format == "peft":
+        return save_peft(model, folder, names, state_dict or {})
+    given = state_dict or {}
+    own = {**dict(model.named_parameters()), **given}
+    _warn_of_methods_not_offered(chosen)
+    modules = [model.get_submodule(i.path) for report in chosen for i in report.inserted]
     with onloaded(modules):
-        inserted = plain_state(model) if plain else full_state(model)
-        tensors = {f"inserted.{name}": t for name, t in inserted.items()}
-        tensors |= {f"kept.{name}": tensor for name, tensor in kept_tensors(model).items()}
+        inserted = plain_state(model, names) if plain else full_state(model, names)
+        tensors = {f"inserted.{name}": given.get(name, t) for name, t in inserted.items()}
+        tensors |= {f"kept.{name}": given.get(name, t) for name, t in kept_tensors(model).items()}
         tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
         away = [name for name, tensor in tensors.items() if tensor.is_meta]
         if away:
             raise SpliceError(f"{away[0]} holds no numbers to save. {out_of_reach(model)}")
         stored = {n: whole(t.detach()).cpu().contiguous().clone() for n, t in tensors.items()}
+    _warn_of_values(stored)
     data = save_tensors(stored)
     digest = hashlib.sha256(data).hexdigest()
     file = f"surgery-{digest[:12]}.safetensors"
@@ -100,26 +139,34 @@ def save(model: nn.Module, folder: str | os.PathLike[str], plain: bool = True) -
         },
         "kept": list(kept_tensors(model)),
         "rows": trained_rows(model),
-        "splices": [_describe(report, plain) for report in reports(model).values()],
+        "splices": [_describe(report, plain) for report in chosen],
     }
-    text = json.dumps(description, indent=1).encode()
+    text = json.dumps(description, indent=1, allow_nan=False).encode()
     target = Path(folder)
     sharded = any(map(is_sharded, tensors.values()))
-    if not sharded or is_first_process():
-        _write(target, file, data, text)
-    if sharded:
-        wait_for_others()
+    try:
+        replaced = (not sharded or is_first_process()) and write(target, file, data, text)
+    finally:
+        if sharded:
+            wait_for_others()
+    if replaced:
+        warnings.warn(
+            f"another save to {target} was under way; this one waited for it and has replaced its "
+            "adapter. Give each run a folder of its own.",
+            stacklevel=2,
+        )
     return target
 
 
-def _write(target: Path, file: str, data: bytes, text: bytes) -> None:
-    """Write the tensors, then the description, and remove the tensors of the adapter before."""
-    target.mkdir(parents=True, exist_ok=True)
-    before = file_of(target)
-    write_whole(target / file, data)
-    write_whole(target / JSON, text)
-    if before not in ("", file):  # other files may belong to a save that is under way
-        (target / before).unlink(missing_ok=True)
+def _warn_of_values(stored: dict[str, Tensor]) -> None:
+    """Warn if ``load`` will refuse these tensors because training has diverged."""
+    wrong = [name for name, x in stored.items() if name.startswith("inserted.") and not finite(x)]
+    if wrong:
+        warnings.warn(
+            f"{wrong[0].removeprefix('inserted.')} holds NaN or infinity, so surgery.load will "
+            "refuse the adapter that is saved now. Training has diverged.",
+            stacklevel=3,
+        )
 
 
 def _trained(model: nn.Module) -> set[str]:
@@ -129,9 +176,9 @@ def _trained(model: nn.Module) -> set[str]:
     return names | set(kept_tensors(model)) | set(trained_rows(model))
 
 
-def _warn_of_methods_not_offered(model: nn.Module) -> None:
+def _warn_of_methods_not_offered(chosen: Iterable[Report]) -> None:
     """Warn if a method comes from no installed plugin: ``load`` would not find it."""
-    used = {m.name: type(m) for report in reports(model).values() for m in report.methods}
+    used = {m.name: type(m) for report in chosen for m in report.methods}
     unknown = [name for name, cls in used.items() if methods().get(name) is not cls]
     if unknown:
         warnings.warn(
@@ -141,7 +188,7 @@ def _warn_of_methods_not_offered(model: nn.Module) -> None:
         )
 
 
-def _describe(report: Any, plain: bool) -> dict[str, Any]:
+def _describe(report: Report, plain: bool) -> dict[str, Any]:
     """Return what the JSON holds of one splice."""
     methods = [m.plain() if plain else m for m in report.methods]
     return {
@@ -155,6 +202,6 @@ def _describe(report: Any, plain: bool) -> dict[str, Any]:
 def site_shape(site: Site) -> dict[str, Any]:
     """Return the identity and the widths of a site; ``load`` compares them with the base's."""
     numbers = ("width", "heads", "kv_heads", "head_width", "value_width")
-    return {"path": site.path, "key": site.key, "kind": site.kind} | {
-        n: getattr(site, n) for n in numbers
-    }
+    shape: dict[str, Any] = {"path": site.path, "key": site.key, "kind": site.kind}
+    shape |= {n: getattr(site, n) for n in numbers}
+    return shape | ({"picked": list(site.picked)} if site.picked else {})

@@ -5,6 +5,7 @@
     single rows of the base's       trained, saved     train_rows (row_training.py)
     the rest of the base            frozen
 
+The same choice is what ``model.save_pretrained`` writes from then on (adapter/checkpoints.py).
 ``freeze_base`` chooses anew: it resets ``train_rows`` and replaces the list of kept parameters,
 which is in the model's record (surgery/splicer/record.py).
 """
@@ -20,27 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter.parameters import spliced_parameters
+from surgery.adapter.checkpoints import save_adapter_alone
+from surgery.adapter.parameters import kept_tensors, spliced_parameters
 from surgery.adapter.row_training import trained_rows
 from surgery.errors import SpliceError, suggest
 from surgery.interop import huggingface
-from surgery.splicer import forget_rows, look_up, record_of, reports
+from surgery.splicer import forget_rows, record_of, reports, require_spliced, spliced_model
 
 _log = logging.getLogger("surgery")
-
-
-def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the base that are saved along, by name.
-
-    They are the parameters that ``freeze_base`` left trainable, and the buffers beside them.
-    """
-    own = base_tensors(model)
-    return {name: own[name] for name in look_up(model).kept}
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model, by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,17 @@ class Frozen:
         return text + (f"; still trained, as asked: {', '.join(asked)}" if asked else "")
 
 
-def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) -> Frozen:
+def freeze_base(
+    model: nn.Module,
+    keep: Sequence[str] = (),
+    fresh: bool = True,
+    train: str | Sequence[str] | None = None,
+) -> Frozen:
     """Freeze the base: train only the inserted parameters, and those that are kept.
+
+    From then on ``save_pretrained`` of a transformers model writes the adapter, with all that is
+    needed to continue training, so the checkpoints of ``Trainer`` hold no base. It writes the whole
+    model, with a warning, if more of the base is trained than this function chose.
 
     Args:
         model: a spliced model.
@@ -82,21 +79,23 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
             buffers of such modules, as the statistics of a norm, are saved with them.
         fresh: also keep the parameters for which ``from_pretrained`` found no weights, such as a
             new classification head. A warning in the log names them.
+        train: the splices whose parameters are trained, by name; None means all. The others are
+            frozen; whether they run is what ``surgery.use`` says.
 
     Returns:
         the names of the kept parameters, and how much is frozen.
 
     Raises:
-        SpliceError: nothing is spliced in, or the base lacks a name in ``keep``.
+        SpliceError: nothing is spliced in, under a name in ``train``, or the base lacks a name in
+            ``keep``.
     """
-    if not reports(model):
-        raise SpliceError(
-            f"nothing is spliced into this {type(model).__name__}, so nothing would be trained. "
-            "Call surgery.splice first."
-        )
+    model = spliced_model(model)
+    trained = [train] if isinstance(train, str) else list(train or reports(model))
+    require_spliced(model, *trained)
     rows = tuple(trained_rows(model))
     forget_rows(model)
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
+    chosen = {id(p) for name in trained for _, p in spliced_parameters(model, name)}
     base = [name for name, p in model.named_parameters() if id(p) not in inserted]
     kept: dict[str, None] = {}
     for wish in keep:
@@ -111,9 +110,10 @@ def freeze_base(model: nn.Module, keep: Sequence[str] = (), fresh: bool = True) 
     kept.update(dict.fromkeys(new))
     frozen = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in inserted or name in kept)
-        frozen += 0 if parameter.requires_grad else parameter.numel()
+        parameter.requires_grad_(id(parameter) in chosen or name in kept)
+        frozen += 0 if parameter.requires_grad or id(parameter) in inserted else parameter.numel()
     record_of(model).kept = [*kept, *_buffers_beside(model, kept, keep)]
+    save_adapter_alone(model)
     result = Frozen(tuple(kept), tuple(new), frozen, rows)
     if new or rows:
         _log.warning("surgery: %r", result)

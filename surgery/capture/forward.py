@@ -32,10 +32,11 @@ from typing import Any
 from torch import nn
 
 from surgery.capture.branches import line_of
+from surgery.capture.captured import Captured
 from surgery.capture.interception import intercepted
 from surgery.capture.proxy import any_proxy
 from surgery.capture.side_effects import record_changes, undo_changes
-from surgery.capture.tracer import Captured, IsLeaf, Tracer
+from surgery.capture.tracer import IsLeaf, Tracer
 from surgery.errors import CaptureError
 from surgery.interop import (
     AttentionPatch,
@@ -76,8 +77,16 @@ def capture(
         CaptureError: the forward does something that a graph cannot hold; the message names the
             line.
     """
-    tracer = Tracer(module, through, is_leaf)
     with capture_running(), unobserved():
+        tracer = Tracer(module, through, is_leaf, texts_are_read=False)
+        try:
+            captured = _record(tracer, forward, args, kwargs, attention_patch, path)
+            if not (tracer.texts and tracer.watcher.looks_closely):
+                return captured
+        except CaptureError:
+            if not tracer.texts:
+                raise
+        tracer = Tracer(module, through, is_leaf, texts_are_read=True)
         return _record(tracer, forward, args, kwargs, attention_patch, path)
 
 

@@ -27,6 +27,8 @@ from surgery.capture.proxy import any_proxy, apply, call
 from surgery.capture.tracer import Tracer
 from surgery.interop import (
     AttentionPatch,
+    LeftOnce,
+    deliver,
     encoder_fastpath,
     patched,
     unpatched,
@@ -34,7 +36,7 @@ from surgery.interop import (
 )
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(LeftOnce, TorchFunctionMode):
     """Make a node of every torch call, also of one without a proxy (factories, parameters).
 
     Properties and sizes of real tensors are read and not recorded.
@@ -47,6 +49,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        deliver()
         kwargs = kwargs or {}
         func = unpatched(func)
         tracer = self.tracer
@@ -91,6 +94,8 @@ def intercepted(
     """Put all replacements in place for one capture; restore everything at the end."""
 
     def kept_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        tracer.passed_to.add(function)
+
         def attend(*args: Any, **kwargs: Any) -> Any:
             if tracer.executing:
                 return function(*args, **kwargs)

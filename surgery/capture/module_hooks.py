@@ -204,4 +204,4 @@ def _attach_non_full(module: nn.Module, bound: Bound, output: Any) -> None:
 
 
 def _constants(structure: Any) -> Any:
-    return map_leaves(structure, lambda _: "tensor or object")
+    return map_leaves(structure, lambda x: x if type(x) is str else "tensor or object")

@@ -144,6 +144,12 @@ class ValueProxy(_Operators):  # type: ignore[misc]
             self.tracer.concrete(self, str)
         return format(str(self.value), "") if not spec else format(self.value, spec)
 
+    def __str__(self) -> str:
+        return format(self, "")
+
+    def __repr__(self) -> str:
+        return format(self, "")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import sys
 import sysconfig
 import types
@@ -13,6 +14,7 @@ import numpy
 import torch
 
 _LIBRARIES = {"torch", "numpy", "surgery"} | set(sys.stdlib_module_names) | {"builtins"}
+_CLOSE = {"type", "id", "is_", "is_not", "suppress"}
 _PYTHON = sysconfig.get_path("stdlib").replace("\\", "/") + "/"
 _FOLDERS = tuple(
     str(Path(file).parents[up]).replace("\\", "/") + "/"
@@ -36,6 +38,23 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
             chains[chain] = None
             chain = ()
     return tuple(chains)
+
+
+@functools.lru_cache(maxsize=4096)
+def looks_closely(code: types.CodeType) -> bool:
+    """Whether a function may tell a proxy from its value without asking the proxy.
+
+    It asks for the exact type or the identity, or handles an exception that C code raises.
+    """
+    if any(not _CLOSE.isdisjoint(chain) for chain in global_names(code)):
+        return True
+    instructions = list(dis.get_instructions(code))
+    for one, two in itertools.pairwise(instructions):
+        singleton = one.opname == "LOAD_CONST" and (one.argval is None or type(one.argval) is bool)
+        handler = one.opname == "PUSH_EXC_INFO" and two.opname != "WITH_EXCEPT_START"
+        if handler or one.opname == "SETUP_FINALLY" or (two.opname == "IS_OP" and not singleton):
+            return True
+    return False
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,7 +6,7 @@
 
 A module on the way to a site becomes the nodes of its own forward, between two nodes that run its
 hooks (module_hooks.py); every other module becomes one node. Beside the nodes the tracer collects
-what the graph relies on, see :class:`Captured`.
+what the graph relies on, see ``Captured`` (captured.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,39 +23,18 @@ from torch.fx.proxy import TracerBase
 from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy
-from surgery.capture.reads import Read
 from surgery.capture.records import is_own_kind, is_record, make_record, parts_of, unwrapped
+from surgery.capture.text_proxy import TextProxy, structure_of, texts_in
 from surgery.capture.watched_state import Watcher
 
 IsLeaf = Callable[[nn.Module, str], bool | None]
-
-
-@dataclass
-class Captured:
-    """The graph of one forward, and the conditions under which it is the right one.
-
-    Each node carries ``meta["value"]``, its example value, and ``meta["owner"]``, the path below
-    the host of the module whose forward made the node.
-
-    Attributes:
-        branches: values that Python branched on.
-        reads: what the forward read beside its arguments, with the answers (reads.py).
-        parts: modules traced through or read from, and their parents: ``(parent, name, module)``.
-        ambient: gradient mode and autocast, if the forward asked: ``(question, answer)``.
-    """
-
-    graph: fx.Graph
-    branches: list[Branch]
-    reads: list[Read] = field(default_factory=list)
-    parts: list[tuple[Any, str, nn.Module]] = field(default_factory=list)
-    ambient: list[tuple[Callable[[], Any], Any]] = field(default_factory=list)
 
 
 class Tracer(TracerBase):
     """The state of one capture; ``root`` is the host."""
 
     def __init__(
-        self, root: nn.Module, through: Iterable[str], is_leaf: IsLeaf | None = None
+        self, root: nn.Module, through: Iterable[str], is_leaf: IsLeaf | None, texts_are_read: bool
     ) -> None:
         super().__init__()
         self.graph = fx.Graph()
@@ -70,6 +48,9 @@ class Tracer(TracerBase):
         self.root_node: fx.Node | None = None
         self.branches: list[Branch] = []
         self.asked: set[tuple[fx.Node, Any]] = set()
+        self.texts_are_read = texts_are_read  # string arguments are no proxies
+        self.texts: list[TextProxy] = []
+        self.passed_to: set[Any] = {run_pre_hooks}  # kept whole, whatever string it is given
         self.saved_modes: list[fx.Node] = []  # gradient modes that the forward comes back to
         self.relied_on: set[str] = set()  # paths of modules that were traced through
         self.ambient: dict[tuple[Callable[..., Any], Any], Any] = {}
@@ -91,6 +72,8 @@ class Tracer(TracerBase):
         proxy_factory_fn: Any = None,
     ) -> Any:
         """Make a node of an operation and run it; return what the forward gets for the result."""
+        if kind != "call_module" and target not in self.passed_to:
+            self.read_texts((args, kwargs))
         arguments, options = self.create_arg(args), self.create_arg(kwargs)
         value = self.run(kind, target, args, kwargs)
         node = self.graph.create_node(kind, target, arguments, options, name)
@@ -101,6 +84,9 @@ class Tracer(TracerBase):
         node.meta.update(value=value, owner=self.owners[-1])
         if isinstance(value, (torch.dtype, torch.device, torch.layout, type, type(...))):
             return value
+        if type(value) is str and node.op == "placeholder" and not self.texts_are_read:
+            self.texts.append(TextProxy(node, self, value))
+            return self.texts[-1]
         if type(value) in (bool, str):
             self.branch(node, type(value), value)
             return value
@@ -137,7 +123,7 @@ class Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         """Turn a value into an argument of a node; what fx cannot write becomes a node, too."""
         if is_proxy(a):
-            return a.node
+            return a.value if type(a) is TextProxy and (a.node, str) in self.asked else a.node
         if isinstance(a, nn.Module):
             return self.module_node(a)
         if isinstance(a, Tensor):
@@ -208,6 +194,11 @@ class Tracer(TracerBase):
         self.branch(proxy.node, convert, value)
         return value
 
+    def read_texts(self, structure: Any) -> None:
+        """Record a branch on the value of each string argument among nested values."""
+        for text in texts_in(structure) if self.texts else ():
+            self.concrete(text, str)
+
     def branch(self, node: fx.Node, convert: Callable[[Any], Any], expected: Any) -> None:
         """Record a branch; the same question about the same node is recorded once."""
         if (node, convert) not in self.asked:
@@ -256,10 +247,14 @@ class Tracer(TracerBase):
         if self.executing or path is None:
             return module.forward(*args, **kwargs)
         if path not in self.through or self.is_leaf(module, path):
-            return self.create_proxy("call_module", path, args, kwargs)
+            output = self.create_proxy("call_module", path, args, kwargs)
+            if is_proxy(output) and [*texts_in((args, kwargs))]:
+                self.concrete(output, structure_of)  # what comes back may depend on a string
+            return output
+        self.read_texts([a for a in (*args, *kwargs.values()) if not _stays(a)])
         bound = self.create_proxy("call_function", run_pre_hooks, (module, args, kwargs), {})
-        args = tuple(bound[0][i] if any_proxy(a) else a for i, a in enumerate(args))
-        kwargs = {name: bound[1][name] if any_proxy(a) else a for name, a in kwargs.items()}
+        args = tuple(a if _stays(a) else bound[0][i] for i, a in enumerate(args))
+        kwargs = {name: a if _stays(a) else bound[1][name] for name, a in kwargs.items()}
         self.relied_on.add(path)
         self.owners.append(path)
         try:
@@ -287,6 +282,11 @@ def enter_gradient_mode(mode: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(mode)
     return before
+
+
+def _stays(argument: Any) -> bool:
+    """Whether no pre-hook may replace this argument: a constant or a string."""
+    return type(argument) is TextProxy or not any_proxy(argument)
 
 
 def _is_none(value: Any) -> bool:

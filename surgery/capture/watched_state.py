@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,13 +26,37 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.capture.proxy import is_proxy
-from surgery.capture.python_code import global_names, is_watched, of_a_library
+from surgery.capture.python_code import global_names, is_watched, looks_closely, of_a_library
 from surgery.capture.reads import MISSING, Read, TensorKind, contents, is_container
 from surgery.interop import patched, unpatched
 
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training", "_modules", "_parameters", "_buffers"}
 _LEAVES = (bool, int, float, str, Enum, Tensor, nn.Module, type, types.ModuleType)
 _MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+@contextmanager
+def _collections_noted(collecting: list[bool]) -> Iterator[None]:
+    """Keep an entry in the list while this thread collects garbage.
+
+    Finalizers and callbacks that run then are no part of the forward.
+    """
+    me = threading.get_ident()
+
+    def begin(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and threading.get_ident() == me:
+            collecting[:] = [True]
+
+    def end(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop" and threading.get_ident() == me:
+            collecting.clear()
+
+    try:
+        gc.callbacks.insert(0, begin)  # the first, and the last: others' callbacks are in between
+        gc.callbacks.append(end)
+        yield
+    finally:
+        gc.callbacks[:] = [each for each in gc.callbacks if each not in (begin, end)]
 
 
 class Watcher:
@@ -56,15 +81,17 @@ class Watcher:
         self._functions: dict[int, types.FunctionType] = {}
         self._reached: dict[int, Any] = {}  # alive, so that ids stay unique
         self._classes: set[type] = set()
+        self.looks_closely = False  # some code that ran may tell a proxy from its value
         self._patches = ExitStack()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch what runs inside the ``with`` block."""
         before = sys.gettrace()
+        collecting: list[bool] = []  # while it has an entry, finalizers run in this thread
 
         def on_call(frame: types.FrameType, event: Any, argument: Any) -> Any:
-            if event == "call" and not self.is_executing():
+            if event == "call" and not collecting and not self.is_executing():
                 self._start(frame)
             return before(frame, event, argument) if before is not None else None
 
@@ -73,18 +100,12 @@ class Watcher:
             (nn.Module, "__getattr__", self._noted_child),
             (nn.Module, "__setattr__", self._noted_set),
         ]
-        collecting = gc.isenabled()
-        gc.disable()  # its callbacks and finalizers are no part of the forward
-        try:
-            with self._patches, patched(*replacements):
+        with self._patches, patched(*replacements), _collections_noted(collecting):
+            try:
                 sys.settrace(on_call)
-                try:
-                    yield
-                finally:
-                    sys.settrace(before)
-        finally:
-            if collecting:
-                gc.enable()
+                yield
+            finally:
+                sys.settrace(before)
 
     def finish(self) -> list[Read]:
         """Return the reads, with the closures and defaults of the functions that ran."""
@@ -116,6 +137,9 @@ class Watcher:
         """Add that ``owner.name`` was read: from the object itself, or from its class."""
         held = _attributes(owner)
         if (id(held), name) in self._changed:
+            return
+        if name == "training" and isinstance(owner, nn.Module):  # each thread has its own answer
+            self.add("attribute", owner, name, value)
             return
         if name in ("_parameters", "_buffers"):  # read again by their names
             for each, tensor in value.items():
@@ -192,6 +216,7 @@ class Watcher:
         if of_a_library(code.co_filename) or "namedtuple_" in frame.f_globals.get("__name__", ""):
             return
         self._ran.add(id(code))
+        self.looks_closely = self.looks_closely or looks_closely(code)
         for chain in global_names(code):
             self._global(frame.f_globals, chain)
         if code.co_freevars and not made_here:

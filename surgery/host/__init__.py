@@ -1,20 +1,25 @@
 """Keep a module the object that it was while its forward runs a rewritten graph."""
 
+from surgery.host.active_set import ALL_ON, Choice, Switches, chosen
 from surgery.host.call_signature import signature
 from surgery.host.execution import capture_host, run, run_graph
 from surgery.host.foreign_forward import own_forward
-from surgery.host.installation import install, uninstall
-from surgery.host.off_switches import switched_off
-from surgery.host.state import HostState, Operation, hosts, is_host, state_of
+from surgery.host.installation import install, subclass, uninstall
+from surgery.host.operation import Operation
+from surgery.host.state import HostState, hosts, is_host, state_of
 from surgery.host.variant import FlippedTooLate, GuardFlipped, Variant
 
 __all__ = [
+    "ALL_ON",
+    "Choice",
     "FlippedTooLate",
     "GuardFlipped",
     "HostState",
     "Operation",
+    "Switches",
     "Variant",
     "capture_host",
+    "chosen",
     "hosts",
     "install",
     "is_host",
@@ -23,6 +28,6 @@ __all__ = [
     "run_graph",
     "signature",
     "state_of",
-    "switched_off",
+    "subclass",
     "uninstall",
 ]

@@ -4,7 +4,8 @@
       signature   (active splices, autocast, shapes' lengths, dtypes, names, constants)
       inputs      [hidden, cache]     the values that the graph takes
 
-Calls with equal signatures differ only in the values of tensors, numbers and opaque objects.
+Calls with equal signatures differ only in the values of tensors, numbers, strings and opaque
+objects.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from surgery.interop import CONSTANT
 
-PLAIN = frozenset({type(None), bool, str, torch.dtype, torch.device})  # compared by value
+PLAIN = frozenset({type(None), bool, torch.dtype, torch.device})  # compared by value
 
 
 def signature(args: Any, kwargs: Any, active: tuple[str, ...]) -> tuple[Any, list[Any]]:
@@ -45,9 +46,9 @@ def _describe(values: Iterable[Any], inputs: list[Any]) -> tuple[Any, ...]:
             described.append((kind, _describe(x, inputs)))
         elif kind is dict:
             described.append((kind, tuple(x), _describe(x.values(), inputs)))
-        elif isinstance(x, CONSTANT):
+        elif kind is not str and isinstance(x, CONSTANT):
             described.append((kind, x))
-        elif isinstance(x, (int, float)):
+        elif isinstance(x, (int, float, str)):
             inputs.append(x)
             described.append(kind)
         else:

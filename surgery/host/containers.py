@@ -37,11 +37,15 @@ def hiding(module: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _hidden(module: nn.Module) -> Iterator[None]:
-    _running.hosts.append(module)
+    outer = len(_running.hosts)
     try:
-        yield
-    finally:
-        _running.hosts.pop()
+        try:
+            _running.hosts.append(module)
+            yield
+        finally:
+            del _running.hosts[outer:]
+    finally:  # once more: an exception may have come in the line above
+        del _running.hosts[outer:]
 
 
 def container_methods(original: type[nn.Module]) -> dict[str, Callable[..., Any]]:

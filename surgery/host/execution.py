@@ -32,15 +32,13 @@ from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
 from surgery.host.dynamo import prepare
 from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
-from surgery.host.state import HostState, Selection, original_class, state_of
+from surgery.host.selection import KEPT, Selection
+from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
-from surgery.interop import huggingface, named_arguments, patch_lock
-from surgery.patterns import Match, find_matches, module_match, weights_in
+from surgery.interop import exclusively, huggingface, named_arguments, unspliced_forward
+from surgery.patterns import Match, find_matches, module_match, uses_of
 from surgery.plugin import Edit, is_leaf
 from surgery.rewrite import apply_edit, dtype_reads
-
-_MANY = 24  # variants of one host; at this number a warning tells the user
-
 
 _compiling = torch.compiler.is_dynamo_compiling
 
@@ -55,14 +53,17 @@ def run(
 
     own = unbound_forward(module, state)
 
-    def forward(**named: Any) -> Any:
+    def forward(*given: Any, **named: Any) -> Any:
         if on.edited:
-            return run_graph(module, state, (), named, on)
+            return run_graph(module, state, given, named, on)
         with hiding(module):
-            return own(module, **named)
+            return own(module, *given, **named)
 
+    children = module if _compiling() else on.children_of(module)
     for child in on.wraps:
-        forward = functools.partial(getattr(module, child), forward)
+        forward = functools.partial(getattr(children, child), forward)
+    if not on.by_name:
+        return forward(*args, **kwargs)
     return forward(**named_arguments(own, args, kwargs))
 
 
@@ -108,8 +109,19 @@ def _find_and_run(
                 return variant.run(children, module, *inputs)
             except GuardFlipped:
                 continue
-    variant = new_variant(module, state, args, kwargs, on)
-    if not variant.matches(module, inputs):
+
+    def capture_as_now() -> Any:
+        """Capture a variant, unless another thread has spliced or removed since the call began."""
+        now = on if _compiling() else state.selection()
+        if now is not on:
+            return now, None, False
+        made = new_variant(module, state, args, kwargs, on)
+        return on, made, made.matches(module, inputs)
+
+    now, variant, fits = exclusively(capture_as_now)
+    if now is not on:
+        return _run_as_now(module, state, args, kwargs, now)
+    if not fits:
         raise ForwardError(
             f"{state.path}: a graph just captured does not fit its own call, so every call would "
             f"be captured anew. It relies on: {variant.relies_on()}. Keep the module that decides "
@@ -119,6 +131,17 @@ def _find_and_run(
         return variant.run(children, module, *inputs)
     except GuardFlipped as flip:
         raise ForwardError(f"{state.path}: {flip}") from None
+
+
+def _run_as_now(module: nn.Module, state: HostState, args: Any, kwargs: Any, now: Selection) -> Any:
+    """Run the forward of a call with the splices that are on by now, not with those it began with.
+
+    Modules that wrap the call are around this already, as they were when the call began.
+    """
+    if now.edited:
+        return run_graph(module, state, args, kwargs, now)
+    with hiding(module):
+        return unspliced_forward(module)(*args, **kwargs)
 
 
 def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,6 +154,7 @@ def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
         if variant.matches(module, inputs):
             variants.remove(variant)
             variants.insert(0, variant)  # where Dynamo, which cannot ask all, looks first
+            on.touch(variant)
             return
     new_variant(module, state, args, kwargs, on)
 
@@ -143,33 +167,48 @@ def new_variant(
     Raises:
         ForwardError: the forward cannot be captured, or an edit does not fit this graph.
     """
-    with patch_lock:
-        try:
-            captured, matches = capture_host(module, state.path, state.through, args, kwargs)
-            for edit, child in on.edits:
-                if not apply_edit(matches, edit, child, module):
-                    _require_absent(state, edit, child, captured, matches)
-                captured.reads += dtype_reads(module.get_submodule(child))
-        except RefusedError as error:
-            raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
-        variant = Variant(captured)
-        key, _ = signature(args, kwargs, on.names)
-        on.add(variant, key)
-        total = len(on.variants())
-        if total == _MANY:
-            warnings.warn(
-                f"{state.path}: {total} variants of one host so far; each new one costs a capture. "
-                f"The latest differs in: {variant.branches or key}. See surgery.variants(model).",
-                stacklevel=2,
-            )
-        return variant
+    captured = exclusively(lambda: _edited(module, state, args, kwargs, on))
+    variant = Variant(captured)
+    key, _ = signature(args, kwargs, on.names)
+    if on.add(variant, key) and not state.told:
+        state.told = True
+        warnings.warn(
+            f"{state.path}: calls of more than {KEPT} kinds, each with a graph of its own. The "
+            "least recently used graph is dropped from now on, and a call that needs it again "
+            f"pays for another capture. The latest differs in: {variant.branches or key}. See "
+            "surgery.variants(model).",
+            stacklevel=2,
+        )
+    return variant
+
+
+def _edited(module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection) -> Captured:
+    """Capture the host's own forward, and apply the edits that are on."""
+    try:
+        captured, matches = capture_host(module, state.path, state.through, args, kwargs)
+        for edit, child, partly in on.steps:
+            if not apply_edit(matches, edit, child, module, partly):
+                _require_absent(state, edit, child, captured, matches)
+        for _, child in on.edits:
+            captured.reads += dtype_reads(module.get_submodule(child))
+    except RefusedError as error:
+        raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
+    return captured
 
 
 def _require_absent(
     state: HostState, edit: Edit, child: str, captured: Captured, matches: list[Match]
 ) -> None:
-    """Raise if this graph runs the weights of a site in which an edit could not be made."""
-    used = weights_in(captured.graph.nodes) & state.weights.get((edit.kind, edit.site), frozenset())
+    """Raise if this graph runs the weights of a site in which an edit could not be made.
+
+    Streams of one attention may share weights: a use for each site that is there is not meant.
+    """
+    there = [state.weights.get((m.kind, m.key), frozenset()) for m in matches]
+    used = {
+        name
+        for name in state.weights.get((edit.kind, edit.site), frozenset())
+        if uses_of(captured.graph, name) > sum(name in names for names in there)
+    }
     if used and not any(match.is_site(edit.kind, edit.site) for match in matches):
         raise PortError(
             f"the {edit.kind} that {child!r} was spliced into is not recognised in it any more, "

@@ -113,14 +113,21 @@ def _call_around(module: nn.Module, state: HostState, depth: int, *args: Any, **
 def _deeper(module: nn.Module, depth: int) -> Iterator[None]:
     if depth == 0:
         _calls.reached.discard(id(module))
-    _calls.depth[id(module)] = depth + 1
     try:
-        yield
-    finally:
-        if depth:
-            _calls.depth[id(module)] = depth
-        else:
-            del _calls.depth[id(module)]
+        try:
+            _calls.depth[id(module)] = depth + 1
+            yield
+        finally:
+            _back_to(module, depth)
+    finally:  # once more: an exception may have come in the line above
+        _back_to(module, depth)
+
+
+def _back_to(module: nn.Module, depth: int) -> None:
+    if depth:
+        _calls.depth[id(module)] = depth
+    else:
+        _calls.depth.pop(id(module), None)
 
 
 def _is_of_host(function: Any, module: nn.Module) -> bool:

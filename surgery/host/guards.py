@@ -3,6 +3,7 @@
 A graph is one path through the host's forward. It fits a call if the call has the graph's
 signature and if everything that capture read beside the arguments is as it was:
 
+    texts      string arguments that the forward read
     reads      what the forward read from Python's state: attributes, globals, closures, lists
     parts      the child modules that the graph traces through
     ambient    gradient mode, autocast, the chosen attention function
@@ -59,9 +60,13 @@ class Guards(NamedTuple):
     parts: Sequence[tuple[dict[str, Any], str, Any]] = ()  # (children, name, module)
     ambient: Sequence[tuple[Callable[[], Any], Any]] = ()  # (question, answer)
     early: Callable[..., bool] | None = None  # called with the host and the inputs
+    texts: Sequence[tuple[int, str]] = ()  # (which of the inputs, value)
 
     def hold(self, module: Any, inputs: list[Any]) -> bool:
         """Whether all guards hold for a call with these inputs."""
+        for position, text in self.texts:
+            if inputs[position] != text:
+                return False
         if _compiling():
             for attributes, name, expected in self.followed:
                 if attributes.get(name, MISSING) != expected:
@@ -93,7 +98,7 @@ def recogniser(args: Any, kwargs: Any, guards: Guards) -> Recogniser | None:
     """
     if autocast_dtypes():
         return None
-    writer = _Writer()
+    writer = _Writer(dict(guards.texts))
     code = [
         "def inputs_of(module, args, kwargs):",
         "    if cast():",
@@ -113,8 +118,9 @@ def recogniser(args: Any, kwargs: Any, guards: Guards) -> Recogniser | None:
 class _Writer:
     """Writes lines of code that compare a value with a given one, and binds their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: dict[int, str]) -> None:
         self.names: dict[str, Any] = dict(_NAMES)
+        self._texts = texts
         self.inputs: list[str] = []
         self._values: list[Any] = []  # of the inputs
 
@@ -140,13 +146,15 @@ class _Writer:
         if kind in _SINGLE:
             return [_unless(f"{name} is {self._bind(x)}")]
         same = f"type({name}) is {self._bind(kind)}"
-        if kind in PLAIN or isinstance(x, CONSTANT):
+        if kind in PLAIN or (kind is not str and isinstance(x, CONSTANT)):
             return [_unless(f"{same} and {name} == {self._bind(x)}")]
         if kind is tuple or kind is list:
             return [_unless(same), *self.sequence(name, x)]
         if kind is dict:
             return [_unless(same), *self.mapping(name, x)]
-        if not isinstance(x, (int, float)):
+        if kind is str and len(self.inputs) in self._texts:
+            same += f" and {name} == {self._bind(self._texts[len(self.inputs)])}"
+        if not isinstance(x, (int, float, str)):
             seen = [
                 other for other, held in zip(self.inputs, self._values, strict=True) if held is x
             ]

@@ -82,16 +82,21 @@ def _host_class(original: type[nn.Module]) -> type[nn.Module]:
         "__setattr__": set_attribute,
         "__delattr__": delete_attribute,
         "__reduce_ex__": reduce,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_surgery_original": original,
         "_surgery_inserted": inserted_children,
         **container_methods(original),
     }
+    made = subclass(original, body)
+    return made
+
+
+def subclass(original: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
+    """Return a subclass of the same name, of which no code of the user's hears."""
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {"_surgery_original": original, **{n: getattr(original, n) for n in names}, **body}
     kind = type(original)  # a metaclass of the user's may keep a register, too
     maker = ABCMeta if issubclass(kind, ABCMeta) else type
-    made: type[nn.Module] = maker.__new__(kind, original.__name__, (_Silent, original), body)
+    bases = (original,) if issubclass(original, _Silent) else (_Silent, original)
+    made: type[nn.Module] = maker.__new__(kind, original.__name__, bases, body)
     return made
 
 

@@ -10,6 +10,7 @@ host tries another graph; once the KV cache has changed that is no longer possib
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import operator
 import types
@@ -25,7 +26,7 @@ from surgery.errors import ForwardError
 from surgery.host.guards import Guards, Recogniser, recogniser
 from surgery.rewrite import lse_of, output_of
 
-_count = 0
+_numbers = itertools.count(1)
 _FOLLOWED = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -48,7 +49,9 @@ class Variant:
     def __init__(self, captured: Captured) -> None:
         self.graph = captured.graph
         changed = _behind_a_change(captured.graph)
-        early = [g for g in captured.branches if _early(g.node, changed)]
+        texts = [g for g in captured.branches if _reads_text(g)]
+        early = [g for g in captured.branches if g not in texts and _early(g.node, changed)]
+        inputs = list(captured.graph.find_nodes(op="placeholder"))[1:]  # the first is the host
         self._guards = Guards(
             captured.reads,
             _items_of(captured.reads, _FOLLOWED),
@@ -56,10 +59,11 @@ class Variant:
             [(m._modules, name, part) for m, name, part in captured.parts],
             captured.ambient,
             _early_function(captured.graph, early),
+            [(inputs.index(g.node), g.expected) for g in texts],
         )
         self._recogniser: Recogniser | None = None
         self.branches = [f"{g.node.name} -> {g.expected!r} at {g.where}" for g in captured.branches]
-        late = [g for g in captured.branches if g not in early]
+        late = [g for g in captured.branches if g not in texts + early]
         for branch in late:
             _check_inside(captured.graph, branch)
         _shorten(captured.graph)
@@ -128,6 +132,12 @@ def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:
             if base in found or id(base.meta.get("value")) in changed:
                 found.add(node)
     return found
+
+
+def _reads_text(branch: Branch) -> bool:
+    """Whether a branch is for one value of a string argument."""
+    text = branch.node.op == "placeholder" and type(branch.node.meta["value"]) is str
+    return text and branch.convert is str
 
 
 def _early(node: fx.Node, changed: set[fx.Node]) -> bool:
@@ -243,11 +253,12 @@ def _drop_unused(graph: fx.Graph) -> None:
 
 def compile_graph(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """Return ``forward(self, host, *inputs)`` of a graph, and its source, which tracebacks show."""
-    global _count
-    _count += 1
     generated = graph.python_code("self")
-    name = f"<surgery graph {_count}>"
-    linecache.cache[name] = (len(generated.src), None, generated.src.splitlines(True), name)
+    name = f"<surgery graph {next(_numbers)}>"
     namespace = dict(generated.globals)
     exec(compile(generated.src, name, "exec"), namespace)
-    return namespace["forward"], generated.src
+    forward = namespace["forward"]
+    linecache.cache[name] = (len(generated.src), None, generated.src.splitlines(True), name)
+    # A traceback may live longer than the graph, and holds the code.
+    weakref.finalize(forward.__code__, linecache.cache.pop, name, None).atexit = False
+    return forward, generated.src

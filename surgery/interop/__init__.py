@@ -17,15 +17,17 @@ from surgery.interop.arguments import (
 from surgery.interop.call_value import CallValue
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
+from surgery.interop.interrupts import deliver
 from surgery.interop.isolation import (
     base_children,
     capture_running,
     capturing,
     differentiable,
     evaluating,
-    frozen,
+    every_module,
     hookless,
     outside_inference_mode,
+    put_items_back,
     real_tensors,
     silenced,
     unobserved,
@@ -33,8 +35,14 @@ from surgery.interop.isolation import (
     untouched,
 )
 from surgery.interop.library_inputs import example_inputs
-from surgery.interop.offloading import explained_out_of_reach, onloaded, out_of_reach
-from surgery.interop.patching import AttentionPatch, patch_lock, patched, unpatched
+from surgery.interop.offloading import (
+    explained_out_of_reach,
+    onloaded,
+    out_of_reach,
+    stored_parameters,
+)
+from surgery.interop.patching import AttentionPatch, exclusively, patched, unpatched
+from surgery.interop.random_streams import draw_anew
 from surgery.interop.sharding import (
     is_first_process,
     is_sharded,
@@ -43,23 +51,29 @@ from surgery.interop.sharding import (
     wait_for_others,
     whole,
 )
+from surgery.interop.thread_state import LeftOnce, keeping_thread_state
+from surgery.interop.updated_weights import updated_weight
 
 __all__ = [
     "CONSTANT",
     "AttentionPatch",
     "CallValue",
+    "LeftOnce",
     "base_children",
     "capture_running",
     "capturing",
     "checkpointed_region",
+    "deliver",
     "detached",
     "detached_copy",
     "differentiable",
+    "draw_anew",
     "encoder_fastpath",
     "evaluating",
+    "every_module",
     "example_inputs",
+    "exclusively",
     "explained_out_of_reach",
-    "frozen",
     "hookless",
     "huggingface",
     "in_backward",
@@ -68,6 +82,7 @@ __all__ = [
     "is_integer_tensor",
     "is_sharded",
     "keep",
+    "keeping_thread_state",
     "kept",
     "leaves",
     "like",
@@ -76,18 +91,20 @@ __all__ = [
     "onloaded",
     "out_of_reach",
     "outside_inference_mode",
-    "patch_lock",
     "patched",
+    "put_items_back",
     "real_tensors",
     "shard_like",
     "silenced",
     "snapshot",
+    "stored_parameters",
     "tensors_equal",
     "tensors_in",
     "unobserved",
     "unpatched",
     "unspliced_forward",
     "untouched",
+    "updated_weight",
     "wait_for_others",
     "whole",
     "without_checkpointing",

@@ -1,8 +1,8 @@
 """Take the arguments of a call apart into leaves, and copy them for runs on the side.
 
-Arguments are nested in tuples, lists and dicts. A *leaf* is what is left: a tensor, a number or an
-opaque object such as a KV cache, which is never looked into. None and ``CONSTANT`` values are no
-leaves: they belong to the structure of a call.
+Arguments are nested in tuples, lists and dicts. A *leaf* is what is left: a tensor, a number, a
+string, or an opaque object such as a KV cache, which is never looked into. None and other
+``CONSTANT`` values are no leaves: they belong to the structure of a call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONSTANT = (bool, str, Enum, type, torch.dtype, torch.device)
 
 def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
     """Return ``structure`` with ``function`` applied to each leaf; None and constants stay."""
-    if structure is None or isinstance(structure, CONSTANT):
+    if structure is None or (isinstance(structure, CONSTANT) and type(structure) is not str):
         return structure
     if type(structure) in (tuple, list):
         return type(structure)(map_leaves(x, function) for x in structure)
@@ -32,7 +32,7 @@ def map_leaves(structure: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def leaves(structure: Any) -> list[Any]:
-    """Return the inputs of a graph in order: every number, every other leaf once."""
+    """Return the inputs of a graph in order: numbers and strings each, every other leaf once."""
     found: dict[Any, Any] = {}
     map_leaves(structure, lambda v: found.setdefault(input_key(v, len(found)), v))
     return list(found.values())
@@ -41,10 +41,10 @@ def leaves(structure: Any) -> list[Any]:
 def input_key(value: Any, position: int) -> Any:
     """Return the key by which a leaf counts as one input of a graph.
 
-    A tensor or object that is given twice is one input. Numbers are keyed by their position: two
-    that are equal in one call may differ in the next.
+    A tensor or object that is given twice is one input. Numbers and strings are keyed by their
+    position: two that are equal in one call may differ in the next.
     """
-    return ("number", position) if isinstance(value, (int, float)) else id(value)
+    return ("value", position) if isinstance(value, (int, float, str)) else id(value)
 
 
 def detached(value: Any) -> Any:
@@ -54,7 +54,7 @@ def detached(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return _without_symbols(value).detach().clone()
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, torch.SymInt):
         return value.node.hint
@@ -80,7 +80,7 @@ def detached_copy(structure: Any) -> Any:
     copies: dict[int, Any] = {}
 
     def copied(v: Any) -> Any:
-        if isinstance(v, (int, float)):
+        if isinstance(v, (int, float, str)):
             return v
         if id(v) not in copies:
             copies[id(v)] = detached(v)
@@ -93,9 +93,9 @@ def snapshot(value: Any) -> Any:
     """Return an opaque object as it is now, such as a cache before a layer adds to it.
 
     The copy shares the tensors, so one that is changed in place later shows the change. Tensors,
-    numbers, modules and functions are returned themselves.
+    numbers, strings, modules and functions are returned themselves.
     """
-    if isinstance(value, (Tensor, int, float, nn.Module)) or callable(value):
+    if isinstance(value, (Tensor, int, float, str, nn.Module)) or callable(value):
         return value
     return copy.deepcopy(value, {id(t): t for t in tensors_in(value)})
 

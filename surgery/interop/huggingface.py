@@ -7,12 +7,16 @@ no transformers model to ask about.
 from __future__ import annotations
 
 import functools
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from surgery.interop.isolation import every_module
 
 
 def _loaded() -> bool:
@@ -75,7 +79,7 @@ def without_checkpointing(module: nn.Module) -> Iterator[list[nn.Module]]:
     would repeat that run in the backward pass, when the method can no longer tell which of its two
     runs is being repeated.
     """
-    on = [m for m in module.modules() if vars(m).get("gradient_checkpointing") is True]
+    on = [m for m in every_module(module) if vars(m).get("gradient_checkpointing") is True]
     try:
         for each in on:
             vars(each)["gradient_checkpointing"] = False
@@ -88,17 +92,36 @@ def without_checkpointing(module: nn.Module) -> Iterator[list[nn.Module]]:
 def fresh_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters that ``from_pretrained`` found no weights for.
 
-    A new classification head is an example. Empty if the model was not loaded that way.
+    A new classification head is an example. Empty if the model was not loaded that way. A weight of
+    a class of its own, as torchao's, was made from one that was loaded.
     """
     if not is_pretrained(model):
         return []
     loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
-    return [n for n, _ in model.named_parameters() if n not in loaded] if loaded else []
+    fresh = [n for n, p in model.named_parameters() if n not in loaded and type(p) is nn.Parameter]
+    return fresh if loaded else []
+
+
+def call_loaded(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that these parameters hold what was loaded, as copies of loaded ones do."""
+    for parameter in parameters:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def name_or_path(model: nn.Module) -> str | None:
     """Return the hub id or folder that the model was loaded from, or None."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def save_config(model: nn.Module, folder: Path, instead: str) -> None:
+    """Write the config of a model to a folder that holds an adapter of it, and no weights.
+
+    A tokenizer can be loaded from the folder then. ``from_pretrained`` of a model raises an error
+    that ends in ``instead``: it takes ``transformers_weights`` for the name of a file.
+    """
+    config: Any = model.config
+    found = {**json.loads(config.to_json_string()), "transformers_weights": instead}
+    (folder / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
 def let_train(model: nn.Module, adapted: bool) -> None:
@@ -115,6 +138,17 @@ def let_train(model: nn.Module, adapted: bool) -> None:
         quantizer.__class__ = _trainable(kind)
     elif not adapted and "_surgery_original" in vars(kind):
         quantizer.__class__ = kind._surgery_original
+
+
+def set_tied(model: nn.Module, tied: bool) -> bool:
+    """Note in a model's configuration whether embedding and head are one; return what it said."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = bool(getattr(text, "tie_word_embeddings", False))
+    for each in (config, text):
+        if hasattr(each, "tie_word_embeddings"):
+            each.tie_word_embeddings = tied
+    return said
 
 
 @functools.cache

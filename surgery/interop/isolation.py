@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -33,7 +32,10 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from surgery.interop import encoder_fastpath
-from surgery.interop.patching import patched
+from surgery.interop.interrupts import deliver
+from surgery.interop.patching import OwnValue, patched
+from surgery.interop.random_streams import random_state_kept
+from surgery.interop.thread_state import keeping_thread_state, kept_for_threads
 
 _OF_TORCH = frozenset(vars(nn.Module()))  # children, parameters, buffers, hooks
 
@@ -43,6 +45,7 @@ class _Thread(threading.local):
 
 
 _current = _Thread()
+kept_for_threads(lambda: _current.capturing, lambda value: setattr(_current, "capturing", value))
 
 
 @contextmanager
@@ -72,7 +75,11 @@ def hookless(module: nn.Module) -> Iterator[None]:
     """Run forwards without their hooks, leaving everything :func:`untouched`."""
 
     def bare(original: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda mod, *args, **kwargs: mod.forward(*args, **kwargs)
+        def call(mod: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            deliver()
+            return mod.forward(*args, **kwargs)
+
+        return call
 
     replacements = [(nn.Module, "__call__", bare), *encoder_fastpath.WITHOUT_FASTPATH]
     with untouched(module), patched(*replacements):
@@ -117,16 +124,29 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for container, before in kept:
-            if not _same_items(container, before):
-                container.clear()
-                (container.extend if type(container) is list else container.update)(before)
+            put_items_back(container, before)
+
+
+def put_items_back(container: Any, before: Any) -> None:
+    """Give a list, dict or set the items of its copy; another thread sees no empty container."""
+    if _same_items(container, before):
+        return
+    if type(container) is list:
+        container[:] = before
+        return
+    for key in [key for key in container if key not in before]:
+        container.discard(key) if type(container) is set else container.pop(key, None)
+    if type(container) is not set and list(container) != list(before):
+        for key in before:  # the order of the keys, too
+            container[key] = container.pop(key, None)
+    container.update(before)
 
 
 def _same_items(now: Any, before: Any) -> bool:
     """Whether a container holds the very objects that its copy holds, in the same order."""
     if len(now) != len(before):
         return False
-    if type(now) is dict and not all(map(operator.is_, now.values(), before.values())):
+    if isinstance(now, dict) and not all(map(operator.is_, now.values(), before.values())):
         return False
     return all(map(operator.is_, now, before)) if type(now) is not set else now == before
 
@@ -180,57 +200,35 @@ def _switches_unrecorded() -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the random states of Python, the CPU and the devices of ``module`` at the end."""
-    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
-    state = random.getstate()
-    kinds = {d.type for d in devices}
-    try:
-        kind = kinds.pop() if kinds else "cuda"
-        with torch.random.fork_rng(sorted({d.index or 0 for d in devices}), device_type=kind):
-            yield
-    finally:
-        random.setstate(state)
-
-
-@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and restore the training flags at the end.
-
-    The flags are set directly: ``train`` may be overridden and do more.
-    """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient, with gradients on, so that the model's no_grad shows.
-
-    They are off for a model with parameters made in inference mode, whose flag cannot be changed.
-    """
-    fixed = any(p.is_inference() for p in model.parameters())
-    wanted = [p for p in model.parameters() if p.requires_grad and not fixed]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        with torch.set_grad_enabled(not fixed):
+    """Let this thread, and no other, find every module of the model in evaluation mode."""
+    modules = list(model.modules())
+    scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule) and m.training]
+    with patched((nn.Module, "training", OwnValue(modules, False))):
+        try:
+            for module in scripted:  # compiled code reads a flag of its own
+                module.training = False
             yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        finally:
+            for module in scripted:
+                module.training = True
 
 
-def base_children(module: nn.Module) -> list[nn.Module]:
+def every_module(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all modules below it, also while another thread splices into them."""
+    while True:
+        try:
+            return list(module.modules())
+        except RuntimeError as error:  # children came or went meanwhile
+            if "changed size" not in str(error):
+                raise
+
+
+def base_children(module: nn.Module) -> dict[str, nn.Module]:
     """Return the children of a module without those that a splice has inserted into it."""
     inserted: set[str] = getattr(module, "_surgery_inserted", set)()
-    return [child for name, child in module._modules.items() if child and name not in inserted]
+    children = module._modules.items()
+    return {n: child for n, child in children if child is not None and n not in inserted}
 
 
 def unspliced_forward(module: nn.Module) -> Callable[..., Any]:
@@ -244,6 +242,8 @@ def outside_inference_mode(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Parameters made in that mode could never be trained.
     """
+
+    function = keeping_thread_state(function)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -13,19 +13,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.interop.sharding import gathered
+from surgery.interop.sharding import gathered, split_by_tensor_parallelism
 
 
-def out_of_reach(model: nn.Module) -> str:
+def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
     """Return why the weights of a model cannot be read or written here; "" if they can.
 
     The text says what to do.
+
+    Args:
+        but_in_memory: parameters that are offloaded to the memory of the CPU are within reach, by
+            :func:`stored_parameters`.
     """
     for path, module in model.named_modules():
-        if _is_offloaded(module):
+        if _is_offloaded(module) and not (but_in_memory and _stored(module) is not None):
             return (
                 f"accelerate has offloaded the parameters of {path or 'the model'}. Do this before "
                 "the model is offloaded, or take the hooks off first: "
@@ -39,6 +43,38 @@ def out_of_reach(model: nn.Module) -> str:
     return ""
 
 
+def stored_parameters(model: nn.Module) -> dict[str, Any]:
+    """Return the parameters by name, tied ones under each name, those offloaded to memory, too.
+
+    What is written to them is what later forwards compute with.
+    """
+    found: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_offloaded(module):
+            for name, tensor in (_stored(module) or {}).items():
+                found[f"{path}.{name}" if path else name] = tensor
+    return found
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor] | None:
+    """Return the tensors in memory behind the offloaded parameters of a module.
+
+    None if accelerate reads them from the disk each time, or keeps them in a way unknown here.
+    """
+    store = getattr(vars(module).get("_hf_hook"), "weights_map", None)
+    found: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            try:
+                once, again = store[name], store[name]  # type: ignore[index]
+            except (TypeError, KeyError):
+                return None
+            if once.data_ptr() != again.data_ptr():
+                return None
+            found[name] = once
+    return found
+
+
 def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function(model, ...)`` with weights gathered; its errors say so if they are not."""
 
@@ -46,13 +82,21 @@ def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             with gathered(model):
-                return function(model, *args, **kwargs)
+                split = split_by_tensor_parallelism(model)
+                if not split:
+                    return function(model, *args, **kwargs)
         except Exception as error:
             reason = out_of_reach(model)
             if not reason:
                 raise
             name = function.__name__.lstrip("_")
             raise SpliceError(f"{name} fails on this {type(model).__name__}: {reason}") from error
+        raise SpliceError(
+            f"tensor parallelism has split {split} over processes, so each has heads and columns "
+            "of its own, and would insert modules of its own. Load the base without tp_plan= "
+            "(fully_shard may shard it). To run an adapter there, merge it into a whole base, save "
+            "that, and load it with tp_plan=."
+        )
 
     return run
 

@@ -5,6 +5,7 @@
                               each inserted module with parameters is sharded by itself
 
 The first way takes fewer collectives in a step. Every process must do the same, in one order.
+Tensor parallelism is refused: a process then runs the layers with heads and columns of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +42,21 @@ def _sharded(model: nn.Module) -> list[Any]:
 
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     return [m for m in units if any(map(is_sharded, m.parameters()))]
+
+
+def split_by_tensor_parallelism(model: nn.Module) -> str:
+    """Return the name of a parameter of which each process computes with a part; "" if none is.
+
+    Call this inside :func:`gathered`: what FSDP2 has sharded is whole there.
+    """
+    if not _several_processes():
+        return ""
+    named = model.named_parameters()
+    return next((name for name, p in named if is_sharded(p) and _is_split(p)), "")
+
+
+def _is_split(tensor: Any) -> bool:
+    return any(not placement.is_replicate() for placement in tensor.placements)
 
 
 def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:

@@ -1,7 +1,8 @@
 """Find the sites whose only port is ``call``: a whole module call, to be wrapped (``Port.wrap``).
 
 trunk    the smallest module that contains the embedding and every attention, and is called with
-         token ids: around a language model that is called with embeddings, the module that embeds
+         token ids: around a language model that is called with embeddings, the module that embeds;
+         an encoder and a decoder that embed tokens have one each
 stack    the trunk's child that contains every attention but not the embedding; the trunk itself
          if no such child is called
 block    the smallest module that contains one FFN and at least one attention
@@ -9,17 +10,19 @@ block    the smallest module that contains one FFN and at least one attention
 
 from __future__ import annotations
 
-from torch import nn
+import dataclasses
+
+from torch import Tensor, fx, nn
 
 from surgery.interop import is_integer_tensor, leaves, named_arguments, tensors_equal
-from surgery.locator.observation import Observation
+from surgery.locator.run_record import Observation
 from surgery.plugin import HostPlan, Kind, Port, Site
 
 
 def call_sites(
     model: nn.Module, observation: Observation, sites: list[Site], others: list[Site]
 ) -> list[Site]:
-    """Return the blocks of a model and, if it embeds tokens at one place, its stack and trunk.
+    """Return the blocks of a model, and the stack and trunk of each module that embeds tokens.
 
     Args:
         sites: the attention and FFN sites.
@@ -28,7 +31,7 @@ def call_sites(
     blocks = [
         _site("block", path, sites[0], model, observation) for path in _blocks(observation, sites)
     ]
-    return blocks + _stack_and_trunk(model, observation, sites, others)
+    return blocks + _stacks_and_trunks(model, observation, sites, others)
 
 
 def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
@@ -55,12 +58,8 @@ def positions_of_tokens(others: list[Site], sites: list[Site]) -> list[Site]:
     The positions of tokens are encoded in the smallest module that contains an embedding of tokens
     and an attention. Others are those of patches, in a tower for images.
     """
-    attention = {site.path for site in sites if site.kind == "attention"}
-    towers = []
-    for path in (site.path for site in others if site.kind == "embedding"):
-        while path and not _inside(path, attention):
-            path = path.rpartition(".")[0]
-        towers.append(path)
+    attention = [site for site in sites if site.kind == "attention"]
+    towers = [_tower(site.path, attention) for site in others if site.kind == "embedding"]
     return [
         site
         for site in others
@@ -68,36 +67,106 @@ def positions_of_tokens(others: list[Site], sites: list[Site]) -> list[Site]:
     ]
 
 
-def _stack_and_trunk(
+def _stacks_and_trunks(
     model: nn.Module, observation: Observation, sites: list[Site], others: list[Site]
 ) -> list[Site]:
-    """Return the stack and the trunk of a model that embeds tokens at one place; else nothing.
+    """Return the stack and the trunk of each module that embeds tokens at one place.
 
     A method can put tokens in front of a sequence at the trunk's call, and take them out of the
-    hidden states at the stack's.
+    hidden states at the stack's. Where several modules embed tokens, as an encoder and a decoder
+    do, each has its own. A module that embeds tokens at several places has none.
     """
-    embeddings = [site.path for site in others if site.kind == "embedding"]
-    attention = [site.path for site in sites if site.kind == "attention"]
-    if len(embeddings) != 1 or not attention:
+    embeddings = [site for site in others if site.kind == "embedding"]
+    attention = [site for site in sites if site.kind == "attention"]
+    if not embeddings or not attention:
         return []
+    towers = [_tower(site.path, attention) for site in embeddings]
+    crossed = [_crosses(path, attention) for path in towers]
+    if len(embeddings) == 1:  # of several, an encoder's would reach the decoder's attention
+        attention = _after(embeddings[0], attention, observation) or attention
+        towers = [common_ancestor([towers[0], *(site.path for site in attention)])]
+    trunks = [
+        _with_ids(path, embedding, model, observation)
+        for path, embedding in zip(towers, embeddings, strict=True)
+    ]
+    found: list[Site] = []
+    for trunk, embedding, crosses in zip(trunks, embeddings, crossed, strict=True):
+        if len([each for each in trunks if _inside(trunk, {each})]) > 1:
+            continue
+        below = [site.path for site in attention if _inside(trunk, {site.path})]
+        stack = _stack(trunk, embedding.path, below, observation)
+        role = "decoder" if crosses else "encoder" if sum(crossed) == 1 else ""
+        paths: dict[Kind, str] = {"stack": stack, "trunk": trunk}
+        for kind, path in paths.items():
+            site = _site(kind, path, embedding, model, observation)
+            found.append(dataclasses.replace(site, role=role))
+    return [_with_memory(site, found) for site in found]
 
-    def called(path: str) -> str:
-        """Return the nearest module, from ``path`` upwards, that the model calls."""
-        while path not in observation.calls:
-            path = path.rpartition(".")[0]
-        return path
 
-    embedding = next(site for site in others if site.kind == "embedding")
-    trunk = called(common_ancestor([*attention, *embeddings]))
-    while trunk and not _ids(trunk, embedding, model, observation):  # it is called with embeddings
-        trunk = called(trunk.rpartition(".")[0])
+def _with_memory(site: Site, sites: list[Site]) -> Site:
+    """Return a decoder's trunk with the arguments that belong to the sequence it attends to."""
+    if site.kind != "trunk" or site.role != "decoder":
+        return site
+    others = [other for other in sites if other.path != site.path]
+    theirs = {id(x) for other in others for x in other.call.values() if isinstance(x, Tensor)}
+    given = {name: x for name, x in site.call.items() if isinstance(x, Tensor)}
+    hidden = [name for name, x in given.items() if x.dim() == 3 and x.is_floating_point()]
+    shared = [name for name, x in given.items() if id(x) in theirs and name not in hidden]
+    return dataclasses.replace(site, memory=(*hidden, *shared))
+
+
+def _tower(embedding: str, attention: list[Site]) -> str:
+    """Return the smallest module that contains an embedding and an attention."""
+    paths, path = {site.path for site in attention}, embedding
+    while path and not _inside(path, paths):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _after(embedding: Site, attention: list[Site], observation: Observation) -> list[Site]:
+    """Return the attention that depends on what an embedding gives."""
+    reached: set[fx.Node] = set()
+    modules: set[str] = set()
+    for node in observation.graph.nodes:
+        if node.op == "call_module" and node.target == embedding.path:
+            reached.add(node)
+        elif not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+            modules |= {node.meta["owner"], str(node.target)}
+    return [site for site in attention if _inside(site.path, modules)]
+
+
+def _crosses(path: str, attention: list[Site]) -> bool:
+    """Whether queries in this module attend to another sequence."""
+    return any(site.cross and _inside(path, {site.path}) for site in attention)
+
+
+def _called(path: str, observation: Observation) -> str:
+    """Return the nearest module, from ``path`` upwards, that the model calls."""
+    while path not in observation.calls:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _with_ids(path: str, embedding: Site, model: nn.Module, observation: Observation) -> str:
+    """Return the nearest module, from ``path`` upwards, that is called with the token ids."""
+    path = _called(path, observation)
+    while path and not _ids(path, embedding, model, observation):  # it is called with embeddings
+        path = _called(path.rpartition(".")[0], observation)
+    return path
+
+
+def _stack(trunk: str, embedding: str, attention: list[str], observation: Observation) -> str:
+    """Return the child of a trunk that contains every attention but not the embedding.
+
+    If there is none it is the trunk itself. Then the wrap of the stack must be inside that of the
+    trunk: the sequence is cut before the trunk's wrap returns. The first wrap of a module is the
+    innermost.
+    """
     below = common_ancestor(attention).removeprefix(trunk).removeprefix(".").split(".")[0]
     stack = f"{trunk}.{below}" if trunk else below
-    separate = below and stack in observation.calls and not embeddings[0].startswith(f"{stack}.")
-    # If both are one module, the wrap of the stack must be inside that of the trunk: the sequence
-    # is cut before the trunk's wrap returns. The first wrap of a module is the innermost.
-    paths: dict[Kind, str] = {"stack": stack if separate else trunk, "trunk": trunk}
-    return [_site(kind, path, embedding, model, observation) for kind, path in paths.items()]
+    separate = below and stack in observation.calls and not embedding.startswith(f"{stack}.")
+    return stack if separate else trunk
 
 
 def _site(kind: Kind, path: str, like: Site, model: nn.Module, observation: Observation) -> Site:

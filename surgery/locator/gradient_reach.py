@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import fx
 
-from surgery.locator.observation import Observation
+from surgery.locator.run_record import Observation
 from surgery.patterns import Match
 
 
@@ -41,6 +41,7 @@ def _used(observation: Observation) -> set[fx.Node]:
             used.add(node)
         if node in used and _name(node) != "detach":
             used.update(node.all_input_nodes)
+            used.update(node.meta.get("inside", ()))  # of a mixture of experts
     return used
 
 

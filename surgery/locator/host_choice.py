@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from surgery.locator.call_sites import common_ancestor
-from surgery.locator.observation import Observation
+from surgery.locator.run_record import Observation
 from surgery.patterns import Match
 
 
@@ -45,6 +45,18 @@ def _owners(match: Match) -> set[str]:
     return {str(node.meta["owner"]) for node in match.nodes}
 
 
+def host_of(match: Match, observation: Observation, model: nn.Module) -> str:
+    """Return the path of the smallest module whose forward can be rewritten for a match.
+
+    A ModuleList is never called, so it has no forward to rewrite. A Sequential calls all its
+    children, so it would call the inserted ones, too.
+    """
+    path = common_ancestor([*_owners(match)])
+    while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
+        path = path.rpartition(".")[0]
+    return path
+
+
 def groups_of(matches: list[Match], observation: Observation, model: nn.Module) -> list[Group]:
     """Choose a host for every match, and join hosts of which one is on the other's way.
 
@@ -52,11 +64,7 @@ def groups_of(matches: list[Match], observation: Observation, model: nn.Module) 
     """
     groups: dict[str, Group] = {}
     for match in matches:
-        path = common_ancestor([*_owners(match)])
-        # A ModuleList is never called, so it has no forward to rewrite. A Sequential calls all its
-        # children, so it would call the inserted ones, too.
-        while path not in observation.calls or isinstance(model.get_submodule(path), nn.Sequential):
-            path = path.rpartition(".")[0]
+        path = host_of(match, observation, model)
         groups.setdefault(path, Group(path)).matches.append(match)
     while overlap := _overlap(groups):
         outer, inner = overlap

@@ -7,7 +7,8 @@ The observer sees a run in four places:
 
     __torch_function__        each torch function becomes a node
     nn.Module.__call__        the nodes made inside get the module as owner; afterwards the nodes of
-                              a childless module are replaced by one, unless it holds an attention
+                              a childless module are replaced by one, unless it holds an attention;
+                              one stands beside those of a loop over experts
     attention functions       one node, whatever is computed inside
     autograd.Function.apply   one node, if its result is a softmax
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.interop import (
     AttentionPatch,
+    LeftOnce,
     base_children,
+    deliver,
     detached_copy,
     encoder_fastpath,
     evaluating,
-    frozen,
     map_leaves,
     patched,
     snapshot,
@@ -40,38 +42,22 @@ from surgery.interop import (
     unspliced_forward,
     untouched,
 )
-from surgery.patterns import PRODUCTS, rows_sum_to_one, stacks_weights
+from surgery.locator.idle_experts import is_routed, run_idle_experts
+from surgery.locator.run_record import Call, Observation, floats_in, has_tensor, target_name, writes
+from surgery.patterns import (
+    PRODUCTS,
+    expert_lists,
+    rows_sum_to_one,
+    runs_experts,
+    stacked_maps,
+    stacks_weights,
+    stays_whole,
+)
 
 _ATTENTION_OPS = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
 
-@dataclass
-class Call:
-    """The arguments that a module was first called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
-class Observation:
-    """The flat graph of one forward, and the arguments of each module's first call.
-
-    Nodes carry ``meta["value"]`` and ``meta["owner"]``, as in ``capture.Captured``, and
-    ``meta["call"]``, the number of the module call that made them.
-
-    Attributes:
-        outputs: the nodes of the tensors that the model returned.
-        without_gradient: paths of modules that the model runs under ``no_grad``.
-    """
-
-    graph: fx.Graph
-    calls: dict[str, Call] = field(default_factory=dict)
-    outputs: list[fx.Node] = field(default_factory=list)
-    without_gradient: set[str] = field(default_factory=set)
-
-
-class _Observer(TorchFunctionMode):
+class _Observer(LeftOnce, TorchFunctionMode):
     """Turns the operations of a run into nodes; see the top of this file.
 
     Attributes:
@@ -95,15 +81,18 @@ class _Observer(TorchFunctionMode):
         self.nodes: dict[int, fx.Node] = {}
         self.alive: list[Any] = []  # keeps ids unique
         self.owners = [""]
-        self.call_numbers = [0]
-        self.n_calls = 0
+        self.call_numbers, self.n_calls = [0], 0
         self.trail: list[fx.Node] = []
         self.hidden = self.own_gradient = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        deliver()
+        # Gradients are on in the run, so that a no_grad of the model's own shows; none is recorded.
+        unrecorded = nullcontext() if func is torch._C._set_grad_enabled else torch.no_grad()
+        with unrecorded:
+            result = func(*args, **(kwargs or {}))
         read = func.__name__ in ("__get__", "size", "dim", "__len__")
         if not self.hidden and (not read or isinstance(result, Tensor)):
             self.record("call_function", func, args, kwargs or {}, result)
@@ -113,9 +102,9 @@ class _Observer(TorchFunctionMode):
         """Add a node for an operation that gave ``result``; None if it gave no new tensor."""
         if target is torch.Tensor.__setitem__:
             result = args[0]
-        if not _has_tensor(result):
+        if not has_tensor(result):
             return None
-        if op == "call_function" and args and result is args[0] and not _writes(target):
+        if op == "call_function" and args and result is args[0] and not writes(target):
             return None  # such as a cast to the dtype that the tensor has already
         node = self.graph.create_node(op, target, self.named(args), self.named(kwargs))
         node.meta.update(value=result, owner=self.owners[-1], call=self.call_numbers[-1])
@@ -175,15 +164,37 @@ class _Observer(TorchFunctionMode):
         self.call_numbers.append(self.n_calls)
         try:
             result = unspliced_forward(module)(*args, **kwargs)
+            inside = self.trail[start:]
+            lists = expert_lists(module, path)
+            if lists and not runs_experts(lists, inside, self.modules[""]):
+                lists = {}
+            routed = is_routed(self.observation.calls, lists, (args, kwargs))
+            run_idle_experts(self.observation, lists, self.modules)
         finally:
             self.owners.pop()
             self.call_numbers.pop()
         for hook in module._forward_hooks.values():
             if self.keeps_hook(hook):  # the model collects its outputs with this hook
                 hook(module, args, result)
-        if _has_tensor(result) and (not base_children(module) or stacks_weights(module)):
+        if stacks_weights(module):
+            stacks = stacked_maps(inside, self.modules[""])
+            self.observation.stacks.setdefault(path, stacks)
+        if has_tensor(result) and (not base_children(module) or stacks_weights(module)):
             self.collapse(start, path, args, kwargs, result)
+        elif lists and ((path and self.keep_whole(path, args, kwargs, result, inside)) or routed):
+            self.observation.experts.update(*lists.values())
         return result
+
+    def keep_whole(
+        self, path: str, args: Any, kwargs: Any, result: Any, inside: list[fx.Node]
+    ) -> bool:
+        """Let one node stand for a call with experts; False if it is no FFN. Its nodes stay."""
+        given, made = (list(map(self.node_of, floats_in(x))) for x in ((args, kwargs), result))
+        if not (given and made and stays_whole(inside, given[0], made[0], self.modules[""])):
+            return False
+        self.observation.mixtures.add(path)
+        self.stand_for(path, args, kwargs, result).meta["inside"] = made
+        return True
 
     def collapse(self, start: int, path: str, args: Any, kwargs: Any, result: Any) -> None:
         """Replace the nodes of a childless module, or of a block of experts, by one node.
@@ -192,17 +203,22 @@ class _Observer(TorchFunctionMode):
         them, or a product in a module without parameters.
         """
         inside = self.trail[start:]
-        names = {_target_name(node) for node in inside}
+        names = {target_name(node) for node in inside}
         weightless = not any(True for _ in self.modules[path].parameters())
         if not names.isdisjoint(_ATTENTION_OPS) or (weightless and not names.isdisjoint(PRODUCTS)):
             return
+        self.stand_for(path, args, kwargs, result)
+        self.erase(inside)
+
+    def stand_for(self, path: str, args: Any, kwargs: Any, result: Any) -> fx.Node:
+        """Add a node that stands for the whole call of a module."""
         inputs = self.named(args), self.named(kwargs)
         node = self.graph.create_node("call_module", path, *inputs)
         node.meta.update(value=result, owner=self.owners[-1], call=self.call_numbers[-1])
         self.alive.append(result)
-        self.define(node, result)
-        self.erase(inside)
         self.trail.append(node)
+        self.define(node, result)
+        return node
 
     def erase(self, inside: list[fx.Node]) -> None:
         """Erase the nodes ``inside`` that nothing reads, the last first."""
@@ -267,34 +283,14 @@ def observe(
     def module_call(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda module, *args, **kwargs: observer.call(module, args, kwargs)
 
-    replacements: list[Any] = [
-        (nn.Module, "__call__", module_call),
-        *encoder_fastpath.WITHOUT_FASTPATH,
-    ]
+    replacements: list[Any] = [(nn.Module, "__call__", module_call)]
+    replacements += encoder_fastpath.WITHOUT_FASTPATH
     replacements += [(torch.autograd.Function, "apply", observer.apply)]
     if attention_patch is not None:
         replacements += attention_patch(observer.attend)
-    with evaluating(model), untouched(model), frozen(model):
-        observer.own_gradient = not torch.is_grad_enabled()
-        with patched(*replacements), observer:
-            args, kwargs = detached_copy((args, kwargs))
-            output = model(*args, **kwargs)
+    with evaluating(model), untouched(model), patched(*replacements), torch.enable_grad(), observer:
+        args, kwargs = detached_copy((args, kwargs))
+        output = model(*args, **kwargs)
     returned = {id(tensor) for tensor in tensors_in(output)}
     observer.observation.outputs = [n for key, n in observer.nodes.items() if key in returned]
     return observer.observation
-
-
-def _writes(function: Any) -> bool:
-    """Whether a function changes its first argument, as ``add_`` and ``+=`` do."""
-    name = getattr(function, "__name__", "")
-    return name == "__setitem__" or name.startswith("__i") or name.endswith("_")
-
-
-def _target_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _has_tensor(structure: Any) -> bool:
-    if isinstance(structure, (tuple, list)):
-        return any(_has_tensor(x) for x in structure)
-    return isinstance(structure, Tensor)

@@ -7,12 +7,14 @@ a module with parameters that the example did not run: the vision tower of a tex
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
-from surgery.locator.observation import Observation
-from surgery.patterns import Match, projections
+from surgery.interop import base_children
+from surgery.locator.run_record import Observation
+from surgery.patterns import Match, innermost, projections
 from surgery.plugin import Site
 
 
@@ -30,15 +32,21 @@ def _projections(
     known = {p.projection.node for m in matches for p in m.ports.values() if p.projection}
     names = {n for s in sites for p in s.ports.values() for n in (p.weight, p.bias) if n}
     found: dict[str, str] = {}
+    experts: dict[str, str] = {}
     for proj in projections(observation.graph, model):
         path = proj.module or str(proj.node.meta["owner"])
         within = (s.path for s in sites if not s.path or f"{path}.".startswith(f"{s.path}."))
         host = next(within, None)
         again = proj.module and any(n.rpartition(".")[0] == proj.module for n in names)
         if host is not None and proj.node not in known and not again:
+            if expert := innermost(path, observation.experts):
+                experts[path] = expert.rpartition(".")[0]
+                continue
             kind = "a linear site" if proj.module else "computed by the forward itself"
             at, inside = (each or "(root)" for each in (path, host))
             found[path] = f"{at}: a projection that makes no port of {inside}; {kind}"
+    for at, number in Counter(experts.values()).items():
+        found[at] = f"{at}: {number} projections of experts that make no port; linear sites"
     return list(found.values())
 
 
@@ -54,11 +62,18 @@ def _not_run(model: nn.Module, observation: Observation) -> list[str]:
     ]
 
 
+def _base_parameters(module: nn.Module) -> Iterable[nn.Parameter]:
+    """Yield the parameters of a module without those that splices have inserted."""
+    yield from module.parameters(recurse=False)
+    for child in base_children(module).values():
+        yield from _base_parameters(child)
+
+
 def _unused(path: str, module: nn.Module, run: set[int]) -> Iterable[tuple[str, int]]:
     """Yield the largest modules, from ``module`` down, none of whose parameters is in ``run``."""
-    own = {id(p): p.numel() for p in module.parameters()}
+    own = {id(p): p.numel() for p in _base_parameters(module)}
     if path and own and run.isdisjoint(own):
         yield path, sum(own.values())
         return
-    for name, child in module.named_children():
+    for name, child in base_children(module).items():
         yield from _unused(f"{path}.{name}" if path else name, child, run)

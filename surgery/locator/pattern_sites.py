@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from surgery.locator.host_choice import Group
-from surgery.locator.observation import Call
+from surgery.locator.run_record import Call
 from surgery.patterns import (
     Match,
     PortNode,
@@ -55,6 +57,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "stream": match.stream,
             "cross": _is_cross(match),
             "causal": _is_causal(match),
+            "batch_first": _batch_first(match),
         }
     found = {name: _port(name, port, model) for name, port in ports.items()}
     if match.kind == "attention" and "lse" not in match.missing:
@@ -84,7 +87,10 @@ def _port(name: str, port: PortNode, model: nn.Module) -> Port:
         bias = str(bias.target) if bias.op == "get_attr" else ""
     columns = None if port.features is None else tuple(port.features)
     weight, transposed = weight_of(projection, model)
-    return Port(name, port.width, projection.in_width, weight, bias or "", transposed, columns)
+    widths = port.width, projection.in_width
+    return Port(
+        name, *widths, weight, bias or "", transposed, module=projection.module, columns=columns
+    )
 
 
 def _weight(match: Match, model: nn.Module) -> Tensor:
@@ -147,3 +153,31 @@ def _is_causal(match: Match) -> bool:
         return bool(flags.get("is_causal", positional))
     flag = flags.get("is_causal")
     return bool(getattr(core.meta.get("module"), "is_causal", True) if flag is None else flag)
+
+
+def _batch_first(match: Match) -> bool:
+    """Whether the batch is the first axis of an attention's ports, as far as they show."""
+    ports = [match.ports[name] for name in ("query", "merged", "output") if name in match.ports]
+    return all(not port.sequence_first and value(port.node).dim() > 2 for port in ports)
+
+
+def batches_marked(attention: list[Site], others: list[Site]) -> tuple[list[Site], list[Site]]:
+    """Return the sites of a model; those near an attention whose batch is not first say so, too.
+
+    An FFN or a norm reads what the attention beside it returns.
+    """
+    known = [site for site in attention if site.kind == "attention"]
+    if all(site.batch_first for site in known):
+        return attention, others
+
+    def marked(site: Site) -> Site:
+        near = max(known, key=lambda each: _shared(each.path, site.path))
+        return dataclasses.replace(site, batch_first=near.batch_first)
+
+    return [s if s in known else marked(s) for s in attention], [marked(s) for s in others]
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many modules two paths share, from the model on."""
+    steps = zip(a.split("."), b.split("."), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], steps)))

@@ -4,13 +4,15 @@
       |  observation.py      run the model once; record it as one flat graph in which every node
       |                      knows the module that made it
       v
-    Observation              the graph, and the arguments that each module was first called with
+    Observation              the graph, and the arguments that each module was first called with;
+      |                      idle_experts.py runs the experts that got no token
       |  patterns/           match attention, FFN and single projections in the graph
       v
     list[Match]
       |  host_choice.py      choose the host of each match
       |  pattern_sites.py    describe each match as a Site with its ports
       |  module_sites.py     add the sites that are one module: norm, position, embedding
+      |  experts_sites.py    add the modules with the stacked weights of experts
       |  call_sites.py       add the sites that wrap a module's call: block, stack, trunk
       |  overlooked.py       name the projections and modules that no site reaches
       v
@@ -27,6 +29,7 @@ the arguments of its host (``HostPlan``), with which a splice captures the host.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,19 +37,30 @@ from torch import Tensor, nn
 
 from surgery.errors import SiteError
 from surgery.interop import example_inputs as made_inputs
-from surgery.interop import explained_out_of_reach, huggingface, leaves, outside_inference_mode
+from surgery.interop import (
+    exclusively,
+    explained_out_of_reach,
+    huggingface,
+    leaves,
+    outside_inference_mode,
+)
 from surgery.locator.call_sites import call_sites, positions_of_tokens
+from surgery.locator.experts_sites import experts_sites
 from surgery.locator.gradient_reach import why_untrained
-from surgery.locator.host_choice import Group, groups_of
+from surgery.locator.host_choice import Group, groups_of, host_of
 from surgery.locator.module_sites import module_sites
-from surgery.locator.observation import Observation, observe
+from surgery.locator.observation import observe
 from surgery.locator.overlooked import overlooked
-from surgery.locator.pattern_sites import pattern_site
+from surgery.locator.pattern_sites import batches_marked, pattern_site
+from surgery.locator.run_record import Observation
+from surgery.locator.shared_weights import shares_noted, ties_noted
 from surgery.patterns import (
     Match,
     find_matches,
+    innermost,
     joins_residual,
     linear_matches,
+    place,
     value,
 )
 from surgery.plugin import Site, Sites
@@ -68,11 +82,13 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         The sites, in the order of the computation; ``print`` shows them.
 
     Raises:
-        SiteError: the run reaches no site, or the model's inputs are unknown.
+        SiteError: the run reaches no site, the model's inputs are unknown, or its forward calls a
+            function that torch.compile has to compile.
     """
     args, kwargs = _call(model, example_inputs)
-    observation = observe(model, args, kwargs, huggingface.attention_patch, huggingface.is_own_hook)
+    observation = _observed(model, args, kwargs)
     found = find_matches(observation.graph, model)
+    found = [match for match in found if not _in_experts(match, observation, model)]
     matches = _unique(found, model)
     kept = _kept(found, matches)
     linear = _linear(kept, observation, model)
@@ -96,11 +112,13 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     ids = [x for x in given if not x.is_floating_point()]
     others = positions_of_tokens(module_sites(model, observation, ids), sites)
+    others += experts_sites(model, observation)
     others += call_sites(model, observation, sites, others)
+    sites, others = batches_marked(shares_noted(sites), ties_noted(linear + others, model))
     return Sites(
         sites,
         type(model).__name__,
-        linear + others,
+        others,
         overlooked(model, observation, kept, sites),
     )
 
@@ -119,6 +137,22 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
+def _observed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Observation:
+    """Run the model and record the run."""
+    own = huggingface.attention_patch, huggingface.is_own_hook
+    try:
+        return exclusively(lambda: observe(model, args, kwargs, *own))
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not any(f.f_globals.get("__name__", "").startswith("torch._dynamo") for f in frames):
+            raise
+        raise SiteError(
+            f"the forward of {type(model).__name__} calls a function that is compiled as it runs, "
+            "such as flex_attention, and a run cannot be recorded through it. Nothing has changed. "
+            "Choose another attention implementation for this model (SDPA or eager)."
+        ) from error
+
+
 def _linear(found: list[Match], observation: Observation, model: nn.Module) -> list[Site]:
     """Return the sites of projections outside attention and FFN; each is its own host."""
     matches = {m.key: m for m in linear_matches(observation.graph, model, found) if m.key}
@@ -132,6 +166,17 @@ def _kept(found: list[Match], matches: list[Match]) -> list[Match]:
     """Return the matches of every call of the sites that are kept."""
     sites = {(m.kind, m.key) for m in matches}
     return [m for m in found if (m.kind, m.key) in sites]
+
+
+def _in_experts(match: Match, observation: Observation, model: nn.Module) -> bool:
+    """Whether an FFN lies in an expert, or has a mixture of experts as its host.
+
+    The mixture is one site, and its host keeps it whole.
+    """
+    if match.kind != "ffn" or not observation.experts:
+        return False
+    within = any(innermost(place(node), observation.experts) for node in match.nodes)
+    return within or host_of(match, observation, model) in observation.mixtures
 
 
 def _unique(matches: list[Match], model: nn.Module) -> list[Match]:

@@ -9,10 +9,17 @@ from surgery.patterns.dataflow import (
     rows_sum_to_one,
     value,
 )
+from surgery.patterns.experts import (
+    expert_lists,
+    innermost,
+    place,
+    runs_experts,
+    stays_whole,
+)
 from surgery.patterns.ffn import joins_residual
 from surgery.patterns.find import find_matches, linear_matches, module_match, projections
 from surgery.patterns.layout import split_rows
-from surgery.patterns.match import Match, PortNode, weights_in
+from surgery.patterns.match import Match, PortNode, uses_of, weights_in
 from surgery.patterns.projection import (
     Projection,
     every_position,
@@ -22,16 +29,20 @@ from surgery.patterns.projection import (
 )
 from surgery.patterns.projection_weights import bias_of, weight_of
 from surgery.patterns.scores import causal, stretch
+from surgery.patterns.stacked_weights import StackedMap, stacked_maps
 
 __all__ = [
     "PRODUCTS",
     "Match",
     "PortNode",
     "Projection",
+    "StackedMap",
     "bias_of",
     "causal",
     "every_position",
+    "expert_lists",
     "find_matches",
+    "innermost",
     "input_of_call",
     "inputs",
     "is_row_maximum",
@@ -41,11 +52,16 @@ __all__ = [
     "module_match",
     "op_name",
     "origin",
+    "place",
     "projections",
     "rows_sum_to_one",
+    "runs_experts",
     "split_rows",
+    "stacked_maps",
     "stacks_weights",
+    "stays_whole",
     "stretch",
+    "uses_of",
     "value",
     "weight_of",
     "weights_in",

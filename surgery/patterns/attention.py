@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.patterns.attention_ports import assemble, may_precede_heads, weights_come_first
+from surgery.patterns.attention_ports import assemble, may_precede_heads
 from surgery.patterns.dataflow import (
     ARITHMETIC,
     PRODUCTS,
@@ -39,6 +39,7 @@ from surgery.patterns.dataflow import (
 from surgery.patterns.layout import features, is_transposed, propagate_labels, varies
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import einsum_letters, projection, walk_back
+from surgery.patterns.rows import weights_come_first
 from surgery.patterns.scores import scalars_between
 
 # Operations allowed between the scores and the softmax, and between the softmax and its product

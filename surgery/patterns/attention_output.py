@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.patterns.dataflow import (
@@ -23,6 +24,7 @@ from surgery.patterns.dataflow import (
     value,
     walk_forward,
 )
+from surgery.patterns.layout import propagate_labels, varies
 from surgery.patterns.match import PortNode
 from surgery.patterns.projection import Projection, projection
 
@@ -93,9 +95,27 @@ def _are_factors(first: Projection, second: Projection) -> bool:
 
 def without_projection(context: fx.Node, core: fx.Node, root: nn.Module) -> PortNode:
     """Return the output of an attention without output projection: the merged heads."""
-    later = walk_forward(context, partial(_passes_context, core, (), root))
-    merged = [n for n in later if op_name(n) in VIEWS and is_activation(n)]
-    return PortNode(merged[-1] if merged else context)
+
+    def keeps_features(node: fx.Node) -> bool:
+        """Whether a node has the context's features; behind a convolution they are others."""
+        mixes = node.op == "call_module" and any(
+            p.dim() > 1 for p in root.get_submodule(str(node.target)).parameters()
+        )
+        return not mixes and _passes_context(core, (), root, node)
+
+    later = walk_forward(context, keeps_features)
+    merged = [n for n in later if op_name(n) in VIEWS and is_activation(n) and keeps_features(n)]
+    if not merged:
+        return PortNode(context)
+    return PortNode(merged[-1], channels_first=_features_are_axis_1(context, merged[-1]))
+
+
+def _features_are_axis_1(context: fx.Node, merged: fx.Node) -> bool:
+    """Whether the last axis of a context has become axis 1, as in (B, H d, h, w)."""
+    shape = value(context).shape
+    features = torch.arange(shape[-1], dtype=torch.int32).expand(shape)
+    found = propagate_labels(context, features, merged)
+    return found is not None and found.dim() == 4 and varies(found, 1) and not varies(found, -1)
 
 
 def input_of(proj: Projection) -> PortNode:

@@ -15,12 +15,10 @@ import dataclasses
 from functools import partial
 from itertools import takewhile
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from surgery.interop import base_children
 from surgery.patterns.attention_output import (
-    SUMS,
     home,
     input_of,
     merged_heads,
@@ -29,22 +27,18 @@ from surgery.patterns.attention_output import (
 )
 from surgery.patterns.dataflow import (
     ARITHMETIC,
-    PRODUCTS,
     VIEWS,
     flow,
     from_parameters,
-    inputs,
-    is_activation,
     op_name,
-    upstream,
     value,
 )
-from surgery.patterns.layout import columns, split_rows, token_order
+from surgery.patterns.layout import columns
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, walk_back
-from surgery.patterns.replay import replay_of
+from surgery.patterns.rows import set_rows
 from surgery.patterns.scores import before_rotation
-from surgery.patterns.streams import pair_outputs, propagate_rows, streams_of
+from surgery.patterns.streams import pair_outputs, streams_of
 
 PROJECTED_OPS = (
     VIEWS
@@ -164,7 +158,7 @@ def _stream(
         found.missing["lse"] = "no output of its own stream is computed"
     else:
         ports["output"] = without_projection(context, core, root)
-        ports["merged"] = PortNode(ports["output"].node)
+        ports["merged"] = dataclasses.replace(ports["output"])
     found.nodes += flow(context, ports["output"].node)
     if "lse" not in found.missing:
         set_rows(found)
@@ -182,84 +176,6 @@ def _in_another_layer(proj: Projection, core: fx.Node, root: nn.Module) -> bool:
         return False
     parting = root.get_submodule(".".join(name for name, _ in shared))
     return isinstance(parting, nn.ModuleList)
-
-
-def set_rows(found: Match) -> None:
-    """Note in a match how the rows of the query heads belong to the tokens of the output.
-
-    Sets ``sequence_first`` of the output and merged ports; or ``replay``, if the model itself
-    rearranges the rows into the output's order; or ``missing["lse"]``, if neither is known.
-    """
-    ports, output = found.ports, found.ports["output"]
-    proj = ports["query"].projection if "query" in ports else None
-    heads = ports["query_unrotated"].node
-
-    def split(x: Tensor) -> Tensor:
-        if found.order is not None:
-            return x.permute(found.order)
-        return x if x.dim() != 3 or not found.heads else split_rows(x, found.heads)
-
-    tokens = output.tokens
-    if proj is None:
-        rows = split(value(heads))
-        width = found.heads * value(ports["context"].node).shape[-1]
-        fits = rows.dim() == 4 and rows.shape[0] * rows.shape[2] == tokens.shape[:-1].numel()
-        fits &= output.projection is not None or tokens.shape[-1] == width
-        order = "batch first" if fits else ""
-    else:
-        order = token_order(proj, heads, split, tokens)
-    merged = ports["merged"]
-    output.sequence_first = merged.sequence_first = order == "sequence first"
-    if _is_added_to(found):
-        found.missing["lse"] = "something is added to its context"
-        return
-    axes = output.projection.in_axes if output.projection else 1
-    if merged.tokens.shape[:-axes].numel() != tokens.shape[:-1].numel() or not _keeps_rows(found):
-        found.missing["lse"] = "its merged heads are not the tokens of its output, in order"
-        return
-    if not order and found.order is None and weights_come_first(found):
-        context, query = ports["context"].node, ports["query_heads"].node
-        found.replay = replay_of(context, query, merged.node, merged.channels_first)
-    if found.replay is not None:
-        found.heads, keys = found.replay.heads, value(ports["key_heads"].node).shape
-        if len(keys) == value(ports["context"].node).dim():
-            found.kv_heads = keys[found.replay.axis]
-    elif not order:
-        found.missing["lse"] = "its query heads are not (B, H, n, d) for the n tokens of its output"
-
-
-def _is_added_to(found: Match) -> bool:
-    """Whether something other than parts of the attention is added to its context."""
-    chain = flow(found.ports["context"].node, found.ports["merged"].node)
-    added = [n for node in chain if op_name(node) in SUMS for n in inputs(node)]
-    return any(is_activation(n) and found.core not in upstream(n) for n in added)
-
-
-def _keeps_rows(found: Match) -> bool:
-    """Whether parts of the context that are concatenated again are in their order.
-
-    A model may take streams apart and put them together the other way round.
-    """
-    context, merged = found.ports["context"].node, found.ports["merged"].node
-    if found.parts or not any(op_name(n) == "cat" for n in flow(context, merged)):
-        return True
-    shape = value(context).shape
-    numbers = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1).expand(shape)
-    rows = propagate_rows(context, numbers, merged)
-    expected = torch.arange(shape[-2], dtype=torch.int32).unsqueeze(-1)
-    if rows is None or rows.dim() < 2 or rows.shape[-2] != shape[-2]:
-        return True  # the labels are lost in between
-    return bool(((rows == expected) | (rows < 0)).all())  # below 0: features from elsewhere
-
-
-def weights_come_first(found: Match) -> bool:
-    """Whether the context is (weights) V, so that its rows are those of the query heads."""
-    context = found.ports["context"].node
-    if op_name(context) not in PRODUCTS or "weights" not in found.ports:
-        return True
-    return (
-        next(n for n in context.all_input_nodes if is_activation(n)) is found.ports["weights"].node
-    )
 
 
 def _count_heads(heads: fx.Node, ports: dict[str, PortNode], order: tuple[int, ...] | None) -> int:

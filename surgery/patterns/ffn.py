@@ -3,8 +3,7 @@
     projection -> nonlinearity (-> times another projection) -> projection
 
 The walk starts at a projection and goes back, through nonlinearities and elementwise operations, to
-one or two projections of a common source. A block of experts, which is one module with stacked
-weights, counts as an FFN as it is.
+one or two projections of a common source. For experts see experts.py.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from surgery.patterns.projection import (
     Projection,
     is_convolution,
     projection,
-    stacks_weights,
     walk_back,
 )
 
@@ -69,7 +67,7 @@ def match_ffn(down: Projection, root: nn.Module) -> Match | None:
     }
     gated = len(ends) == 2
     if gated:  # the gate is the projection that goes through the nonlinearity
-        ends = sorted(ends, key=lambda e: not _passes_nonlinearity(e.node, down.source, root))
+        ends = sorted(ends, key=lambda e: not passes_nonlinearity(e.node, down.source, root))
     for name, end in zip(("gate", "up") if gated else ("up",), ends, strict=False):
         ports[name] = PortNode(end.node, end, channels_first=end.channels_first)
     nodes = [down.node, *(end.node for end in ends), *between]
@@ -91,26 +89,7 @@ def _reads_a_projection(end: Projection, sources: set[fx.Node], root: nn.Module)
     return first is not None and origin(first.source) in sources
 
 
-def match_experts(node: fx.Node, root: nn.Module) -> Match | None:
-    """Return a block of experts as an FFN: a module whose weights are stacked, (experts, in, out).
-
-    Its output must have as many elements, and the same width, as its input.
-    """
-    if node.op != "call_module":
-        return None
-    module, out = root.get_submodule(str(node.target)), value(node)
-    if is_convolution(module) or not stacks_weights(module):
-        return None
-    source = next((n for n in inputs(node) if is_activation(n)), None)
-    if source is None or value(source).numel() != out.numel():
-        return None
-    if value(source).shape[-1] != out.shape[-1]:
-        return None
-    ports = {"input": PortNode(source), "output": PortNode(node)}
-    return Match("ffn", str(node.target), node, ports, [node])
-
-
-def _passes_nonlinearity(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
+def passes_nonlinearity(start: fx.Node, end: fx.Node, root: nn.Module) -> bool:
     """Whether a nonlinearity lies between two nodes."""
     return any(_is_nonlinear(node, root) for node in flow(start, end)[1:])
 

@@ -14,10 +14,11 @@ with the nodes of its ports. The graph is read, never changed:
         |                              streams.py          tells the streams of tokens apart
         |                              attention_output.py finds merged heads and output
         |                              layout.py           says which columns and tokens they are
+        |                              rows.py             matches rows with the output's tokens
         |                              replay.py           brings rows into the output's order
         |                              scores.py           says how queries and keys are scored
         +-- projection -------------> ffn.py               walks back to an earlier projection
-        +-- stacked experts --------> ffn.py
+        +-- experts ----------------> experts.py
         then join the parts of one attention, and number matches that share a key
 
 dataflow.py has the walks over a graph, projection.py recognises a learned linear map, and match.py
@@ -39,11 +40,12 @@ from torch import Tensor, fx, nn
 from surgery.interop import is_integer_tensor, real_tensors
 from surgery.patterns.attention import match_attention
 from surgery.patterns.attention_output import input_of
-from surgery.patterns.attention_ports import set_rows
-from surgery.patterns.dataflow import is_activation, op_name, value
-from surgery.patterns.ffn import match_experts, match_ffn
+from surgery.patterns.dataflow import is_activation, is_parameter, op_name, value
+from surgery.patterns.experts import match_experts
+from surgery.patterns.ffn import match_ffn
 from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection
+from surgery.patterns.rows import set_rows
 from surgery.patterns.scores import before_rotation
 
 
@@ -198,11 +200,12 @@ def _tensor_before_split(parts: list[Match], name: str) -> fx.Node | None:
 
 
 def module_match(graph: fx.Graph) -> list[Match]:
-    """Return the ports of a host that is one whole module: a norm, an embedding or a position.
+    """Return the ports of a host that is one whole module, such as a norm or an embedding.
 
     The first floating-point input is ``input``; the first input of whole numbers that is used is
-    ``ids`` and ``positions``, unless positions are first counted from it, as from a mask. The
-    result has no match if the graph has neither inputs nor an output.
+    ``ids`` and ``positions``, unless positions are first counted from it, as from a mask. ``rows``
+    is what a look-up in a parameter gives. The result has no match if the graph has neither inputs
+    nor an output.
     """
     nodes = list(graph.nodes)
     given = [n for n in nodes if n.op == "placeholder" and isinstance(value(n), Tensor)]
@@ -214,6 +217,9 @@ def module_match(graph: fx.Graph) -> list[Match]:
         ports["positions"] = ports["ids"] = PortNode(read[0])
     elif floats and not whole:
         ports["input"] = PortNode(floats[0])
+    looked_up = [n for n in nodes if op_name(n) == "embedding" and is_parameter(n.args[1])]
+    if len(looked_up) == 1:
+        ports["rows"] = PortNode(looked_up[0])
     result: Any = nodes[-1].args[0]
     if isinstance(result, fx.Node) and isinstance(value(result), Tensor):
         ports["output"] = PortNode(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -25,6 +26,7 @@ class PortNode:
         features: the port's columns of its projection's output; None is all of them.
         sequence_first: ``node`` is (n, B, D), where everything else has the batch first.
         channels_first: ``node`` is (B, D, h, w), as convolutions have it.
+        heads_first: ``node`` is (B, H, n, d), as a context is, where D is H d.
         own: once the port has been fed, the call of its projection that only this port reads.
     """
 
@@ -34,6 +36,7 @@ class PortNode:
     features: list[int] | None = None
     sequence_first: bool = False
     channels_first: bool = False
+    heads_first: bool = False
     own: fx.Node | None = None
 
     @property
@@ -47,6 +50,8 @@ class PortNode:
     @property
     def tokens(self) -> Tensor:
         """The value of the node, with its features as the last axis."""
+        if self.heads_first:
+            return value(self.node).transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
         return features_last(value(self.node), self.channels_first)
 
 
@@ -68,8 +73,8 @@ class Match:
         parts: the attention calls on chunks of one sequence that this match joins.
         order: the order of axes that makes the query heads (B, H, n, d); None if they are.
         orders: likewise for ``key_heads`` and ``value_heads``, (B, G, m, d).
-        totals: for each inserted module with a ``total_lse`` that the lse does not count yet, its
-            name in the host and the nodes that it reads.
+        uncounted_virtual: for each inserted module with a ``total_lse`` that the lse does not count
+            yet, its name in the host, the nodes that it reads, and how it counts if in part.
         stream: the number of its stream, from 1, if it is one of several; else 0.
         replay: how the context becomes the merged heads, if rows of the query heads are not the
             output's tokens in order.
@@ -92,7 +97,7 @@ class Match:
     parts: list[Match] = field(default_factory=list)
     order: tuple[int, ...] | None = None
     head_orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    uncounted_virtual: list[tuple[str, tuple[fx.Node, ...]]] = field(default_factory=list)
+    uncounted_virtual: list[tuple[str, tuple[fx.Node, ...], Any]] = field(default_factory=list)
     stream: int = 0
     replay: Replay | None = None
     exposed: list[fx.Node] = field(default_factory=list)
@@ -121,6 +126,12 @@ class Match:
         shape = value(self.ports["key_heads"].node).shape
         order = self.head_orders.get("key_heads") or range(len(shape))
         return bool(shape[order[-2]] == 1)
+
+
+def uses_of(graph: fx.Graph, name: str) -> int:
+    """Return how often a graph runs a module of the host, or uses a parameter, of this name."""
+    nodes = [n for n in graph.nodes if n.op in ("call_module", "get_attr") and n.target == name]
+    return sum(1 if n.op == "call_module" else len(n.users) for n in nodes)
 
 
 def weights_in(nodes: Iterable[fx.Node]) -> frozenset[str]:

@@ -6,34 +6,43 @@ from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
+    ActsOnTokens,
     AddsOnto,
     CountsVirtualKeys,
+    Factored,
     Foldable,
     FoldableInput,
+    NamesFast,
     NamesUndecayed,
     NeedsBias,
     PartlyFoldable,
     Reparametrised,
+    RunsGrouped,
     adds_onto,
 )
+from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
+from surgery.plugin.quick_patterns import are_quick_patterns
 from surgery.plugin.registry import is_leaf, method, methods, task, tasks
 from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
 
 __all__ = [
     "CALLS",
+    "ActsOnTokens",
     "AddsOnto",
     "CountsVirtualKeys",
     "Dropout",
     "Edit",
     "Example",
+    "Factored",
     "Features",
     "Foldable",
     "FoldableInput",
     "HostPlan",
     "Kind",
     "Method",
+    "NamesFast",
     "NamesUndecayed",
     "NeedsBias",
     "OpenPort",
@@ -44,16 +53,19 @@ __all__ = [
     "Register",
     "RegisterTask",
     "Reparametrised",
+    "RunsGrouped",
     "Site",
     "Sites",
     "Start",
     "Task",
     "TaskKind",
     "adds_onto",
+    "are_quick_patterns",
     "as_matrix",
     "draw_by_name",
     "frozen_inside",
     "hookimpl",
+    "html_table",
     "is_leaf",
     "method",
     "methods",

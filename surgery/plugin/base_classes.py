@@ -3,7 +3,7 @@
 What ``surgery.splice`` calls on a method, in this order:
 
     check_declared()    kinds, start and options are possible           once
-    suits(site)         is this site one for the method?                each offered site
+    choose(sites)       the sites to edit; by default suits(site) says  once
     check(sites)        the chosen sites, all at once                   once
     splice(site)        insert modules at ports of the open site        each chosen site
     start               the declared effect, which is then verified     once
@@ -14,13 +14,15 @@ What ``surgery.splice`` calls on a method, in this order:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-from surgery.errors import MethodError, RecipeError, suggest
+from surgery.errors import MethodError, RecipeError, shown, suggest
 from surgery.plugin.edit import Kind
 from surgery.plugin.open_site import OpenSite
+from surgery.plugin.option_types import check_option_types
 from surgery.plugin.site import Site
 
 KINDS = get_args(Kind)
@@ -34,7 +36,8 @@ class Method:
     """A parameter-efficient method: a frozen dataclass of its hyperparameters.
 
     A subclass sets ``name``, chooses sites by ``kinds`` or :meth:`suits`, and writes
-    :meth:`splice`. It checks hyperparameters in ``__post_init__`` with :meth:`require`.
+    :meth:`splice`. Options have the types of their fields when its ``__post_init__`` runs, which
+    checks their values with :meth:`require`; see ``surgery/plugin/option_types.py``.
 
     Attributes:
         name: the name in ``surgery.method(name, ...)`` and in recipes.
@@ -58,6 +61,14 @@ class Method:
     needs: ClassVar[str] = ""
     together: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _after_types(cls.__post_init__)  # type: ignore
+
+    def __post_init__(self) -> None:
+        check_option_types(self)
+
     @property
     def start(self) -> Start:
         """The declared effect of a fresh splice, which ``surgery.splice`` verifies.
@@ -67,9 +78,22 @@ class Method:
         """
         return "exact"
 
+    @property
+    def lengthens(self) -> bool:
+        """Whether outputs have places that the tokens have not: what reads them must bear it."""
+        return False
+
     def suits(self, site: Site) -> bool:
         """Whether the method can be spliced at this site."""
         return site.kind in self.kinds
+
+    def choose(self, sites: list[Site]) -> list[Site]:
+        """Return those of the offered sites that the method edits: those that it suits.
+
+        A method overrides this where one site's part depends on which others there are;
+        ``OpenSite.chosen`` shows them to :meth:`splice`.
+        """
+        return [site for site in sites if self.suits(site)]
 
     def named_ports(self, site: Site) -> tuple[str, ...]:
         """Return the ports that the options name for sites of this kind.
@@ -80,8 +104,12 @@ class Method:
         return ()
 
     def present_ports(self, site: Site) -> tuple[str, ...]:
-        """Return those of :meth:`named_ports` that this site has, each with its projection."""
-        named = [site.ports[name] for name in self.named_ports(site) if name in site.ports]
+        """Return those of :meth:`named_ports` that this site has, each with its projection.
+
+        At a site of which ``Sites.matching`` has picked ports, it is those instead.
+        """
+        names = site.picked or self.named_ports(site)
+        named = [site.ports[name] for name in names if name in site.ports]
         return tuple(port.name for port in named if port.in_width is not None)
 
     def without_attention(self) -> Method | None:
@@ -102,6 +130,10 @@ class Method:
         """
         return self
 
+    def at_rank(self, rank: int) -> Method:
+        """Return the method that makes modules of another rank, unscaled (``Factored``)."""
+        raise MethodError(f"method {self.name!r} has no rank, so it cannot be combined that way.")
+
     def splice(self, site: OpenSite) -> None:
         """Insert modules at ports of ``site``. Called once per site, in the order of the list."""
         raise MethodError(f"method {type(self).__name__} does not implement splice(site).")
@@ -110,7 +142,7 @@ class Method:
         """Raise unless ``condition`` holds of the value of ``option``."""
         if not condition:
             raise MethodError(
-                f"method {self.name!r}: {option}={getattr(self, option)!r} is not possible. "
+                f"method {self.name!r}: {option}={shown(getattr(self, option))} is not possible. "
                 f"It must be {wish}."
             )
 
@@ -133,16 +165,27 @@ class Method:
             )
         for option, value in self.options().items():
             try:
-                json.dumps(value)
+                json.dumps(value, allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise MethodError(
-                    f"{who}: {option}={value!r} cannot be written as JSON ({error}), so an adapter "
-                    "with it could not be saved. Pass a name or numbers instead."
+                    f"{who}: {option}={shown(value)} cannot be written as JSON ({error}), so an "
+                    "adapter with it could not be saved. Pass a name or numbers instead."
                 ) from error
 
     def options(self) -> dict[str, Any]:
         """Return the hyperparameters as plain data, for a saved adapter."""
         return dataclasses.asdict(self)
+
+
+def _after_types(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a ``__post_init__`` that first checks the types of the options."""
+
+    @functools.wraps(check)
+    def checked(method: Any) -> None:
+        check_option_types(method)
+        check(method)
+
+    return checked
 
 
 TaskKind = Literal["classifier", "decoder"]

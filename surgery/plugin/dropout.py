@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.interop import checkpointed_region, in_backward
+from surgery.interop import checkpointed_region, every_module, in_backward
 
 _salts = itertools.count(1)
 
@@ -90,7 +90,7 @@ def advance(model: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling() or in_backward():
         return
     devices: dict[str, torch.device] = {}
-    for module in model.modules():
+    for module in every_module(model):
         if isinstance(module, Dropout) and module._state != -1:
             module.forget()
             parameter = next(model.parameters(), None)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal[
-    "attention", "ffn", "linear", "norm", "position", "embedding", "trunk", "stack", "block"
-]
+    "attention", "ffn", "linear", "convolution", "experts", "norm", "position", "embedding",
+    "trunk", "stack", "block",
+]  # fmt: skip
 
 
-CALLS = ("trunk", "stack", "block")  # kinds of site whose one port is the call of the module
+CALLS = ("trunk", "stack", "block", "experts")  # kinds of site that are edited around a call
 
 
 Verb = Literal["insert", "add", "replace", "feed", "wrap"]
@@ -25,6 +26,9 @@ class Edit:
         port, verb: the port that is edited, and how (see :class:`surgery.OpenPort`).
         child: the name of the inserted module among the host's children.
         reads: the ports that the module is called with.
+        batch_first: whether the first axis of the port is the batch.
+        grouped: the class of the inserted module if modules of it can run as one, each for rows of
+            its own (``RunsGrouped``), and this edit lets them.
     """
 
     site: str
@@ -33,6 +37,18 @@ class Edit:
     verb: Verb
     child: str
     reads: tuple[str, ...]
+    batch_first: bool = True
+    grouped: type | None = None
+
+    def why_whole(self, routed: bool) -> str:
+        """Say why this edit cannot count in part: scaled, or for some rows; empty if it can."""
+        if self.verb == "wrap":
+            return "it stands around a whole call, which may change what all rows share"
+        if self.kind == "position":
+            return "it moves the positions of tokens, for all rows"
+        if routed and not self.batch_first:
+            return "the batch is not the first axis there"
+        return ""
 
     @property
     def batched(self) -> bool:

@@ -7,10 +7,14 @@ counted, trained and saved with it. The classes here hold a module without ownin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from surgery.interop import updated_weight
 
 
 class Reference:
@@ -37,6 +41,41 @@ class FrozenModule(Reference):
             return functional_call(self.module, frozen, args, kwargs)
         y = functional_call(self.module, frozen, (x.to(dtype), *args[1:]), kwargs)
         return y.to(x.dtype) if isinstance(y, Tensor) else y
+
+
+class BaseParameter:
+    """A parameter of the base; calling this returns it as the base has it now."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._place = _place(model, name)
+
+    def __call__(self) -> Tensor:
+        found: Tensor = getattr(*self._place)
+        return found
+
+    @contextmanager
+    def updated(self, left: Tensor, right: Tensor) -> Iterator[None]:
+        """Run the code of a ``with`` block as if the parameter were W + L R.
+
+        Products with it become x W + (x L) R, batched as the code batches them, and nothing of the
+        size of W is made. While ``torch.compile`` or ``torch.export`` reads the block, the sum
+        itself stands in the place of W.
+
+        Args:
+            left, right: L (..., p, r) and R (..., r, q), for W (..., p, q).
+        """
+        if not torch.compiler.is_compiling():
+            with updated_weight(self(), left, right):
+                yield
+            return
+        owner, name = self._place
+        held = owner._parameters
+        weight: Any = held[name]
+        held[name] = weight + (left @ right).to(weight.dtype)
+        try:
+            yield
+        finally:
+            held[name] = weight
 
 
 class FrozenProjection:
@@ -81,7 +120,7 @@ class FrozenProjection:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """Return a weight (out, in, 1, 1) of a convolution as (out, in), and a matrix as it is."""
+    """Return a weight (out, in, h, w) of a convolution as (out, in h w), and a matrix as it is."""
     return weight.flatten(1) if weight.dim() > 2 else weight
 
 

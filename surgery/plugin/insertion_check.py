@@ -39,7 +39,8 @@ def require_insertable(
         raise PortError(f"{where}: {module!r} is not an nn.Module. Pass an object of one.")
     if not name.isidentifier():
         raise PortError(f"{where}: name={name!r} must be an identifier, for it names a module.")
-    if port.name == "lse" or (port.name == "call" and verb != "wrap"):
+    around = port.name == "call" or port.stacked
+    if port.name == "lse" or (around and verb != "wrap"):
         only = "read" if port.name == "lse" else "wrapped"
         raise PortError(f"{where}: {port.name!r} can only be {only}. Edit another port.")
     if isinstance(reads, str):

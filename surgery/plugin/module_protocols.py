@@ -9,14 +9,19 @@ them when the module is inserted.
     forward(..., onto) the graph, at ``add``              the module returns the sum itself
     total_lse          later methods that read ``lse``    virtual keys are counted
     fold, fold_input   surgery.merge                      the update goes into the weights
+    forward_grouped  surgery.route                    many adapters of a batch run as one
     rest, needs_bias   surgery.merge                      what stays, and what a fold needs
+    low_rank_factors   surgery.combine                    the update is a low-rank product
+    trial_tokens         surgery.splice               ids that show a module's effect
     plain_state        surgery.save                       what inference needs, instead of all
-    no_weight_decay    trainers                           parameters that do not decay
+    no_weight_decay    surgery.parameter_groups           parameters that do not decay
+    fast_parameters    surgery.parameter_groups           parameters that LoRA+ trains faster
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -105,13 +110,71 @@ class Reparametrised(Protocol):
 
 
 @runtime_checkable
+class Factored(Protocol):
+    """A module whose whole update is a product ``x A^T B``, with A (r, in) and B (r, out).
+
+    ``surgery.combine`` makes one of several. Its method has ``at_rank(r)``: the method that makes
+    such modules of rank r whose factors are A and B as they are, with no scale.
+    """
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return A and B with the scale inside, each by its root; None if there is more to it."""
+
+    def set_low_rank_factors(self, a: Tensor, b: Tensor) -> None:
+        """Hold these factors from now on."""
+
+
+@runtime_checkable
+class RunsGrouped(Protocol):
+    """A module of which several can run at once, each for rows of its own.
+
+    ``surgery.route`` then runs all adapters of a batch in as many operators as one. It asks only
+    for modules of one class, dtype and mode, of which none has hooks, and only where the module
+    has one input (verbs ``add``, ``insert`` and ``feed``). Others run one after the other.
+    """
+
+    @staticmethod
+    def forward_grouped(
+        modules: Sequence[nn.Module], x: Tensor, onto: Tensor | None = None
+    ) -> Tensor | None:
+        """Return what the i-th module makes of the i-th of len(modules) equal parts of x's rows.
+
+        ``onto`` is there for a module that is an :class:`AddsOnto`. None means that these modules
+        do not run as one.
+        """
+
+
+@runtime_checkable
+class ActsOnTokens(Protocol):
+    """A module that changes the rows of some tokens alone.
+
+    ``surgery.splice`` verifies that a module has an effect. Where the example has none of these
+    tokens, it tries them.
+    """
+
+    def trial_tokens(self) -> Tensor:
+        """Return some of these tokens, (k,)."""
+
+
+@runtime_checkable
 class NamesUndecayed(Protocol):
     """A module with parameters that weight decay must leave alone, such as biases.
 
-    The library calls nothing here; the recipes' trainer does, and other trainers may.
+    ``surgery.parameter_groups`` and the recipes' trainer ask for it; other trainers may.
     """
 
     def no_weight_decay(self) -> set[str]:
+        """Return names of own parameters, as in ``named_parameters()`` of this module."""
+
+
+@runtime_checkable
+class NamesFast(Protocol):
+    """A module with parameters that LoRA+ trains at a multiple of the learning rate.
+
+    They are the factor B of a product A B that starts at zero (arXiv:2402.12354).
+    """
+
+    def fast_parameters(self) -> set[str]:
         """Return names of own parameters, as in ``named_parameters()`` of this module."""
 
 
@@ -123,7 +186,11 @@ PROTOCOLS: tuple[type, ...] = (
     PartlyFoldable,
     NeedsBias,
     Reparametrised,
+    Factored,
+    RunsGrouped,
+    ActsOnTokens,
     NamesUndecayed,
+    NamesFast,
 )
 
 METHODS: dict[str, tuple[object, ...] | None] = {
@@ -131,8 +198,13 @@ METHODS: dict[str, tuple[object, ...] | None] = {
     "fold": (None, None),
     "fold_input": (None,),
     "rest": (),
+    "low_rank_factors": (),
+    "set_low_rank_factors": (None, None),
+    "forward_grouped": (None, None),
+    "trial_tokens": (),
     "plain_state": (),
     "no_weight_decay": (),
+    "fast_parameters": (),
 }
 
 

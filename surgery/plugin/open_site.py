@@ -20,8 +20,9 @@ from torch import nn
 
 from surgery.errors import PortError
 from surgery.plugin.edit import Edit, Verb
-from surgery.plugin.frozen_parts import FrozenModule, FrozenProjection, Reference
+from surgery.plugin.frozen_parts import BaseParameter, FrozenModule, FrozenProjection, Reference
 from surgery.plugin.insertion_check import require_insertable
+from surgery.plugin.module_protocols import RunsGrouped
 from surgery.plugin.site import Port, Site
 
 
@@ -74,11 +75,17 @@ class OpenPort(Port):
     def wrap(self, module: nn.Module, name: str) -> None:
         """``forward(**arguments)`` becomes ``module(forward, **arguments)``.
 
-        Only the port ``call`` of a trunk, a stack or a block can be wrapped.
+        Only the port ``call`` of a trunk, a stack or a block can be wrapped, and those of experts.
+        There ``module`` gets the arguments as they are, with or without a name, and may run
+        ``forward`` with another weight (``parameter().updated``).
         """
-        if self.name != "call":
+        if self.name != "call" and not self.stacked:
             raise PortError(f"port {self.name!r} at {self.site.path}: only 'call' can be wrapped.")
         self.site.note(self, "wrap", module, name, ())
+
+    def parameter(self) -> BaseParameter:
+        """Return the port's weight, to be read anew at each use and updated for a while."""
+        return BaseParameter(self.site.model, self.weight)
 
     def frozen(self) -> FrozenProjection:
         """The port's own projection as the base has it, ``x W + b``, to be called as a function.
@@ -86,7 +93,7 @@ class OpenPort(Port):
         Raises:
             PortError: no plain matrix makes this port.
         """
-        if not self.weight:
+        if not self.weight or self.stacked:
             raise PortError(f"port {self.name!r} at {self.site.path}: no plain matrix makes it.")
         return FrozenProjection(
             self.site.model, self.weight, self.bias, self.transposed, self.columns
@@ -99,6 +106,7 @@ class OpenSite(Site):
 
     Attributes:
         model: the model that the site is in.
+        chosen: all sites that the method edits in this splice.
         shared: modules that the sites of one splice share, by name (see :meth:`share`).
         base_parts: the base's own modules and parameters, by id.
         edits: the edits so far, each with the module that it inserts.
@@ -106,6 +114,7 @@ class OpenSite(Site):
 
     ports: Mapping[str, OpenPort] = field(default_factory=dict)
     model: nn.Module = field(kw_only=True, repr=False)
+    chosen: list[Site] = field(kw_only=True, repr=False)
     shared: dict[str, nn.Module] = field(kw_only=True, repr=False)
     base_parts: dict[int, Any] = field(kw_only=True, repr=False)
     edits: list[tuple[Edit, nn.Module]] = field(default_factory=list, repr=False)
@@ -151,7 +160,11 @@ class OpenSite(Site):
         require_insertable(self, self.base_parts, port, verb, module, name, reads)
         module.to(device=self.device, dtype=inserted_dtype(self.dtype))
         child = f"{name}_{port.name}"
-        self.edits.append((Edit(self.key, self.kind, port.name, verb, child, reads), module))
+        edit = Edit(self.key, self.kind, port.name, verb, child, reads, self.batch_first)
+        if isinstance(module, RunsGrouped) and not edit.batched and not edit.why_whole(True):
+            if len(reads) == (verb == "add") and verb != "replace":
+                edit = dataclasses.replace(edit, grouped=type(module))
+        self.edits.append((edit, module))
 
 
 def inserted_dtype(base: torch.dtype) -> torch.dtype:
@@ -164,12 +177,16 @@ def inserted_dtype(base: torch.dtype) -> torch.dtype:
 
 
 def opened(
-    site: Site, model: nn.Module, shared: dict[str, nn.Module], base_parts: dict[int, Any]
+    site: Site,
+    model: nn.Module,
+    chosen: list[Site],
+    shared: dict[str, nn.Module],
+    base_parts: dict[int, Any],
 ) -> OpenSite:
     """Open ``site`` for one method; the edits gather in the result."""
     found = {f.name: getattr(site, f.name) for f in dataclasses.fields(Site)}
     ports: dict[str, OpenPort] = {}
     found["ports"] = ports
-    made = OpenSite(**found, model=model, shared=shared, base_parts=base_parts)
+    made = OpenSite(**found, model=model, chosen=chosen, shared=shared, base_parts=base_parts)
     ports.update({name: OpenPort(**vars(port), site=made) for name, port in site.ports.items()})
     return made

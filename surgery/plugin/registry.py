@@ -20,7 +20,7 @@ from typing import Any
 import pluggy
 from torch import nn
 
-from surgery.errors import MethodError, RecipeError, SurgeryError, suggest
+from surgery.errors import MethodError, RecipeError, SurgeryError, shown, suggest
 from surgery.plugin import hookspecs
 from surgery.plugin.base_classes import Method, Task
 
@@ -162,10 +162,12 @@ class Registry:
 
     def _make(self, kind: _Offer, name: str, options: dict[str, Any]) -> Any:
         offered = self._offered[kind.what]
+        if not isinstance(name, str):
+            raise kind.error(f"the name of a {kind.what} is a text, not {shown(name)}.")
         if name not in offered:
             hint = "".join(f"\n  {text}" for text in self.failures.values())
             raise kind.error(
-                f"no {kind.what} {name!r}. {suggest(name, offered)}"
+                f"no {kind.what} {shown(name)}. {suggest(name, offered)}"
                 f"{kind.what.capitalize()}s here: {', '.join(sorted(offered)) or 'none'}.{hint}"
             )
         cls = offered[name][0]
@@ -173,7 +175,7 @@ class Registry:
         for option in options:
             if option not in known:
                 raise kind.error(
-                    f"{kind.what} {name!r} has no {kind.option} {option!r}. "
+                    f"{kind.what} {name!r} has no {kind.option} {shown(option)}. "
                     f"{suggest(option, known)}Options: {', '.join(known) or 'none'}."
                 )
             value, wanted = options[option], known[option]
@@ -222,7 +224,7 @@ def is_leaf(module: nn.Module, path: str) -> bool | None:
     return registry().is_leaf(module, path)
 
 
-def method(name: str, **options: Any) -> Method:
+def method(name: str, /, **options: Any) -> Method:
     """Return a method by its registered name: ``surgery.method("lora", rank=8)``.
 
     Raises:
@@ -236,7 +238,7 @@ def methods() -> dict[str, type[Method]]:
     return registry().methods()
 
 
-def task(name: str, **options: Any) -> Task:
+def task(name: str, /, **options: Any) -> Task:
     """Return a task by its registered name: ``surgery.task("sst2", path="data/sst2")``.
 
     Raises:

@@ -30,6 +30,11 @@ class Port:
         weight, bias: names in the model of that projection's matrix and bias; empty if the
             projection has none, or none of its own.
         transposed: whether that matrix is stored as (out, in).
+        module: path of the module that computes it; empty if the forward uses the weight itself.
+        stacked: whether ``weight`` is a stack of such matrices, one for each expert.
+        tied: the name of the same parameter at the first embedding that has it as its table; empty
+            if ``weight`` is that name, or no table.
+        shared: whether another site runs the same weight, as streams of one attention may.
         columns: the columns of a fused projection that belong to the port; None means all.
     """
 
@@ -39,6 +44,10 @@ class Port:
     weight: str = ""
     bias: str = ""
     transposed: bool = False
+    stacked: bool = False
+    module: str = ""
+    tied: str = ""
+    shared: bool = False
     columns: tuple[int, ...] | None = field(default=None, repr=False)
 
     if not TYPE_CHECKING:  # a type checker knows that the verbs are OpenPort's
@@ -86,11 +95,16 @@ class Site:
     ``activation`` (B, n, F; input of the last projection), ``output`` (B, n, D).
 
     Other kinds: a *linear* layer and a *norm* have ``input`` and ``output``; an *embedding* of
-    tokens has ``ids`` and ``output``; a *position* has ``positions``, the whole numbers that are
-    encoded there. Three kinds wrap a whole module call (port ``call``): the *trunk* is the
-    smallest module that contains the embedding and every attention; the *stack* is its child that
-    contains every attention but not the embedding, if there is one; a *block* is the smallest
-    module with one attention and one FFN.
+    tokens has ``ids``, ``rows`` (the rows of its table, before the model scales them) and
+    ``output``; a *position* has ``positions``, the whole numbers that are encoded there. A
+    *convolution* of more than one position has ``input`` (B, D, h, w) and ``output``, with the
+    axes that the model has. *Experts* are a module with the weights of all experts of a block,
+    each a stack (E, in, out) or (E, out, in) and a port: ``up``, ``gate`` if it has weights of
+    its own (else ``up`` makes both), ``output``. Three kinds wrap a whole module call (port
+    ``call``): the *trunk* is the smallest module that contains the embedding and every
+    attention (an encoder and a decoder that embed tokens have one each); the *stack* is its
+    child that contains every attention but not the embedding, if there is one; a *block* is the
+    smallest module with one attention and one FFN.
 
     Attributes:
         path: the host, i.e. the smallest module that contains the site whole, output projection
@@ -118,6 +132,14 @@ class Site:
             does.
         ids, call: of a trunk: the argument that holds the token ids, and the arguments of the
             example call by name.
+        role: of a trunk or a stack: ``decoder`` if some of its queries attend to another sequence;
+            ``encoder`` if none do, and the model has one such decoder; else empty.
+        picked: the ports that ``Sites.matching`` chose by the names of their modules, which alone a
+            method edits; empty if the site was chosen whole.
+        memory: of a decoder's trunk: the arguments that belong to the sequence that it attends to,
+            as far as the example shows: hidden states, and what another trunk is given, too.
+        batch_first: whether the batch is the first axis of the ports; False where the sequence is
+            first, or the tokens of all examples lie in one row.
     """
 
     path: str
@@ -144,6 +166,10 @@ class Site:
     untrained: str = ""
     ids: str = ""
     call: dict[str, Any] = field(default_factory=dict, repr=False)
+    role: str = ""
+    memory: tuple[str, ...] = ()
+    batch_first: bool = True
+    picked: tuple[str, ...] = ()
 
     @property
     def identity(self) -> tuple[str, str, str]:

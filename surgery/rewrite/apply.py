@@ -9,7 +9,7 @@
          v
     _edit      insert, add, replace: new nodes after the port's node; whoever read that node reads
                the last new one
-    _feed      feed: a call of the child between a projection and what it reads
+    feed       feed: a call of the child between a projection and what it reads
          |
          v
     the ports of the match name the new nodes
@@ -23,6 +23,7 @@ verb ``wrap`` edits no graph: the host runs the child around its forward.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,31 +36,37 @@ from surgery.patterns import (
     PortNode,
     Projection,
     bias_of,
-    input_of_call,
-    module_call_of,
     value,
 )
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
 from surgery.rewrite.casts import as_module_takes, cast, needed_cast
-from surgery.rewrite.channels import as_channels, features_to_the_end, read_tokens, tokens_of
+from surgery.rewrite.channels import features_to_the_end, in_tokens, read_tokens
+from surgery.rewrite.feed import feed
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
 from surgery.rewrite.nodes import (
     add,
     add_sequence_first,
     added,
+    added_grouped,
+    calling,
     chain,
     column_functions,
+    device_of,
     insert_after,
     put,
     put_sequence_first,
 )
+from surgery.rewrite.partly import Partly
 
 
-def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module) -> bool:
+def apply_edit(
+    matches: Iterable[Match], edit: Edit, child: str, root: nn.Module, partly: Partly | None = None
+) -> bool:
     """Apply one edit to every match of its site.
 
     Args:
         child: the name of the inserted module on ``root``, the host.
+        partly: how the edit counts, if it counts in part.
 
     Returns:
         False if this graph does not compute the port, such as keys that come from a cache.
@@ -67,65 +74,78 @@ def apply_edit(matches: Iterable[Match], edit: Edit, child: str, root: nn.Module
     done = False
     for match in matches:
         if match.is_site(edit.kind, edit.site) and edit.port in match.ports:
-            act = _feed if edit.verb == "feed" else _edit
-            act(match, edit, child, root)
+            act = feed if edit.verb == "feed" else _edit
+            act(match, edit, child, root, partly)
             done = True
     return done
 
 
-def _edit(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
+def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly | None) -> None:
     """Insert, add or replace at a port, and let the match's ports name the new node."""
     features_to_the_end(match)
     port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
     module = root.get_submodule(child)
     given = [_read(match, name, root) for name in edit.reads]
-    reads = as_module_takes(given, edit.reads, port.node, module)
-    dtype = needed_cast(port.node, module)
+    alone = partly is None or partly.children is None  # a group casts for each of its modules
+    reads = as_module_takes(given, edit.reads, port.node, module) if alone else tuple(given)
+    dtype = needed_cast(port.node, module) if alone else None
     fused = None if port.columns is None else column_functions(port.columns, device_of(port))
 
-    def make(graph: fx.Graph) -> fx.Node:
+    def build(
+        y: fx.Node, reads: tuple[fx.Node | None, ...], callee: fx.Node | None = None
+    ) -> fx.Node:
         """Build the nodes of the new value; a port with columns changes only these."""
-        y: Any = port.node
+        graph, call = y.graph, functools.partial(calling, child, callee)
         sequence_first = port.sequence_first and edit.batched
-        if (
-            edit.verb == "add"
-            and fused is None
-            and not sequence_first
-            and _takes_onto(child, reads, y, root)
-        ):
+        plainly = edit.verb == "add" and fused is None and not sequence_first
+        if plainly and _takes_onto(child, reads, y, root):
+            if callee is not None:
+                return graph.call_function(added_grouped, (callee, y, *reads))
             adding = graph.get_attr(child)
             with graph.inserting_after(adding):
                 return graph.call_function(added, (adding, y, *reads))
         if edit.verb == "add":
             plain = add_sequence_first if sequence_first else add
-            return chain(graph, (child, reads), (fused.add if fused else plain, (y, ...)))
+            return chain(graph, call(reads), (fused.add if fused else plain, (y, ...)))
         if fused is None and edit.batched:
-            return chain(
-                graph, (child, reads), (put_sequence_first if sequence_first else put, (y, ...))
-            )
+            back = put_sequence_first if sequence_first else put
+            return chain(graph, call(reads), (back, (y, ...)))
         if fused is None and dtype is None:
-            return chain(graph, (child, reads or (y,)))
+            return chain(graph, call(reads or (y,)))
         if fused is None:
             first = [] if reads else [(cast, (y, dtype))]
-            return chain(graph, *first, (child, reads or (...,)), (put, (y, ...)))
+            return chain(graph, *first, call(reads or (...,)), (put, (y, ...)))
         if reads:
-            return chain(graph, (child, reads), (fused.put, (y, ...)))
+            return chain(graph, call(reads), (fused.put, (y, ...)))
         cut: list[Any] = [(fused.take, (y,))]
         cut += [] if dtype is None else [(cast, (..., dtype))]
-        return chain(graph, *cut, (child, (...,)), (fused.put, (y, ...)))
+        return chain(graph, *cut, call((...,)), (fused.put, (y, ...)))
+
+    def make(graph: fx.Graph) -> fx.Node:
+        if partly is None:
+            return build(port.node, reads)
+        return partly.around(build, port.node, reads, _batched(reads, edit.reads))
 
     nodes = [node for node in reads if node is not None]
     new = insert_after(port.node, nodes, make, set(port.node.graph.nodes) - before)
     new.meta.update(value=port.node.meta.get("value"), owner=port.node.meta.get("owner"))
     if edit.port == "merged" and isinstance(module, CountsVirtualKeys):
-        match.uncounted_virtual.append((child, tuple(nodes)))
+        match.uncounted_virtual.append((child, tuple(nodes), partly))
     old = port.node
     for other in match.ports.values():
         if other.node is old:
             other.node = new
         if other.projection is not None and other.projection.source is old:
             other.projection = dataclasses.replace(other.projection, source=new)
+
+
+def _batched(reads: Iterable[fx.Node | None], names: Iterable[str]) -> tuple[bool, ...]:
+    """Return which of the nodes that a module reads have the batch as their first axis."""
+    return tuple(
+        not name.endswith(".bias") and (name != "mask" or getattr(value(node), "ndim", 0) > 3)
+        for node, name in zip(reads, names, strict=True)
+    )
 
 
 def _takes_onto(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
@@ -143,76 +163,11 @@ def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, 
     """Return shape and dtype of an edit's port in every match of its site."""
     ports = [m.ports[edit.port] for m in matches if m.is_site(edit.kind, edit.site)
              and edit.port in m.ports]  # fmt: skip
-    values = [tokens_of(value(p.node)) if p.channels_first else value(p.node) for p in ports]
+    values = [in_tokens(p) for p in ports]
     return [
         (torch.Size((*v.shape[:-1], len(port.columns))) if port.columns else v.shape, v.dtype)
         for v, port in zip(values, ports, strict=True)
     ]
-
-
-def device_of(port: PortNode) -> torch.device:
-    """Return the device of a port's value; a call on another device has another graph."""
-    held: torch.Tensor = value(port.node)
-    return held.device
-
-
-def _feed(match: Match, edit: Edit, child: str, root: nn.Module) -> None:
-    """Turn the port's projection ``P(x)`` into ``P(child(x))``.
-
-    A fused projection makes other ports, too, so the port first gets a call of its own.
-    """
-    features_to_the_end(match)
-    port = match.ports[edit.port]
-    projection = port.projection
-    assert projection is not None  # Port.feed refuses a port that no projection makes
-    graph = projection.node.graph
-    if port.own is None and port.features is not None:
-        _split_off(match, port)
-    port.own = port.own or module_call_of(projection.node)
-    source = input_of_call(port.own)
-    dtype = needed_cast(source, root.get_submodule(child))
-    with graph.inserting_before(port.own):
-        taken = source
-        if projection.channels_first:
-            taken = graph.call_function(tokens_of, (source,))
-        if dtype is not None:
-            taken = graph.call_function(cast, (taken, dtype))
-        fed = graph.call_module(child, (taken,))
-        if projection.channels_first:
-            fed = graph.call_function(as_channels, (fed, source))
-        if dtype is not None:
-            fed = graph.call_function(put, (source, fed))
-    fed.meta.update(value=source.meta.get("value"), owner=source.meta.get("owner"))
-    port.own.replace_input_with(source, fed)
-
-
-def _split_off(match: Match, port: PortNode) -> None:
-    """Call a fused projection once more, for the columns of one port alone.
-
-    The columns of the first call are overwritten by those of the second, so readers of the whole
-    still find everything in one tensor.
-    """
-    assert port.projection is not None
-    assert port.features is not None
-    fused = column_functions(port.features, device_of(port))
-    raw = port.projection.node
-    graph = raw.graph
-    copies: dict[fx.Node, fx.Node] = {}
-    last = raw
-    for node in dict.fromkeys((module_call_of(raw), raw)):
-        with graph.inserting_after(last):
-            copies[node] = last = graph.node_copy(node, lambda n: copies.get(n, n))
-    with graph.inserting_after(last):
-        own = graph.call_function(fused.take, (last,))
-    with graph.inserting_after(own):
-        new = graph.call_function(fused.put, (raw, own))
-    new.meta.update(raw.meta)
-    keep_raw = {new, *copies.values()}
-    raw.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep_raw)
-    for other in match.ports.values():
-        if other.node is raw:
-            other.node = new
-    port.own = copies[module_call_of(raw)]
 
 
 def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
@@ -255,17 +210,25 @@ def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
 def _count_virtual(match: Match) -> None:
     """Make the lse port count the virtual keys that earlier edits have added to the attention.
 
-    Each such edit left its child and its reads in ``match.totals``; the child's ``total_lse``
-    computes the lse of all keys so far.
+    Each such edit left its child and its reads in ``match.uncounted_virtual``; the child's
+    ``total_lse`` computes the lse of all keys so far.
     """
     while match.uncounted_virtual:
-        child, reads = match.uncounted_virtual.pop(0)
-        graph = reads[0].graph
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        host = next(iter(order))  # the first placeholder is the host itself
-        with graph.inserting_after(max(reads, key=lambda n: order[n])):
-            total = chain(graph, (getattr, (host, child)), (total_lse, (..., *reads)))
-        match.ports["lse"] = PortNode(total)
+        child, reads, partly = match.uncounted_virtual.pop(0)
+        match.ports["lse"] = PortNode(_counted(match.ports["lse"].node, child, reads, partly))
+
+
+def _counted(lse: fx.Node, child: str, reads: Any, partly: Partly | None) -> fx.Node:
+    """Return the lse with the virtual keys of one child."""
+    graph = lse.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    host = next(iter(order))  # the first placeholder is the host itself
+
+    def build(_: fx.Node, given: tuple[fx.Node | None, ...], __: Any = None) -> fx.Node:
+        return chain(graph, (getattr, (host, child)), (total_lse, (..., *given)))
+
+    with graph.inserting_after(max((lse, *reads), key=lambda n: order[n])):
+        return build(lse, reads) if partly is None else partly.count(build, lse, reads)
 
 
 def total_lse(module: Any, *reads: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ none under autocast, which casts by itself. The lse is float32 in every dtype an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,27 +41,48 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x
 
 
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of an inserted module; None if it has none."""
+    parameter = dtype_parameter(module)
+    return None if parameter is None else parameter.dtype
+
+
+def as_taken(module: nn.Module, x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of an inserted module, which autocast chooses where it is on."""
+    dtype = dtype_of(module)
+    return x if dtype is None or torch._C._is_any_autocast_enabled() else cast(x, dtype)
+
+
 def as_module_takes(
     reads: Sequence[fx.Node | None], names: Sequence[str], port: fx.Node, module: nn.Module
 ) -> tuple[fx.Node | None, ...]:
-    """Return the nodes that a module reads, each followed by a cast to the module's dtype."""
-    dtype = needed_cast(port, module)
-    if dtype is None:
-        return tuple(reads)
+    """Return the nodes that a module reads, each in the module's dtype.
+
+    A model may compute a part in another dtype, so each node counts; the port does for a parameter.
+    """
     made: list[fx.Node | None] = []
     for node, name in zip(reads, names, strict=True):
         if node is not None and name != "lse":
-            with node.graph.inserting_after(node):
-                node = node.graph.call_function(cast, (node, dtype))
+            dtype = needed_cast(port if _example(node) is None else node, module)
+            if dtype is not None:
+                with node.graph.inserting_after(node):
+                    node = node.graph.call_function(cast, (node, dtype))
         made.append(node)
     return tuple(made)
 
 
-def needed_cast(port: fx.Node, module: nn.Module) -> torch.dtype | None:
-    """Return the dtype that a module needs its reads in; None if they have it already."""
-    parameter, held = dtype_parameter(module), value(port)
+def needed_cast(node: fx.Node, module: nn.Module) -> torch.dtype | None:
+    """Return the dtype that a module needs a node's value in; None if it has it already."""
+    parameter, held = dtype_parameter(module), _example(node)
     same = parameter is None or not isinstance(held, Tensor) or held.dtype == parameter.dtype
     if same or not held.is_floating_point() or torch._C._is_any_autocast_enabled():
         return None
     assert parameter is not None
     return parameter.dtype
+
+
+def _example(node: fx.Node) -> Any:
+    """Return the value of a node; of one that an edit has made, that of its first input."""
+    while value(node) is None and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return value(node)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from surgery.attention import attention, logsumexp, with_lse
 from surgery.patterns import Match, inputs, is_row_maximum, op_name, split_rows, value
-from surgery.rewrite.nodes import reorder, rows_like, tokens_like
+from surgery.rewrite.nodes import column_functions, reorder, rows_like, tokens_like
 from surgery.rewrite.replays import replayed_heads, replayed_lse, tokens_in_a_row
 
 
@@ -65,8 +65,14 @@ def merged_tokens(match: Match) -> fx.Node:
     """Return the merged heads as (B, n, H d)."""
     port = match.ports["merged"]
     if match.replay is not None:
-        with port.node.graph.inserting_after(port.node):
-            return port.node.graph.call_function(tokens_in_a_row, (port.node,))
+        graph, rows = port.node.graph, port.node
+        with graph.inserting_after(rows):
+            rows = graph.call_function(tokens_in_a_row, (rows,))
+        if port.columns is None:
+            return rows
+        with graph.inserting_after(rows):
+            take = column_functions(port.columns, value(port.node).device).take
+            return graph.call_function(take, (rows,))
     heads = split_heads(match.ports["query_heads"].node, match)
     graph = heads.graph
     with graph.inserting_after(max(heads, port.node)):

@@ -7,6 +7,7 @@ projection's columns, where a module reads and returns (B, n, D).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 
 from surgery.errors import PortError
 from surgery.interop import real_tensors
+from surgery.patterns import PortNode, value
 
 
 def insert_after(
@@ -80,6 +82,16 @@ def chain(graph: fx.Graph, *steps: tuple[Any, tuple[Any, ...]]) -> fx.Node:
     return node  # type: ignore[no-any-return]
 
 
+def calling(child: str, callee: fx.Node | None, args: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a step of :func:`chain` that calls ``callee``, or the module ``child`` without one."""
+    return (child, tuple(args)) if callee is None else (called, (callee, *args))
+
+
+def called(module: Any, *args: Any) -> Any:
+    """Call what a node holds."""
+    return module(*args)
+
+
 def add(y: Tensor, delta: Tensor) -> Tensor:
     """Return ``y + delta``, in the dtype of ``y``.
 
@@ -93,9 +105,20 @@ def added(module: Any, y: Tensor, *reads: Tensor) -> Tensor:
 
     A forward hook on the module must see its output without ``y``; then the sum is taken here.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_hooks(module):
         return add(y, module(*reads))
     total: Tensor = module(*reads, onto=y)
+    return total
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a forward hook on an inserted module must see what goes in and comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def added_grouped(modules: Any, y: Tensor, *reads: Tensor) -> Tensor:
+    """Return the sum that a group of modules makes itself (``Grouped``)."""
+    total: Tensor = modules(*reads, onto=y)
     return total
 
 
@@ -126,9 +149,15 @@ def tokens_like(y: Tensor, heads: Tensor, sequence_first: bool) -> Tensor:
         sequence_first: ``y`` is (n, B, D) or (n B, D).
     """
     batch, _, n, _ = heads.shape
+    width = -1 if y.numel() else _width(y, n)
     if sequence_first:
-        return y.reshape(n, batch, -1).transpose(0, 1)
-    return y.reshape(batch, n, -1)
+        return y.reshape(n, batch, width).transpose(0, 1)
+    return y.reshape(batch, n, width)
+
+
+def _width(y: Tensor, n: int) -> int:
+    """Return D of an empty batch, which has no number of elements to divide."""
+    return math.prod(y.shape[2:]) if y.dim() == 4 and y.shape[1] == n else y.shape[-1]
 
 
 def reorder(heads: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -150,6 +179,17 @@ class Columns(NamedTuple):
     add: Callable[[Tensor, Tensor], Tensor]
 
 
+def _tokens_as(y: Tensor, new: Tensor) -> Tensor:
+    """Return ``new`` in the dtype of ``y``, with its axes before the last."""
+    return new.reshape(*y.shape[:-1], new.shape[-1]).to(y.dtype)
+
+
+def device_of(port: PortNode) -> torch.device:
+    """Return the device of a port's value; a call on another device has another graph."""
+    held: torch.Tensor = value(port.node)
+    return held.device
+
+
 def column_functions(chosen: Sequence[int], device: torch.device) -> Columns:
     """Return the functions for columns ``chosen`` of tensors on one device.
 
@@ -164,13 +204,14 @@ def column_functions(chosen: Sequence[int], device: torch.device) -> Columns:
         return y[..., start:stop] if together else y.index_select(-1, index)
 
     def put_columns(y: Tensor, new: Tensor) -> Tensor:
+        new = _tokens_as(y, new)
         if not together:
-            return y.index_copy(-1, index, new.to(y.dtype))
+            return y.index_copy(-1, index, new)
         whole = y.clone()
-        whole[..., start:stop] = new.to(y.dtype)
+        whole[..., start:stop] = new
         return whole
 
     def add_columns(y: Tensor, delta: Tensor) -> Tensor:
-        return y.index_add(-1, index, delta.to(y.dtype))
+        return y.index_add(-1, index, _tokens_as(y, delta))
 
     return Columns(take_columns, put_columns, add_columns)

@@ -8,10 +8,13 @@ See ``patterns/replay.py`` for the chain. The copies stand behind the merged hea
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, fx
 
-from surgery.patterns import Match
+from surgery.patterns import Match, value
 from surgery.rewrite.channels import tokens_of
+from surgery.rewrite.nodes import column_functions
 
 
 def replayed_heads(heads: fx.Node, match: Match) -> fx.Node:
@@ -30,19 +33,21 @@ def replayed_lse(lse: fx.Node, match: Match) -> fx.Node:
 
 def _replayed(node: fx.Node, match: Match, finish: object) -> fx.Node:
     """Append copies of the chain to ``node``, and a call of ``finish`` with the result and H."""
-    replay = match.replay
+    replay, context = match.replay, match.ports["context"].node
     assert replay is not None
     graph = node.graph
-    copies: dict[fx.Node, fx.Node] = {match.ports["context"].node: node}
+    copies: dict[fx.Node, fx.Node] = {context: node}
     last = max(node, *replay.nodes)
     for each in replay.nodes:
         with graph.inserting_after(last):
             copies[each] = last = graph.node_copy(each, lambda n: copies.get(n, n))
-    if replay.channels_first:
+    steps: list[tuple[Any, tuple[Any, ...]]] = [(tokens_of, ())] if replay.channels_first else []
+    if replay.columns is not None:
+        steps.append((column_functions(replay.columns, value(context).device).take, ()))
+    for function, more in (*steps, (finish, (replay.heads,))):
         with graph.inserting_after(last):
-            last = graph.call_function(tokens_of, (last,))
-    with graph.inserting_after(last):
-        return graph.call_function(finish, (last, replay.heads))  # type: ignore[arg-type]
+            last = graph.call_function(function, (last, *more))
+    return last
 
 
 def expand_features(lse: Tensor, context: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ def assign(
     """
     todo: dict[str, list[tuple[Method, Site]]] = {}
     for method in methods:
-        suitable = [site for site in offered(method, sites) if method.suits(site)]
+        suitable = method.choose(offered(method, sites))
         if not suitable:
             raise SiteError(_nowhere(method, sites))
+        if type(method).named_ports is Method.named_ports:
+            _require_whole(method, suitable)
         method.check(suitable)
         for site in suitable:
             if site.host is None:
@@ -35,6 +37,17 @@ def assign(
                 "another model. Call surgery.locate on this one."
             ) from error
     return todo
+
+
+def _require_whole(method: Method, sites: list[Site]) -> None:
+    """Raise if single ports are picked for a method that edits whole sites."""
+    for site in sites:
+        if site.picked:
+            raise SiteError(
+                f"method {method.name!r} edits whole sites, and of {site.path} the ports "
+                f"{', '.join(site.picked)} alone are chosen. Choose sites by their own paths, as "
+                f"with matching({site.path!r})."
+            )
 
 
 def without_attention(
@@ -66,10 +79,10 @@ def offered(method: Method, sites: Sites) -> list[Site]:
 
 def left_out(method: Method, sites: Sites) -> list[str]:
     """Name the sites that lack every port that a method needs, and the single ports that lack."""
-    suitable = {id(site): site.kind for site in sites if method.suits(site)}
+    suitable = {id(site): site.kind for site in method.choose(offered(method, sites))}
     lines = []
     for site in sites:
-        named = method.named_ports(site)
+        named = site.picked or method.named_ports(site)
         lacking = [p for p in named if p not in site.ports or site.ports[p].in_width is None]
         if id(site) in suitable:
             lines += [f"{method.name} at {site.path}: {port}" for port in lacking]

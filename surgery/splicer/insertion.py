@@ -6,13 +6,14 @@
       capture the host's graph; apply earlier edits, then these
       verify the start and that gradients reach every parameter
 
-Sites that wrap a call (trunk, stack, block) come last and need no graph. Each step notes its
-undoing in the transaction first (splicer/transaction.py).
+Sites that wrap a call (trunk, stack, block) come last and need no graph. A step that fails raises;
+the model is then put back as it was (splicer/all_or_nothing.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,16 +33,16 @@ from surgery.host import (
     uninstall,
 )
 from surgery.patterns import Match, weights_in
-from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name, opened
+from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name
 from surgery.rewrite import apply_edit, dtype_reads, port_values, require_applied
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
-from surgery.splicer.record import Inserted, Report
+from surgery.splicer.record import Inserted, Report, record_of
 from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_reach, verify_start, verify_wraps
 
 
 def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]]) -> None:
-    """Build, insert and verify one host; each change notes its undoing in ``transaction``."""
+    """Build, insert and verify one host."""
     module = transaction.model.get_submodule(path)
     around = [pair for pair in pairs if pair[1].kind in CALLS]
     inside = [pair for pair in pairs if pair not in around]
@@ -65,9 +66,7 @@ def _rewrite(
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
     known = state_of(module)
     if known is not None and not known.all_on().edited and not known.through >= plan.through:
-        before = known.through  # so far only its call was wrapped
-        transaction.undo.append(lambda: setattr(known, "through", before))
-        known.through |= plan.through
+        known.through |= plan.through  # so far only its call was wrapped
     through = plan.through if known is None else known.through
     captured, matches = capture_host(module, path, through, plan.args, plan.kwargs)
     if known is not None:
@@ -127,8 +126,7 @@ def _insert(
     inserted: list[Inserted] = []
     seen: set[int] = set()  # modules of one site may share parameters
     for method, site in pairs:
-        shared = transaction.shared.setdefault(id(method), {})
-        site_now = opened(site, transaction.model, shared, transaction.base_parts)
+        site_now = transaction.opened(method, site)
         with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
             method.splice(site_now)
         if not site_now.edits:
@@ -137,7 +135,7 @@ def _insert(
                 "Edit a port in it."
             )
         for edit, new in site_now.edits:
-            child = _free_name(module, edit.child, name, [c for c, _ in made])
+            child = free_name(module, edit.child, name, [c for c, _ in made])
             made.append((child, new))
             fresh = {id(p): p for p in new.parameters() if id(p) not in seen}
             seen.update(fresh)
@@ -145,8 +143,8 @@ def _insert(
             full = f"{plan.path}.{child}" if plan.path else child
             inserted.append(Inserted(_lean(site), method, edit, full, count))
     children = [child for child, _ in made]
-    transaction.undo.append(lambda: take_out(module, name, children))
     state = install(module, plan)
+    state.switches = record_of(transaction.model).switches
     transaction.try_out(state)
     for child, new in made:
         new.train(module.training)
@@ -207,10 +205,10 @@ def _lean(site: Site) -> Site:
     return dataclasses.replace(site, host=host, call=call)
 
 
-def _free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:
+def free_name(module: nn.Module, child: str, name: str, taken: list[str]) -> str:
     """Return a free child name: ``lora_query``, or ``NAME_lora_query`` for a named splice."""
-    child = child if name == "default" else f"{name}_{child}"
-    candidates = [child, *(f"{child}_{i}" for i in range(2, 99))]
+    child = child if name == "default" else f"{name.replace('-', '_')}_{child}"
+    candidates = itertools.chain([child], (f"{child}_{i}" for i in itertools.count(2)))
     return next(c for c in candidates if c not in taken and not hasattr(module, c))
 
 

@@ -3,39 +3,49 @@
 splice(model, methods, at)
   check_declared, names             refuse before anything is touched
   locate, unless ``at`` is given    one run of the model shows its sites
-  assign                            each method to the sites that it suits; method.check(sites)
+  assign                            each method to the sites it chooses; method.check(sites)
   operate, host by host             method.splice(site), insert, verify
   verify_together, _verify_starts   outputs as declared
-  commit                            or roll back, on any exception
+  commit                            on any exception the model is put back (all_or_nothing.py)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import SpliceError, suggest
-from surgery.host import Variant, hosts, is_host, state_of, switched_off
+from surgery.errors import SpliceError, shown
+from surgery.host import ALL_ON, Variant, chosen, hosts, is_host, state_of
 from surgery.interop import (
+    deliver,
     differentiable,
     encoder_fastpath,
     evaluating,
     explained_out_of_reach,
     huggingface,
     outside_inference_mode,
-    patch_lock,
     shard_like,
 )
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, settle_advance
+from surgery.splicer.activation import require_spliced
+from surgery.splicer.all_or_nothing import atomically
 from surgery.splicer.assignment import assign, left_out, without_attention
 from surgery.splicer.insertion import operate, take_out
-from surgery.splicer.record import Report, drop_record, forget_rows, look_up, reports
+from surgery.splicer.record import (
+    Report,
+    drop_record,
+    forget_rows,
+    is_name,
+    look_up,
+    reports,
+    spliced_model,
+)
 from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_together
 
@@ -70,8 +80,7 @@ def splice(
     Example:
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
-    with patch_lock:  # one at a time; another thread's waits
-        report: Report = _splice(model, methods, at, example_inputs, name)
+    report: Report = atomically(model, lambda _: _splice(model, methods, at, example_inputs, name))
     shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
     return report
 
@@ -81,31 +90,29 @@ def _splice(
     model: nn.Module, methods: Method | Sequence[Method], at: Any, example_inputs: Any, name: str
 ) -> Report:
     """Do what :func:`splice` says, in a model whose parameters are whole."""
-    chosen = (methods,) if isinstance(methods, Method) else tuple(methods)
-    _check(model, chosen, name)
+    given = (methods,) if isinstance(methods, Method) else tuple(methods)
+    _check(model, given, name)
     _check_below(model, name)
     notes: list[str] = []
     if at is None:
         at = locate(model, example_inputs)
-        chosen, at, notes = without_attention(chosen, at)
+        given, at, notes = without_attention(given, at)
     sites = at if isinstance(at, Sites) else Sites([at] if isinstance(at, Site) else list(at))
-    todo = assign(model, chosen, sites)
-    report = Report(name, chosen, order=[s.identity for s in [*sites, *sites.others]])
+    todo = assign(model, given, sites)
+    report = Report(name, given, order=[s.identity for s in [*sites, *sites.others]])
     report.notes, report.overlooked = notes, sites.overlooked
-    report.left_out = [line for method in chosen for line in left_out(method, sites)]
+    report.left_out = [line for method in given for line in left_out(method, sites)]
     trunks = [site.path for site in sites.others if site.kind == "trunk"]
-    transaction = Transaction(model, report, trunk=bool(trunks))
-    try:
-        with evaluating(model), differentiable(model):
-            for path, pairs in todo.items():
-                operate(transaction, path, pairs)
-            verify_together(model, report, sites.others)
-        _verify_starts(report, trunks)
-        for i in report.inserted:  # in training, if their hosts are
-            model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
-    except BaseException:
-        transaction.roll_back()
-        raise
+    transaction = Transaction(model, report, todo, trunk=bool(trunks))
+    all_on = chosen(ALL_ON, look_up(model).switches)  # what this thread has off is there, too
+    with evaluating(model), differentiable(model), all_on:
+        for path, pairs in todo.items():
+            deliver()
+            operate(transaction, path, pairs)
+        verify_together(model, report, sites.others)
+    _verify_starts(report, trunks)
+    for i in report.inserted:  # in training, if their hosts are
+        model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     report = transaction.commit()
     _warn_of_untrained(report)
     return report
@@ -134,10 +141,20 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
         method.check_declared()
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
-    if not name.isidentifier():
-        raise SpliceError(f"name={name!r} must be an identifier: it becomes part of module names.")
+    require_free(model, name)
+
+
+def require_free(model: nn.Module, name: str) -> None:
+    """Raise unless a splice may have this name in this model."""
+    if not is_name(name):
+        raise SpliceError(
+            f"name={shown(name)} is no name for a splice: it has letters, digits, - and _ alone, "
+            "at most 100."
+        )
     if name in reports(model):
-        free = next(f"{name}_{i}" for i in range(2, 99) if f"{name}_{i}" not in reports(model))
+        free = next(
+            f"{name}_{i}" for i in itertools.count(2) if f"{name}_{i}" not in reports(model)
+        )
         raise SpliceError(
             f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
             f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
@@ -182,8 +199,15 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         SpliceError: nothing is spliced under that name.
     """
-    names = list(reports(model)) if name is None else [name]
-    require_spliced(model, names)
+    whole = spliced_model(model)
+    require_spliced(whole, *([] if name is None else [name]))
+    names = list(reports(whole)) if name is None else [name]
+    atomically(whole, lambda _: _remove(whole, names))
+    return model
+
+
+def _remove(model: nn.Module, names: list[str]) -> None:
+    """Take out these splices."""
     for host in list(hosts(model).values()):
         state = state_of(host)
         for each in names:
@@ -192,7 +216,6 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in names:
         del reports(model)[each]
     _settle(model)
-    return model
 
 
 def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
@@ -211,44 +234,13 @@ def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
 def _settle(model: nn.Module) -> None:
     """Put back what splicing changed outside hosts, wherever no splice needs it any more."""
     settle_advance(model)
+    look_up(model).settle()
     closed = look_up(model).closed
     closed -= encoder_fastpath.reopen(model, closed, is_host)
     if not reports(model):
         huggingface.let_train(model, adapted=False)
         forget_rows(model)
         drop_record(model)
-
-
-@contextmanager
-def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
-    """Run the model without one splice, or without any, inside a ``with`` block.
-
-    This holds for the running thread or task alone; threads that are started inside the block run
-    the model as it is. Gradient checkpointing repeats a forward as it first ran.
-
-    Raises:
-        SpliceError: nothing is spliced under that name.
-    """
-    names = frozenset(reports(model)) if name is None else frozenset({name})
-    require_spliced(model, list(names))
-    states = [state for h in hosts(model).values() if (state := state_of(h))]
-    pairs = [(id(state), each) for state in states for each in names if each in state.operations]
-    with switched_off(pairs):
-        for state in states:
-            state.selection()  # made here, as Dynamo cannot make it
-        yield model
-
-
-def require_spliced(model: nn.Module, names: list[str]) -> None:
-    """Raise unless the model has splices of these names."""
-    there = list(reports(model))
-    for name in names or [""]:
-        if name not in there:
-            what = f"named {name!r} " if name else ""
-            raise SpliceError(
-                f"nothing {what}is spliced into this {type(model).__name__}. {suggest(name, there)}"
-                f"Splices here: {', '.join(there) or 'none'}."
-            )
 
 
 def refresh(model: nn.Module) -> nn.Module:

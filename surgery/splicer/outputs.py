@@ -17,14 +17,14 @@ from surgery.host import (
     run_graph,
     state_of,
 )
-from surgery.interop import detached_copy, silenced
+from surgery.interop import detached_copy, draw_anew, silenced
 from surgery.plugin import Edit
 
 
 def outputs(module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Run ``forward`` on copies of these arguments, without a trace, and return its output."""
     with silenced(module), torch.no_grad():
-        torch.manual_seed(0)  # a forward that draws random numbers draws the same each time
+        draw_anew()  # a forward that draws random numbers draws the same each time
         given = detached_copy((args, kwargs))
         return forward(*given[0], **given[1])
 

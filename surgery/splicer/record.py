@@ -5,6 +5,8 @@
       kept      base parameters that are trained and saved along (surgery.freeze_base)
       rows      gradient hooks of parameters of which single rows are trained (surgery.train_rows)
       closed    encoders whose nested-tensor path is switched off while something is spliced in
+      switches  which splices are on (surgery.use); the hosts share it
+      saver     what writes the adapter where ``save_pretrained`` would write the whole model
 
 The record is made by the first operation on the model and goes with the last splice. It is an
 ordinary attribute, so ``copy.deepcopy`` and pickle take it along. A host keeps its own state
@@ -13,14 +15,17 @@ beside it (surgery/host/state.py), because a host may be called without its mode
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from surgery.plugin import Edit, Method, Site, Sites, overlooked_lines
+from surgery.host import Choice, Switches
+from surgery.plugin import Edit, Method, Site, Sites, html_table, overlooked_lines
 
-_RECORD = "_surgery_record"
+RECORD = "_surgery_record"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,14 @@ class Report:
         lines += [f"  {line}" for line in overlooked_lines(self.overlooked)]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        heading, *lines = repr(self).splitlines()
+        rows = [
+            (i.path, f"{i.parameters:,}", f"{i.edit.verb} at {i.edit.port}") for i in self.inserted
+        ]
+        columns = ("module", "parameters", "edit")
+        return html_table(heading, columns, rows, lines[len(rows) :])
+
 
 @dataclass
 class Record:
@@ -117,22 +130,55 @@ class Record:
     kept: list[str] = field(default_factory=list)
     rows: dict[str, Any] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)
+    switches: Switches = field(default_factory=Switches)
+    saver: Any = None
+
+    def settle(self) -> None:
+        """Tell the switches which splices there are now; the newest is on."""
+        names, default = frozenset(self.reports), self.switches.default
+        if default.on is not None:
+            on = (default.on & names) | (names - self.switches.names)
+            shares = {name: share for name, share in default.shares.items() if name in on}
+            self.switches.default = Choice(on, shares)
+        self.switches.names = names
+
+
+def is_name(name: object) -> bool:
+    """Whether a splice may have this name: a part of the names of modules, files and commands."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,100}", name):
+        return False
+    return unicodedata.normalize("NFKC", name) == name  # as Python reads identifiers
+
+
+def spliced_model(model: nn.Module) -> nn.Module:
+    """Return the model that has a record: this one, or the one that it wraps.
+
+    DDP, FSDP and ``torch.compile`` wrap a model in a module whose child it is. A model without a
+    record is returned as it is.
+    """
+    found: nn.Module | None = model
+    while found is not None and RECORD not in vars(found):
+        wrapped = getattr(found, "module", None) or getattr(found, "_orig_mod", None)
+        found = wrapped if isinstance(wrapped, nn.Module) else None
+    return found or model
 
 
 def record_of(model: nn.Module) -> Record:
     """Return the record of ``model``; attach an empty one if there is none yet."""
-    record: Record = vars(model).setdefault(_RECORD, Record())
+    record: Record = vars(model).setdefault(RECORD, Record())
     return record
 
 
 def look_up(model: nn.Module) -> Record:
     """Return the record of ``model`` for reading; a model without one is left as it is."""
-    return vars(model).get(_RECORD) or Record()
+    return vars(model).get(RECORD) or Record()
 
 
 def drop_record(model: nn.Module) -> None:
     """Detach the record of ``model``."""
-    vars(model).pop(_RECORD, None)
+    record = vars(model).pop(RECORD, None)
+    if record is not None and record.saver is not None:
+        record.saver.remove()
 
 
 def reports(model: nn.Module) -> dict[str, Report]:

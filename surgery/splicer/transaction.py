@@ -1,25 +1,21 @@
-"""A splice under way: what it has done so far, and how that is undone if it fails half way.
+"""A splice under way: what it has done so far, until it is entered into the model's record.
 
-``splice`` changes a model step by step, since a method is verified by running it. Each step first
-notes here how it is undone. If any step fails, ``roll_back`` undoes the noted steps, the last one
-first; otherwise ``commit`` puts the report into the model's record.
+``splice`` changes a model step by step, since a method is verified by running it. Other threads see
+the steps when ``commit`` has ended. If a step fails, ``atomically`` puts back what the model was.
 
-    note undo -> change -> note undo -> change -> verify -> commit
-                                          |  any exception
-                                          +-----------------> roll_back
+    change -> change -> verify -> commit
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from surgery.host import HostState, is_host
+from surgery.host import HostState
 from surgery.interop import encoder_fastpath, huggingface
-from surgery.plugin import referred, settle_advance
+from surgery.plugin import Method, OpenSite, Site, opened, referred, settle_advance
 from surgery.splicer.record import Inserted, Report, record_of, reports
 
 
@@ -29,10 +25,11 @@ class Transaction:
 
     Attributes:
         model, report: the model, and the report that grows with each host.
+        todo: the methods and their sites, by the path of the host.
         trunk: whether the model has a trunk, in one run of which methods with ``together`` can be
             verified.
+        chosen: the sites that each method edits, by its id.
         shared: modules that all sites of a method share, by the method's id and by name.
-        undo: functions that undo the steps so far.
         closed: encoders whose nested-tensor path this splice has switched off.
         hosts: the state of each host so far.
         base_parts: modules and parameters that the model had before any splice, by id. They are
@@ -41,36 +38,37 @@ class Transaction:
 
     model: nn.Module
     report: Report
+    todo: dict[str, list[tuple[Method, Site]]]
     trunk: bool
+    chosen: dict[int, list[Site]] = field(init=False, repr=False)
     shared: dict[int, dict[str, nn.Module]] = field(default_factory=dict)
-    undo: list[Callable[[], None]] = field(default_factory=list)
     closed: set[str] = field(default_factory=set)
     hosts: list[HostState] = field(default_factory=list)
     base_parts: dict[int, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.chosen = {}
+        for method, site in (pair for pairs in self.todo.values() for pair in pairs):
+            self.chosen.setdefault(id(method), []).append(site)
         earlier = [i.path for report in reports(self.model).values() for i in report.inserted]
         modules = [self.model.get_submodule(path) for path in earlier]
         theirs = {id(x) for m in modules for x in (*m.modules(), *m.parameters())}
         every = (*self.model.modules(), *self.model.parameters())
         self.base_parts = {id(x): x for x in every if id(x) not in theirs}
 
+    def opened(self, method: Method, site: Site) -> OpenSite:
+        """Return a site as ``method.splice`` is given it."""
+        shared = self.shared.setdefault(id(method), {})
+        return opened(site, self.model, self.chosen[id(method)], shared, self.base_parts)
+
     def close_fused_path(self, host: str) -> None:
         """Keep PyTorch's fused encoder path from bypassing a host."""
         self.closed |= encoder_fastpath.close(self.model, host)
 
     def try_out(self, state: HostState) -> None:
-        """Show what is inserted into a host to this thread alone, until it is verified."""
+        """Show what is inserted into a host to this thread alone, until the commit."""
         state.try_out()
         self.hosts.append(state)
-
-    def roll_back(self) -> None:
-        """Undo every step; the model is as it was before the splice."""
-        for undo in reversed(self.undo):
-            undo()
-        for state in self.hosts:
-            state.trial = None
-        encoder_fastpath.reopen(self.model, self.closed, is_host)
 
     def commit(self) -> Report:
         """Enter the report into the model's record."""
@@ -78,6 +76,7 @@ class Transaction:
             state.end_trial()
         record = record_of(self.model)
         record.reports[self.report.name] = self.report
+        record.settle()
         record.closed |= self.closed
         settle_advance(self.model)
         huggingface.let_train(self.model, adapted=True)

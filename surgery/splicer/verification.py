@@ -26,8 +26,16 @@ from surgery.host import (
     Variant,
     own_forward,
 )
-from surgery.interop import detached_copy, hookless, leaves, map_leaves, silenced
-from surgery.plugin import Site
+from surgery.interop import (
+    detached_copy,
+    draw_anew,
+    hookless,
+    is_integer_tensor,
+    leaves,
+    map_leaves,
+    silenced,
+)
+from surgery.plugin import ActsOnTokens, Site
 from surgery.splicer.outputs import difference, floats, outputs
 from surgery.splicer.record import Report
 
@@ -103,7 +111,8 @@ def verify_wraps(
     if any(g is not None and not bool((g != 0).any()) for g in reached):
         # The example may be degenerate (a decoder that starts from zeros): try noise.
         with suppress(GuardFlipped, FlippedTooLate):  # noise may take another branch
-            pairs = zip(reached, tried(_noise((args, kwargs))), strict=True)
+            again = tried(_noise((args, kwargs), [module.get_submodule(c) for c in children]))
+            pairs = zip(reached, again, strict=True)
             reached = [b if a is not None and not bool((a != 0).any()) else a for a, b in pairs]
     for (child, name, _), gradient in zip(named, reached, strict=False):
         if gradient is None:
@@ -130,7 +139,7 @@ def gradients(
     before = [(p.detach().clone(), p.requires_grad) for p in parameters]
     try:
         with torch.enable_grad():
-            torch.manual_seed(0)
+            draw_anew()
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 with torch.no_grad():
@@ -148,13 +157,19 @@ def gradients(
                 parameter.requires_grad_(wanted)
 
 
-def _noise(arguments: Any) -> Any:
-    """Return the arguments with noise added to activations and with every mask open."""
+def _noise(arguments: Any, modules: list[nn.Module]) -> Any:
+    """Return the arguments with noise added to activations and with every mask open.
+
+    Where a module acts on some tokens alone, these stand in place of the example's.
+    """
     moved: dict[int, Tensor] = {}
+    tokens = [m.trial_tokens() for m in modules if isinstance(m, ActsOnTokens)]
 
     def noisy(v: Tensor) -> Tensor:
         if v.dtype == torch.bool and v.dim() > 2:
             return torch.ones_like(v)
+        if tokens and is_integer_tensor(v):
+            return tokens[0].repeat(v.numel() // len(tokens[0]) + 1)[: v.numel()].view_as(v)
         if not v.is_floating_point():
             return v
         return v + torch.randn_like(v) if bool((v > -1e4).all()) else torch.zeros_like(v)
@@ -179,19 +194,38 @@ def _random_sum(tensor: Tensor) -> Tensor:
 
 
 def verify_together(model: nn.Module, report: Report, others: list[Site]) -> None:
-    """Raise unless a gradient reaches every parameter of the methods with ``together``."""
-    paths = [i.path for i in report.inserted if i.method.together]
-    trunk = next((site for site in others if site.kind == "trunk"), None)
-    if not paths or trunk is None or trunk.host is None:
-        return
+    """Raise unless a gradient reaches every parameter of the methods with ``together``.
+
+    Each parameter is verified in one run of the trunk that it is in.
+    """
+    trunks = {site.path: site for site in others if site.kind == "trunk"}
+    parts: dict[str, list[str]] = {}
+    for i in report.inserted:
+        above = [path for path in trunks if not path or f"{i.path}.".startswith(f"{path}.")]
+        if i.method.together and above:
+            parts.setdefault(max(above, key=len), []).append(i.path)
+    for path, children in parts.items():
+        _verify_trunk(model, trunks[path], children, report)
+
+
+def _verify_trunk(model: nn.Module, trunk: Site, children: list[str], report: Report) -> None:
+    """Raise unless a gradient reaches every parameter of ``children`` when the trunk runs."""
+    assert trunk.host is not None
     module, given = model.get_submodule(trunk.path), (trunk.host.args, trunk.host.kwargs)
-    named = [(f"{p}.{n}", x) for p in paths for n, x in model.get_submodule(p).named_parameters()]
+    named = [
+        (f"{child}.{name}", parameter)
+        for child in children
+        for name, parameter in model.get_submodule(child).named_parameters()
+    ]
     if not named or named[0][1].is_meta:
         return
     parameters = [parameter for _, parameter in named]
     with hookless(module):
         base = _plain(module, own_forward(module), given)
         now = _plain(module, module.forward, given)
+        longer = any(method.lengthens for method in report.methods)
+        if trunk.role != "encoder" and not longer:  # what an encoder gives to a decoder may be
+            _require_shapes(trunk.path, base, now)
         report.change[trunk.path] = difference(base, now)
         found = gradients(module.forward, parameters, given)
     for (name, _), gradient in zip(named, found or [None] * len(named), strict=True):
@@ -199,6 +233,17 @@ def verify_together(model: nn.Module, report: Report, others: list[Site]) -> Non
             raise SpliceError(
                 f"no value of {name} changes the output of {trunk.path or 'the model'}. "
                 "Choose other sites with at=."
+            )
+
+
+def _require_shapes(path: str, base: Any, now: Any) -> None:
+    """Raise unless the outputs of a trunk have the shapes that those of the base have."""
+    for x, y in zip(floats(base), floats(now), strict=True):
+        if x.shape != y.shape:
+            raise SpliceError(
+                f"{path or 'the model'}: an output of shape {tuple(x.shape)} would become "
+                f"{tuple(y.shape)}, so what reads it would fail. Leave this module out with at=, "
+                "or use a method that adds no tokens, such as 'prefix'."
             )
 
 

@@ -53,6 +53,8 @@ ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
     ("bitfit", {}),
     ("ia3", {}),
     ("ssl", {}),
+    ("full", {}),
+    ("tokens", {"tokens": tuple(range(3, 20))}),
     ("ssb", {"ports": ("query", "value", "up", "output")}),
 ]
 # Of methods that are above: the slow tier.
@@ -72,6 +74,7 @@ def test_every_method_keeps_the_contract(name: str, options: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(("name", "options"), ONE_MODEL, ids=str)
+@pytest.mark.few(6)
 def test_further_methods_keep_the_contract_on_one_model(name: str, options: dict[str, Any]) -> None:
     contract = check_method(surgery.method(name, **options), shapes=("fused",))
     assert len(contract.held["fused"]) == 9
@@ -128,6 +131,7 @@ def cached(model: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("row", MATRIX, ids=str)
 @pytest.mark.parametrize("shape", ["fused", "encoder", "grouped"])
+@pytest.mark.few(22)
 def test_the_matrix_of_identity_cache_and_merging(shape: str, row: Row) -> None:
     model, base = make_model(shape), make_model(shape)
     method = surgery.method(row.method, **row.options)

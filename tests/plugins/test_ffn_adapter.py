@@ -84,6 +84,7 @@ def hooked(name: str, model: Any, spliced: Any, placement: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 @settings(max_examples=settings().max_examples // 2)  # for each of twelve cases
 @given(scale=st.sampled_from([1.0, 4.0, -0.5, "learned"]), norm=st.booleans())
+@pytest.mark.few(4)
 def test_a_splice_is_what_the_equations_say(
     name: str, placement: str, scale: Any, norm: bool
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_splice_is_what_the_equations_say(
         ),
     ],
 )
+@pytest.mark.few(1)
 def test_parameter_counts_are_those_of_the_papers(options: Any, base: Any, count: int) -> None:
     with torch.device("meta"):
         model = base()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +61,7 @@ def randomised(model: PreTrainedModel, method: surgery.Method) -> Any:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("name", "ports"), CASES)
+@pytest.mark.few(20)
 def test_lora_equals_dense_weights_on_every_port(
     name: str, ports: tuple[str, ...], bias: bool
 ) -> None:
@@ -156,6 +159,7 @@ def test_lora_equals_peft_with_the_same_tensors(
         pytest.param(qwen_half_billion, {"rank": 8}, 540_672, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.few(1)
 def test_parameter_counts_are_those_of_the_papers(
     build: Callable[[], PreTrainedModel], options: dict[str, Any], count: int
 ) -> None:
@@ -182,6 +186,34 @@ def test_bad_options_are_named_with_what_they_must_be(
 ) -> None:
     with pytest.raises(surgery.SurgeryError, match=message):
         lora(**options)
+
+
+SOON = [
+    "layers.0.", r"layers\.(0|1|12)\.", r".*\.\d+\.self_attn\..*", r"\.\d+\.mlp\.e\.\d+\.w\d+$",
+    "[(*+]*", r"\(a\)+", "(?:mlp)?", "a{2,3}",
+]  # fmt: skip
+LATE = [
+    r"(.*.*)*\d$", "(a|a)*b", "(?:a+)+$", "(.|.)" * 30 + "$", ".*.*.*.*$", r"(.)\1", "(?=a*)",
+    "(a){2}", "(?i)a", ".?" * 20,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", SOON + LATE)
+def test_a_pattern_that_could_search_for_long_is_refused(pattern: str) -> None:
+    if pattern in SOON:
+        assert lora(ranks={pattern: 4}).ranks == {pattern: 4}
+    else:
+        with pytest.raises(surgery.MethodError, match="expressions that end soon"):
+            lora(ranks={pattern: 4})
+
+
+@pytest.mark.slow
+def test_the_slowest_patterns_that_are_accepted_end_soon() -> None:
+    slow = {f"{'.*' * 3}{i}$": 4 for i in range(9)}
+    path, start = "model.layers.31.self_attn.a_name_of_sixty_characters_in_all__", time.monotonic()
+    for pattern in lora(ranks=slow).ranks:
+        re.search(pattern, path)
+    assert time.monotonic() - start < 5
 
 
 def test_a_wrong_name_of_the_method_is_corrected() -> None:
@@ -244,3 +276,30 @@ def test_autocast_keeps_the_dtype_of_the_port(bias: bool, onto: torch.dtype | No
         cache = model(input_ids=IDS, use_cache=True).past_key_values
     layer = cache.layers[0]
     assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+
+
+def test_the_parts_of_a_fused_projection_share_a_and_merge() -> None:
+    model, case = build("gpt2"), inputs("gpt2")
+    options = {"rank": 2, "ports": ("query", "key", "value"), "fused": True}
+    report = surgery.splice(model, surgery.method("lora", **options))
+    parts = [model.get_submodule(i.path) for i in report.inserted[:3]]
+    assert parts[0].a is parts[1].a is parts[2].a
+    assert sum(i.parameters for i in report.inserted) == 2 * 2 * (32 + 96)
+    perturb(model)
+    expected = logits(model, case)
+    surgery.merge(model)
+    torch.testing.assert_close(logits(model, case), expected)
+
+
+def test_ranks_and_alphas_by_the_names_of_modules() -> None:
+    model = build("llama")
+    options = {"ranks": {"q_proj": 3, "mlp": 4}, "alphas": {r"layers\.1\..*v_proj": 2.0}}
+    surgery.splice(model, surgery.method("lora", rank=2, alpha=8.0, ports="all", **options))
+    for layer in model.model.layers:
+        assert layer.self_attn.lora_query.a.shape[0] == 3
+        assert layer.self_attn.lora_value.a.shape[0] == 2
+        assert layer.mlp.lora_up.a.shape[0] == 4
+    scales = [layer.self_attn.lora_value.scale for layer in model.model.layers]
+    assert scales == [4.0, 1.0]
+    with pytest.raises(surgery.MethodError, match="numbers > 0"):
+        surgery.method("lora", alphas={"q": 0.0})

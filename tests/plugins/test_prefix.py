@@ -135,6 +135,7 @@ def test_a_gate_starts_at_the_base_and_opens(name: str) -> None:
         ({"length": 20, "gate": True}, gpt2_small, 20 * 18_432 + 144),
     ],
 )
+@pytest.mark.few(1)
 def test_parameter_counts_are_those_of_the_papers(options: Any, base: Any, count: int) -> None:
     with torch.device("meta"):
         model = base()

@@ -52,6 +52,7 @@ def test_keys_and_values_are_what_the_formulas_say(share: str) -> None:
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "roberta", "plain"])
+@pytest.mark.few(5)
 def test_a_saved_one_is_plain_and_gives_the_same(name: str, share: str, tmp_path: Any) -> None:
     model, case = build(name), inputs(name)
     options = {"length": 3, "share": share, "hidden": 5, "std": 0.5}
@@ -82,6 +83,25 @@ def test_without_gradient_the_tables_are_made_once_and_never_stale() -> None:
     assert prefix.tables()[0].requires_grad
 
 
+@pytest.mark.parametrize("method", ["prefix", "norga"])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.few(5)
+def test_a_plain_forward_reads_nothing_that_autocast_has_lowered(share: str, method: str) -> None:
+    """What is kept, and what is saved, has the dtype of the parameters."""
+    model = build("gpt2")
+    surgery.splice(model, surgery.method(method, length=3, share=share, hidden=5))
+    perturb(model)
+    given = inputs("gpt2")
+    with torch.no_grad():
+        before = logits(copy.deepcopy(model), given)
+        with torch.autocast("cpu", torch.bfloat16):
+            lowered = logits(model, given)
+            stored = model.transformer.h[0].attn.get_submodule(f"{method}_merged").plain_state()
+        assert torch.equal(logits(model, given), before)
+        assert not torch.equal(lowered, before)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("options", "base", "trained", "stored"),
     [
@@ -100,6 +120,7 @@ def test_without_gradient_the_tables_are_made_once_and_never_stale() -> None:
         ),
     ],
 )
+@pytest.mark.few(1)
 def test_counts_to_train_and_to_store(options: Any, base: Any, trained: int, stored: int) -> None:
     with torch.device("meta"):
         model = base()

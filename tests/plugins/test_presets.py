@@ -21,6 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_name", ["gpt2", "llama", "roberta"])
 @pytest.mark.parametrize("name", [*PRESETS, "inducer_lora paper", "mam_inducer paper"])
+@pytest.mark.few(6)
 def test_a_preset_is_its_parts_one_by_one(name: str, model_name: str) -> None:
     model, twin, given = build(model_name), build(model_name), inputs(model_name)
     base = logits(model, given)
@@ -59,6 +60,7 @@ def test_a_preset_is_its_parts_one_by_one(name: str, model_name: str) -> None:
         ),
     ],
 )
+@pytest.mark.few(1)
 def test_parameter_counts_are_those_of_the_papers(
     name: str, options: Any, base: Any, count: int
 ) -> None:

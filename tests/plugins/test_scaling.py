@@ -64,6 +64,7 @@ def dense(name: str, method: surgery.Method) -> tuple[Any, Any]:
         ("bitfit", {}),
     ],
 )
+@pytest.mark.few(12)
 def test_it_equals_dense_weights(name: str, method: str, options: dict[str, Any]) -> None:
     if name == "neox" and method == "ia3":
         options = {"ports": ("key", "value", "output")}
@@ -104,6 +105,7 @@ def test_ia3_equals_peft_with_the_same_tensors() -> None:
         (gpt2_small, "ia3", 12 * (2 * 768 + 3072)),
     ],
 )
+@pytest.mark.few(1)
 def test_parameter_counts_are_those_of_the_papers(base: Any, method: str, count: int) -> None:
     with torch.device("meta"):
         model = base()
@@ -132,6 +134,7 @@ def test_bitfit_of_some_layers_takes_their_norms_along() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "roberta"])
+@pytest.mark.few(1)
 def test_a_list_with_sites_of_every_kind_is_loaded_in_its_order(name: str, tmp_path: Any) -> None:
     model, case = build(name), inputs(name)
     listed = [
@@ -149,6 +152,7 @@ def test_a_list_with_sites_of_every_kind_is_loaded_in_its_order(name: str, tmp_p
 
 
 @pytest.mark.parametrize("method", ["ia3", "ssl", "ssb", "bitfit"])
+@pytest.mark.few(2)
 def test_it_learns_what_another_of_its_kind_does(method: str) -> None:
     losses = losses_of_imitation("gpt2", surgery.method(method), 0.02)
     assert losses[-1] < losses[0] / 10

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from surgery.cli import app
 from surgery.errors import RecipeError
 from surgery_recipes.recipe_files import find_recipe
+from tests.recipes import tiny
 
 
 def test_errors_keep_their_brackets_and_lines() -> None:
@@ -42,3 +43,13 @@ def test_the_command_line_lists_recipes_and_names_the_nearest() -> None:
     assert "webnlg/inducer" in listed.output
     with pytest.raises(RecipeError, match=r"Did you mean 'webnlg/inducer'\?"):
         find_recipe("webnlg/induser")
+
+
+def test_a_run_in_a_folder_with_brackets_is_trained_and_scored(root: Path, tmp_path: Path) -> None:
+    model, data = tiny.prepared("sst2", root)
+    output = tmp_path / "[/a]"
+    own = [*tiny.overrides("sst2", model, data, output), "training.max_steps=1"]
+    for words in (["train", "sst2/lora", *own, "about='[/x]'"], ["eval", str(output)]):
+        done = CliRunner(env={"COLUMNS": "400"}).invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert str(output) in done.output

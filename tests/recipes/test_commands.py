@@ -38,8 +38,14 @@ EXAMPLES = {  # what a word in capitals stands for
 }  # fmt: skip
 EVERY_RECIPE = f"{TESTS}run/test_every_recipe.py::test_a_recipe_is_built_and_runs_one_batch"
 RUN_BY = {  # by the beginning of a command: the test that runs it
+    "surgery inspect": "tests/surgery/cli/test_adapters.py::"
+    "test_inspect_shows_what_an_adapter_holds",
+    "surgery --install-completion": "tests/surgery/cli/test_adapters.py::"
+    "test_every_command_has_help_and_the_shell_completes",
     "surgery train quickstart": f"{TESTS}run/test_quickstart.py::"
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
+    "surgery train qlora": f"{TESTS}run/test_qlora.py::"
+    "test_the_recipe_trains_and_scores_the_same_again",
     "surgery eval": f"{TESTS}run/test_finetune.py::"
     "test_the_command_line_tries_a_recipe_out_and_trains_it",
     "torchrun --nproc-per-node 4 --no-python surgery train": f"{TESTS}run/test_finetune.py::"
@@ -56,6 +62,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_the_sentences_are_made_of_the_packages_archive",
     "python -m tests.zoo.check": "tests/whole/test_zoo.py::"
     "test_the_zoo_checks_single_types_from_the_command_line",
+    "python benchmarks/serving.py": "tests/whole/test_benchmarks.py::"
+    "test_serving_runs_and_a_route_gives_what_each_adapter_gives_alone",
     "python -m pytest -m gpu": "tests/test_docs.py::test_the_tests_that_need_a_gpu_are_a_tier",
     "python docs/draw_architecture.py": "tests/test_architecture.py::"
     "test_the_picture_is_what_the_imports_say",
@@ -120,7 +128,7 @@ def words_of(command: str) -> list[str]:
 
 def listed(command: str) -> str:
     """The test elsewhere that runs a command, or ""."""
-    if command.removeprefix("surgery train ") in shipped_recipes().keys() - {"quickstart"}:
+    if command.removeprefix("surgery train ") in shipped_recipes().keys() - {"quickstart", "qlora"}:
         return EVERY_RECIPE
     return next((test for start, test in RUN_BY.items() if command.startswith(start)), "")
 
@@ -205,6 +213,7 @@ def marked(command: str) -> object:
 
 
 @pytest.mark.parametrize("command", map(marked, of("compare")))
+@pytest.mark.few(4)
 def test_a_comparing_command_checks_its_runs_and_writes_its_tables(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

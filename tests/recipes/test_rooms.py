@@ -100,7 +100,7 @@ def test_a_face_says_what_the_room_does_and_offers_what_others_use(room: Path) -
     own = {name for module, name in imports(face, "surgery_recipes") if module.count(".") == 2}
     assert not own & modules, "no name hides a module"
     assert taken == set(exported(face))
-    users = [*FILES, ROOT / "surgery/cli.py", *(ROOT / "tests/recipes").rglob("*.py")]
+    users = [*FILES, *(ROOT / "surgery/cli").glob("*.py"), *(ROOT / "tests/recipes").rglob("*.py")]
     used = {
         name
         for path in users

@@ -22,7 +22,7 @@ class Scaled(surgery.Method):
     kinds = ("attention", "ffn")
     kind: str = "ffn"
     port: str = "output"
-    factor: float = 2.0
+    factor: float | str = 2.0  # an option that is a float must be finite; a text need not
     declared: surgery.Start = "exact"
     adds: bool = False
 
@@ -34,7 +34,7 @@ class Scaled(surgery.Method):
         return site.kind == self.kind
 
     def splice(self, site: surgery.Site) -> None:
-        made, port = Times(site.ports[self.port].width, self.factor), site.port(self.port)
+        made, port = Times(site.ports[self.port].width, float(self.factor)), site.port(self.port)
         if self.adds:
             port.add(made, name=self.name, reads=(self.port,))
         else:

@@ -1,8 +1,12 @@
 """Attention as image models write it, each beside a twin in the plain layout with the same weights.
 
-Channels   1x1 convolutions, (B, C, h, w)          twin: linear layers, (B, h w, C)
-Windows    tokens cut into windows inside          twin: all tokens, other windows masked
-Joint      text and image projected apart          no twin: tests compute it by hand
+Channels     1x1 convolutions, (B, C, h, w)        twin: linear layers, (B, h w, C)
+Windows      tokens cut into windows inside        twin: all tokens, other windows masked
+Folded       windows, heads (B H, windows, n, d)   twin: that of Windows
+Interleaved  windows, merged heads (B, n, d H)     twin: that of Windows, columns in that order
+Pooled       the mean of two queries, added to     twin: adds them behind the output projection
+             the context
+Joint        text and image projected apart        no twin: tests compute it by hand
 """
 
 from __future__ import annotations
@@ -60,16 +64,63 @@ class Tokens(nn.Module):
 class Windows(Tokens):
     """Attention in windows that the module cuts and joins itself: heads (B, windows, H, n, d)."""
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Heads (B, windows, H, n, d) to merged heads (B, windows, n, H d)."""
+        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)
+
     def forward(self, x: Tensor) -> Tensor:
         B, n, C = x.shape
         across = SIDE // WINDOW
         cut = x.view(B, across, WINDOW, across, WINDOW, C).transpose(2, 3)
         qkv = self.qkv(cut.reshape(B, across**2, WINDOW**2, C))
         q, k, v = qkv.view(B, across**2, WINDOW**2, 3, HEADS, C // HEADS).permute(3, 0, 1, 4, 2, 5)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        y = self.attend(q, k, v)
         y = y.reshape(B, across, across, WINDOW, WINDOW, C).transpose(2, 3).reshape(B, n, C)
         x = x + self.out(y)
         return x + self.narrow(F.gelu(self.wide(x)))
+
+
+class Folded(Windows):
+    """Windows whose heads are part of the batch, as HaloNet has them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, windows, _, n, d = q.shape
+        q, k, v = (x.transpose(1, 2).reshape(B * HEADS, windows, n, d) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v).view(B, HEADS, windows, n, d)
+        return y.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+class Interleaved(Windows):
+    """Windows whose merged heads have the head as the faster axis, as NesT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        head_by_head = torch.arange(WIDTH).view(-1, HEADS).t().flatten()
+        self.register_buffer("order", head_by_head, persistent=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 4, 2).flatten(3)
+
+
+class Pooled(Tokens):
+    """Each query is the mean of two tokens', and is added to its context, as MViTv2 has it.
+
+    ``behind``: the twin, which adds the queries behind the output projection.
+    """
+
+    def __init__(self, like: nn.Module | None = None, behind: bool = False) -> None:
+        super().__init__(like)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, n, C = x.shape
+        q, k, v = self.qkv(x).view(B, n, 3, HEADS, C // HEADS).permute(2, 0, 3, 1, 4)
+        q = q.unflatten(2, (-1, 2)).mean(3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        if not self.behind:
+            return self.out((y + q).transpose(1, 2).flatten(2))
+        queries = F.linear(q.transpose(1, 2).flatten(2), self.out.weight)
+        return self.out(y.transpose(1, 2).flatten(2)) + queries
 
 
 class Joint(nn.Module):

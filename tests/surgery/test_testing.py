@@ -69,6 +69,7 @@ class Draws(surgery.Method):
         (Custom(insert(nn.Identity())), "gradients reach .*RuntimeError: element 0 of tensors"),
     ],
 )
+@pytest.mark.few(2)
 def test_the_contract_finds_what_a_splice_cannot(
     method: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

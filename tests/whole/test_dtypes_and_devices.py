@@ -17,6 +17,7 @@ from tests.support.splices import THREE_METHODS, with_three_methods
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", TEXT)
+@pytest.mark.few(5)
 def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     base = logits(model, inputs(name))
@@ -44,6 +45,7 @@ def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT)
+@pytest.mark.few(3)
 def test_autocast(name: str) -> None:
     model = build(name)
     with torch.autocast("cpu", torch.bfloat16):

@@ -77,6 +77,7 @@ def prompt(padded: bool = True) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "option"), CASES)
+@pytest.mark.few(8)
 def test_a_fresh_splice_generates_what_the_base_does(kind: str, option: str) -> None:
     model = base_of(kind)
     options = {**GREEDY, **OPTIONS[option], "pad_token_id": 0}
@@ -92,6 +93,7 @@ def test_a_fresh_splice_generates_what_the_base_does(kind: str, option: str) -> 
 
 @pytest.mark.parametrize("option", ["static cache", "chunked prefill", "no cache"])
 @pytest.mark.parametrize("kind", ["causal", "fused qkv", "sliding window", "sliding and full"])
+@pytest.mark.few(6)
 def test_moved_parameters_generate_the_same_by_every_cache(kind: str, option: str) -> None:
     model = base_of(kind)
     surgery.splice(model, METHODS, at=surgery.locate(model).attention)
@@ -138,6 +140,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.few(2)
 def test_greedy_generation_is_the_same_with_and_without_cache(
     name: str, implementation: str
 ) -> None:

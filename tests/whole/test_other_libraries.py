@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,76 @@ def test_a_base_that_bitsandbytes_has_quantised(bits: int, tmp_path: Path) -> No
     assert type(copy.deepcopy(model.hf_quantizer)) is quantizer
     surgery.remove(model)
     assert type(model.hf_quantizer) is quantizer
+
+
+def pretrained(folder: Path, **options: Any) -> Any:
+    """A small Llama that was saved and is loaded again, as quantised bases are."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if not folder.exists():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        config = LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu", **options
+    )
+    return model.eval()
+
+
+def by_bitsandbytes(folder: Path, **options: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
+
+
+def by_torchao(folder: Path, kind: str) -> Any:
+    from torchao import quantization
+
+    model = pretrained(folder)
+    quantization.quantize_(model.model.layers, getattr(quantization, kind)())
+    return model
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BASES: dict[str, tuple[Callable[[Path], Any], float]] = {  # and how far the merged layers are
+    "bitsandbytes int8": (lambda f: by_bitsandbytes(f, load_in_8bit=True), 0.02),
+    "bitsandbytes nf4": (lambda f: by_bitsandbytes(f, **NF4), 1e-6),
+    "bitsandbytes nf4, twice, in bfloat16": (
+        lambda f: by_bitsandbytes(f, **NF4, bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.bfloat16), 0.01),
+    "torchao int8": (lambda f: by_torchao(f, "Int8WeightOnlyConfig"), 1e-5),
+    "torchao int8, inputs too": (
+        lambda f: by_torchao(f, "Int8DynamicActivationInt8WeightConfig"), 0.02),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_life_of_an_adapter_on_a_quantised_base(kind: str, tmp_path: Path) -> None:
+    make, bound = BASES[kind]
+    model = make(tmp_path / "base")
+    base = model(IDS).logits
+    report = surgery.splice(model, surgery.method("lora", rank=4, ports=("all",)))
+    assert len(report.inserted) == 14
+    assert torch.equal(model(IDS).logits, base)
+    trains(model)
+    perturb(model.eval(), 0.1)
+    tuned = model(IDS).logits
+    surgery.save(model, tmp_path / "adapter")
+    again = surgery.load(make(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(again(IDS).logits, tuned)
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 10
+    with pytest.raises(surgery.SpliceError, match="dequantize=True"):
+        surgery.merge(model)
+    merged = surgery.merge(model, dequantize=True)
+    assert len(merged.errors) == 14
+    assert max(merged.errors.values()) < bound
+    gap = (model(IDS).logits - tuned).detach()
+    assert float(gap.norm() / tuned.detach().norm()) < bound
+    surgery.unmerge(model, merged)
+    assert torch.equal(model(IDS).logits, tuned)
+    surgery.remove(model)
+    assert torch.equal(model(IDS).logits, base)
 
 
 def test_trl_reaches_adapter_dropout() -> None:

@@ -236,9 +236,13 @@ def test_adapter_dropout_leaves_the_training_outputs_of_the_base(named: Any, cho
     assert torch.equal(_seeded(model, case), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n not in ("gpt2", "roberta"))) for n in NAMES],
+)
 @settings(max_examples=settings().max_examples // 2)  # for each of six models
 @given(splices)
+@pytest.mark.few(1)
 def test_saving_and_loading_is_the_identity(tmp_path_factory: Any, name: str, chosen: Any) -> None:
     folder = tmp_path_factory.mktemp("adapter")
     model, case = build(name), inputs(name)

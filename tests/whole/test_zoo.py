@@ -122,6 +122,7 @@ def test_the_zoo_is_large() -> None:
 
 
 @pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.few(20)
 def test_a_splice_of_any_kind_starts_exact_is_alive_and_comes_out_again(model_type: str) -> None:
     tiny = build(model_type)
     model, given = tiny.model, tiny.inputs
@@ -146,6 +147,7 @@ def test_a_splice_of_any_kind_starts_exact_is_alive_and_comes_out_again(model_ty
 
 
 @pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.few(10)
 def test_every_softmax_over_keys_is_a_site_whatever_its_modules_are_called(model_type: str) -> None:
     tiny = build(model_type)
     before = surgery.locate(tiny.model, tiny.inputs)

@@ -12,7 +12,7 @@ from surgery_recipes.comparison import compare
 from surgery_recipes.comparison.grid import cells, recipe_of
 from surgery_recipes.recipe_files import write_recipe
 from tests.recipes import tiny
-from tests.recipes.comparison.grids import QUIET, finished, grid
+from tests.recipes.comparison.grids import QUIET, begun, finished, grid
 
 
 def test_a_folder_of_other_settings_is_no_result(root: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
     )
     first, second, third = cells(made)
     finished(first, 0.5, made)
-    (second.folder / "checkpoints/checkpoint-3").mkdir(parents=True)
+    begun(second)
     write_recipe(recipe_of(made, second), second.folder / "recipe.yaml")
     asked: list[list[str]] = []
 
@@ -111,6 +111,22 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
     assert "patience=0" in asked[1]
     assert asked[1][-1] == "--overwrite"  # of what an interrupted run without checkpoints left
     assert "prefix" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that pass for libraries lie in the folder where ``compare`` is called."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("surgery", "typer", "rich", "torch", "yaml", "surgery_recipes", "surgery_plugins"):
+        (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
+    made = grid(tmp_path / "grid", rows=["lora"], seeds=[1], baseline="", set=["titel=[/x]"])
+    [cell] = cells(made)
+    assert not compare._run(made, cell, "", trust=True)
+    log = (cell.folder / "log.txt").read_text()
+    assert "unknown key 'titel'" in log
+    assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.slow

@@ -32,6 +32,17 @@ def test_a_shipped_grid_is_whole(path: Path) -> None:
         ("row_set: {lora: training.max_steps=3}", "row_set of lora is 'training.max_steps=3'"),
         ("set: [{training: 3}]", "write a list of texts"),
         ("scores: {sst2: accuracy}", "scores of sst2 is 'accuracy'"),
+        ("scores: {sst2: []}", "scores of sst2 is empty"),
+        ("scores: [accuracy]", "it must be a dict"),
+        ("tasks: [[sst2]]", "write a list of texts"),
+        ("rows: [{a: 1}]", "write a list of texts"),
+        ("title: [a]", "it must be a str"),
+        ("seeds: [a]", "is 'a'; it must be a int"),
+        ("seeds: [1.5]", "it must be a int"),
+        ("paper: {lora: 3}", "paper of lora is 3; it must be a dict"),
+        ("paper: {lora: {sst2.accuracy: [1]}}", "it must be a float"),
+        ("baseline: [lora]", "it must be a str"),
+        ("task_set: {sst2: {a: 1}}", "write a list of texts"),
     ],
 )
 def test_a_grid_with_values_of_the_wrong_kind_is_refused(

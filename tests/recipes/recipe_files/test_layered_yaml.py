@@ -54,3 +54,23 @@ def test_a_loop_is_named_with_its_way(tmp_path: Path) -> None:
 def test_a_bad_file_is_named(text: str, part: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=part):
         read_recipe(write(tmp_path, top=text))
+
+
+def test_files_that_extend_each_other_many_times_are_refused(tmp_path: Path) -> None:
+    files = {f"f{i}": f"extends: [{', '.join([f'f{i + 1}.yaml'] * 9)}]" for i in range(8)}
+    with pytest.raises(RecipeError, match="extends more than 100 files"):
+        read_recipe(write(tmp_path, top="extends: f0.yaml", **files, f8="model: m"))
+
+
+def test_an_override_changes_one_of_two_aliases(tmp_path: Path) -> None:
+    top = write(tmp_path, top="model: m\ntask: t\ndata: &d {a: 1}\ntraining: *d")
+    recipe = read_recipe(top, ["data.a=2"])
+    assert (recipe.data, recipe.training) == ({"a": 2}, {"a": 1})
+    with pytest.raises(RecipeError, match="more than 32 parts"):
+        read_recipe(top, ["data" + ".a" * 40_000 + "=1"])
+
+
+@pytest.mark.parametrize("name", [".", "x" * 300, "a\0b", "nothing.yaml"])
+def test_a_path_that_leads_to_no_file_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such recipe|cannot be read|a folder or a device"):
+        read_recipe(tmp_path / name)

@@ -10,7 +10,7 @@ import torch
 import transformers as tr
 from rich.console import Console
 
-from surgery.adapter.atomic_write import read
+from surgery.adapter.reading import read
 from surgery_recipes.recipe_files import Recipe, find_recipe, read_recipe
 from surgery_recipes.run import finetune
 from surgery_recipes.run.trainer import AdapterTrainer

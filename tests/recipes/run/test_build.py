@@ -10,7 +10,7 @@ import torch
 import transformers as tr
 
 import surgery
-from surgery.adapter.atomic_write import read
+from surgery.adapter.reading import read
 from surgery.adapter.training import trained_rows
 from surgery.errors import RecipeError
 from surgery_recipes.run import finetune

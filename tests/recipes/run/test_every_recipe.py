@@ -25,6 +25,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.few(24)
 def test_a_recipe_is_built_and_runs_one_batch(name: str, root: Path, tmp_path: Path) -> None:
     task = name.split("/")[0]
     model, data = tiny.prepared(task, root)

@@ -25,6 +25,7 @@ KINDS = ["webnlg/mam_inducer", "coqa/fine_tuning", "coqa/prefix", "mnli/lora", "
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.few(3)
 def test_a_run_leaves_its_results_and_is_scored_again_from_its_files(
     name: str, root: Path, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_the_command_line_tries_a_recipe_out_and_trains_it(root: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["sst2/mam_inducer", "webnlg/prefix", "coqa/inducer_lora"])
+@pytest.mark.few(1)
 def test_mixed_precision_trains_and_its_adapter_is_float32(
     name: str, root: Path, tmp_path: Path
 ) -> None:

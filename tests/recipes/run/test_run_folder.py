@@ -81,6 +81,7 @@ def test_going_on_needs_the_same_settings(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sst2/prefix", "webnlg/inducer", "coqa/fine_tuning"])
+@pytest.mark.few(1)
 def test_a_run_that_was_stopped_while_it_was_scored_is_only_scored(
     name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

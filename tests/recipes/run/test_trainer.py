@@ -14,7 +14,7 @@ import transformers as tr
 from torch import nn
 
 import surgery
-from surgery.adapter.atomic_write import read
+from surgery.adapter.reading import read
 from surgery.errors import RecipeError
 from surgery_recipes.run import finetune
 from surgery_recipes.run.prepare import prepare_run
@@ -89,6 +89,7 @@ def test_wandb_is_missed_by_name(
 
 
 @pytest.mark.parametrize("name", ["sst2/lora", "webnlg/lora"])
+@pytest.mark.few(1)
 def test_accumulated_gradients_are_those_of_one_batch(
     name: str, root: Path, tmp_path: Path
 ) -> None:

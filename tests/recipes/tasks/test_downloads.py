@@ -23,7 +23,7 @@ from surgery.errors import RecipeError
 from surgery_recipes.tasks import webnlg
 from surgery_recipes.tasks.data_files import download, find_file, read_json, read_rows, read_text
 from tests.recipes import tiny
-from tests.recipes.stand_in import Files, Web, serve
+from tests.support.stand_in import Files, Web, serve
 
 PARTS = ("train", "dev", "test")
 LABELS = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}

@@ -52,6 +52,11 @@ def test_damaged_files_are_named(saved: Path, damage: str) -> None:
     assert untouched(model)
 
 
+def options_of(description: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = description["splices"][0]["methods"][0]["options"]
+    return options
+
+
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "no kept": lambda d: d.pop("kept"),
     "kept without a tensor": lambda d: d["kept"].append("transformer.wte.weight"),
@@ -67,10 +72,20 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a file elsewhere": lambda d: d.update(tensors="../" + d["tensors"]),
     "a file that is a number": lambda d: d.update(tensors=3),
     "a list": lambda d: d.update(base=[]),
+    "a fingerprint of text": lambda d: d["base"].update(fingerprint={"x": "y"}),
+    "a fingerprint beyond its range": lambda d: d["base"].update(fingerprint={"x": 1e308}),
+    "two splices of one name": lambda d: d["splices"].append(d["splices"][0]),
+    "a site twice": lambda d: d["splices"][0]["sites"].append(d["splices"][0]["sites"][0]),
+    "a site of another version": lambda d: d["splices"][0]["sites"][0].update(more=1),
+    "rows of none": lambda d: d["rows"].update({"transformer.wte.weight": []}),
+    "100,000 ports": lambda d: options_of(d).update(ports=["query"] * 100_000),
+    "an option that is deep": lambda d: options_of(d).update(ranks=[[[[[[]]]]]]),
+    "an option that is not finite": lambda d: options_of(d).update(alpha=float("inf")),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.few(20)
 def test_a_damaged_description_changes_nothing(tmp_path: Path, damage: str) -> None:
     model = built_with("gpt2", surgery.method("lora", rank=2))
     surgery.freeze_base(model, keep=["transformer.ln_f"])
@@ -88,6 +103,12 @@ def test_a_damaged_description_changes_nothing(tmp_path: Path, damage: str) -> N
         surgery.load(base, tmp_path / "adapter")
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(base.state_dict()[name], x) for name, x in before.items())
+
+
+def test_a_description_that_is_deep_is_damaged(saved: Path) -> None:
+    (saved / "surgery.json").write_text("[" * 100_000)
+    with pytest.raises(surgery.StoreError, match=r"surgery.json is damaged \(RecursionError"):
+        surgery.load(build("roberta"), saved)
 
 
 def test_an_adapter_that_replaces_the_head_of_another_says_so(tmp_path: Path) -> None:

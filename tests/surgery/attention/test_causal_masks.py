@@ -99,6 +99,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("m", "left", "right"), [(1100, 0, 70), (1100, 300, 0), (1500, 7, 400)])
 @pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.few(16)
 def test_what_is_skipped_changes_no_bit(
     told: list[tuple[bool, int]],
     dtype: torch.dtype,

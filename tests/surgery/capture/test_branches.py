@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import surgery
-from tests.support.forwards import Attention, check, drawn, with_two_methods
+from tests.support.forwards import Attention, check, drawn, pair, tokens, with_two_methods
 
 
 class BySize(Attention):
@@ -158,3 +158,15 @@ def test_a_splice_does_not_hang_on_the_point_at_which_it_is_tried(seed: int) -> 
     torch.manual_seed(seed)
     for model, given in ((ByData(), (drawn(),)), (ByCachedData(), (drawn(4), Store()))):
         with_two_methods(model.eval(), *given)
+
+
+class WrittenOut(Attention):
+    def forward(self, x: Tensor, n: float = 1) -> Tensor:
+        return super().forward(x) * float(str(n)) * float("%s" % n) * float(repr(n))  # noqa: UP031
+
+
+@torch.no_grad()
+def test_a_number_that_is_written_out_chooses_the_graph() -> None:
+    base, model = pair(WrittenOut)
+    for n in (1, 2, 2.5, 1):
+        assert torch.equal(model(tokens(), n), base(tokens(), n))

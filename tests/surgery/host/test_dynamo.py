@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
 import surgery
+from surgery.host import selection
+from tests.support.forwards import Attention, pair, tokens
 from tests.support.models import build, perturb
 
 CASES = [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager"), ("roberta", "sdpa")]
@@ -67,6 +69,7 @@ def call(model: Any, name: str, n: int = 7) -> Tensor:
     ("name", "implementation"),
     [*CASES[:2], *(pytest.param(*case, marks=slow) for case in CASES[2:])],
 )
+@pytest.mark.few(1)
 def test_one_graph_for_a_forward_that_was_never_run_before(name: str, implementation: str) -> None:
     model = spliced(name, implementation)
     backend = Counted()
@@ -93,6 +96,7 @@ def test_gradients_of_a_compiled_model_are_those_of_a_plain_one(
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
 
 
+@slow
 def test_other_lengths_add_one_graph_and_switching_adds_none_again() -> None:
     model = spliced("llama")
     backend = Counted()
@@ -159,7 +163,7 @@ def test_inductor(name: str, implementation: str) -> None:
 
 METHODS = [
     surgery.method("lora", rank=2),
-    surgery.method("prompt", length=3),
+    pytest.param(surgery.method("prompt", length=3), marks=slow),
     *(
         pytest.param(surgery.method(name, **options), marks=slow)
         for name, options in {"prefix": {"length": 3}, "inducer": {}, "ffn_adapter": {}}.items()
@@ -193,7 +197,8 @@ def test_export(method: Any, strict: bool) -> None:
         torch.testing.assert_close(loaded(*call), wrapped(*call), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=slow)])
+@slow
+@pytest.mark.parametrize("grad", [True, False])
 def test_a_prompt_compiles_to_one_graph(grad: bool) -> None:
     model = build("llama").eval()
     surgery.splice(model, surgery.method("prompt", length=3))
@@ -207,7 +212,7 @@ def test_a_prompt_compiles_to_one_graph(grad: bool) -> None:
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=slow)])
 @pytest.mark.parametrize("gate", [True, pytest.param(False, marks=slow)])
 def test_virtual_tokens_compile_with_and_without_gradients(grad: bool, gate: bool) -> None:
     torch.manual_seed(0)
@@ -271,3 +276,38 @@ def test_a_function_that_is_replaced_after_the_compilation_is_followed(
             assert not torch.equal(changed, before)
             assert torch.equal(changed, call(model, "llama"))
         assert torch.equal(call(compiled, "llama"), before)
+
+
+class Named(Attention):
+    """Reads one of its strings, and passes another on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = KeptWhole()
+
+    def forward(self, x: Tensor, mode: str = "plain", tag: str = "", **options: Any) -> Tensor:
+        y = super().forward(x) if mode != "twice" else 2 * super().forward(x)
+        return y + self.kept(x, tag)
+
+
+class KeptWhole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, tag: str) -> Tensor:
+        y: Tensor = self.map(x) * len(tag)
+        return y
+
+
+@slow
+@torch.no_grad()
+def test_strings_and_dropped_graphs_in_a_compiled_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, model = pair(Named)
+    monkeypatch.setattr(selection, "KEPT", 5)
+    compiled = torch.compile(model, backend=Counted())
+    for n in range(7):
+        for mode in ("plain", "twice"):
+            given: Any = {"mode": mode, "tag": "t" * (n % 4), f"option{n}": None}
+            assert torch.equal(compiled(tokens(), **given), base(tokens(), **given))
+    assert len(surgery.variants(model)[""]) == 5

@@ -28,6 +28,7 @@ def test_attentions_and_hidden_states_come_out_as_before(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "plain"])
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.few(5)
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
     model = with_inducer_and_lora(name)
     perturb(model)

@@ -15,6 +15,7 @@ from tests.support.splices import with_inducer_and_lora
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(3)
 def test_deepcopy_and_pickle_keep_the_splice_and_are_independent(name: str, tmp_path: Path) -> None:
     model, case = with_inducer_and_lora(name), inputs(name)
     perturb(model)

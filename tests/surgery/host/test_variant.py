@@ -51,11 +51,15 @@ def test_a_call_pattern_without_end_is_reported() -> None:
     model = with_two_methods(Endless().eval(), drawn())
 
     def many_lengths() -> None:
-        for n in range(1, 30):
+        for n in range(1, 40):
             model(drawn(n))
 
-    with pytest.warns(UserWarning, match=r"24 variants of one host.*surgery\.variants"):
+    with pytest.warns(
+        UserWarning, match=r"more than 32 kinds.*x\.shape.*surgery\.variants"
+    ) as told:
         many_lengths()
+    assert len(told) == 1
+    assert len(surgery.variants(model)[""]) == 32
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import surgery
 from tests.support import models
@@ -143,3 +144,19 @@ def test_linear_sites_are_what_no_attention_and_no_ffn_has(tmp_path: Path) -> No
     moved = models.logits(model, given)
     surgery.save(model, tmp_path)
     assert torch.equal(models.logits(surgery.load(models.build("llama"), tmp_path), given), moved)
+
+
+class Flex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_function_that_has_to_be_compiled_is_refused() -> None:
+    with pytest.raises(surgery.SiteError, match="Choose another attention implementation"):
+        surgery.locate(Flex().requires_grad_(False), torch.randn(2, 5, 32))

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import surgery
 from tests.support.models import perturb
@@ -117,3 +118,65 @@ def test_inducers_of_both_streams_start_equal_and_train() -> None:
     sum(y.square().mean() for y in model(**inputs)).backward()
     trained = [p for _, p in surgery.spliced_parameters(model) if p.grad is not None]
     assert len(trained) == len(list(surgery.spliced_parameters(model)))
+
+
+class Merged(nn.Module):
+    """A decoder's own tokens and a memory in one attention, projected by the same weights.
+
+    The keys and values of the memory are made once and kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("query", "key", "value", "output"):
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, kept: tuple[Tensor, ...] = (), odd: bool = False
+    ) -> Any:
+        def heads(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+        if not kept:
+            kept = heads(self.key(memory)), heads(self.value(memory))
+        key = torch.cat([heads(self.key(x)), kept[0]], 2)
+        value = torch.cat([heads(self.value(x)), kept[1]], 2)
+        y = F.scaled_dot_product_attention(heads(self.query(x)), key, value)
+        if odd:  # the memory once more, in a way that is no attention
+            y = y + (heads(self.query(x)) @ heads(self.key(memory)).mT).sigmoid() @ heads(
+                self.value(memory)
+            )
+        return self.output(y.transpose(1, 2).flatten(2)), kept
+
+
+def test_weights_that_run_where_nothing_is_recognised_are_an_error() -> None:
+    """The stream's keys were kept, but its weights run once more."""
+    torch.manual_seed(0)
+    model, x, memory = Merged().eval(), torch.randn(2, 3, WIDTH), torch.randn(2, 5, WIDTH)
+    surgery.splice(model, surgery.method("lora", rank=2), example_inputs=(x, memory))
+    _, kept = model(x, memory)
+    with pytest.raises(surgery.SurgeryError, match="not recognised"):
+        model(x, memory, kept, True)
+
+
+def test_a_weight_of_two_streams_is_not_merged() -> None:
+    torch.manual_seed(0)
+    model, given = Merged().eval(), (torch.randn(2, 3, WIDTH), torch.randn(2, 5, WIDTH))
+    sites = surgery.locate(model, given)
+    surgery.splice(model, surgery.method("lora", rank=2, ports=("query", "value")), at=sites)
+    perturb(model, 0.3)
+    expected = model(*given)[0]
+    with pytest.raises(surgery.SpliceError, match=r"another site runs its weight value\.weight"):
+        surgery.merge(model)
+    merged = surgery.merge(model, partial=True)
+    assert [i.edit.port for i in merged.folded] == ["query"]
+    torch.testing.assert_close(model(*given)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_that_was_kept_by_an_earlier_call_is_not_edited_again() -> None:
+    torch.manual_seed(0)
+    model, x, memory = Merged().eval(), torch.randn(2, 3, WIDTH), torch.randn(2, 5, WIDTH)
+    surgery.splice(model, surgery.method("lora", rank=2), example_inputs=(x, memory))
+    perturb(model, 0.3)
+    expected, kept = model(x, memory)
+    torch.testing.assert_close(model(x, memory, kept)[0], expected)

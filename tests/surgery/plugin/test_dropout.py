@@ -195,6 +195,7 @@ def model_gradients(model: GPT2LMHeadModel) -> list[Tensor]:
 @pytest.mark.parametrize("base_dropout", [0.0, 0.1])
 @pytest.mark.parametrize("method", ["lora", "inducer"])
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.few(4)
 def test_a_checkpointed_spliced_model_has_the_gradients_of_a_plain_one(
     reentrant: bool, method: str, base_dropout: float
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import surgery
 from tests.support.custom_methods import Custom
+from tests.support.methods import default
 from tests.support.models import build, inputs
 
 
@@ -82,7 +83,7 @@ def test_other_names_are_left_alone(name: str) -> None:
 @pytest.mark.parametrize("name", surgery.methods())
 def test_every_built_in_module_is_what_the_protocols_say(name: str) -> None:
     model = build("gpt2")
-    report = surgery.splice(model, surgery.method(name), example_inputs=inputs("gpt2"))
+    report = surgery.splice(model, default(name), example_inputs=inputs("gpt2"))
     for inserted in report.inserted:
         module = model.get_submodule(inserted.path)
         assert isinstance(module, surgery.Foldable) == hasattr(module, "fold")

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import Tensor, nn
 
 import surgery
 from tests.support.models import build, inputs, logits, perturb
@@ -64,3 +66,30 @@ def test_each_module_follows_its_port(tmp_path: Any) -> None:
     given = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
     surgery.splice(model, surgery.method("lora", ports=("query", "value", "up", "output")))
     assert model(**given).logits.isfinite().all()
+
+
+class HalfInside(nn.Module):
+    """Attention whose heads alone are in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).bfloat16().unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+@pytest.mark.parametrize("name", ["prefix", "inducer", "ntk_attention", "lora"])
+def test_what_a_module_reads_may_have_another_dtype_than_what_it_edits(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = HalfInside(), torch.randn(2, 5, 12)
+    base = model(x)
+    surgery.splice(model, surgery.method(name), example_inputs=x)
+    perturb(model, 0.5)
+    moved = model(x)
+    assert moved.dtype == torch.float32
+    assert not torch.allclose(moved, base)
+    moved.sum().backward()
+    assert all(p.grad is not None for _, p in surgery.spliced_parameters(model))

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 import surgery
 from tests.support.models import perturb
-from tests.support.vision import SIDE, WIDTH, Channels, Tokens, Windows
+from tests.support.vision import (
+    SIDE,
+    WIDTH,
+    Channels,
+    Folded,
+    Interleaved,
+    Pooled,
+    Tokens,
+    Windows,
+)
 
 METHODS = {
     "lora": surgery.method("lora", rank=2, ports="all"),
@@ -42,14 +51,25 @@ def alike(method: surgery.Method, made: nn.Module, twin: nn.Module) -> tuple[Ten
     return tokens_of(out) if images else out, twin(tokens_of(x))
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("make", [Channels, Windows])
+KINDS = [
+    (make, name)
+    for make in (Channels, Windows, Folded, Interleaved)
+    for name in METHODS
+    # LoRA's A has the columns of the layer's own weight, in which the twin differs.
+    if (make, name) != (Interleaved, "lora")
+]
+
+
+@pytest.mark.parametrize(("make", "name"), KINDS)
+@pytest.mark.few(16)
 def test_convolutions_and_windows_act_as_their_twin(
     make: Callable[[], nn.Module], name: str
 ) -> None:
     torch.manual_seed(0)
     made = make().double().eval()
-    twin = Tokens(made, windows=make is Windows).double().eval()
+    twin = Tokens(made, windows=make is not Channels).double().eval()
+    if isinstance(made, Interleaved):
+        twin.out.weight.data = made.out.weight.data[:, made.order]
     base = twin(tokens_of(torch.ones(1, WIDTH, SIDE, SIDE).double()))
     torch.set_default_dtype(torch.float64)
     try:
@@ -59,6 +79,20 @@ def test_convolutions_and_windows_act_as_their_twin(
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     moved = twin(tokens_of(torch.ones(1, WIDTH, SIDE, SIDE).double()))
     assert not torch.allclose(moved, base)
+
+
+@pytest.mark.parametrize("name", ["inducer", "prefix", "gated"])
+def test_what_is_added_to_a_context_stays_out_of_the_edits(name: str) -> None:
+    torch.manual_seed(0)
+    made = Pooled().double().eval()
+    twin = Pooled(made, behind=True).double().eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours, theirs = alike(METHODS[name], made, twin)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours.shape == (2, SIDE**2 // 2, WIDTH)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_a_merge_folds_into_the_kernel() -> None:

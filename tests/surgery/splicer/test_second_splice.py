@@ -15,6 +15,7 @@ IDS = torch.arange(14).reshape(2, 7) + 3
 
 
 @pytest.mark.parametrize("name", ["bitfit", "lora", "ia3", "inducer", "prefix", "ffn_adapter"])
+@pytest.mark.few(5)
 def test_a_second_adapter_of_a_kind_finds_the_same_sites(name: str) -> None:
     model = build("gpt2")
     first = surgery.splice(model, surgery.method(name), name="a")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.testing import make_model
+from tests.support.methods import default
 from tests.support.models import perturb
 
 IDS = torch.arange(3, 13).reshape(2, 5)
@@ -79,6 +80,61 @@ def test_a_thread_that_runs_the_model_sees_no_splice_under_way() -> None:
     stop.set()
     thread.join()
     assert len(found) > 1
+    assert [each for each in found if each is not True] == []
+
+
+def switching(method: surgery.Method, forwards: int) -> list[Any]:
+    """What four threads found that each ran and switched one model, while a splice came and went.
+
+    Returns:
+        for each forward True, or what was wrong with it.
+    """
+    model: Any = make_model("fused")
+    with torch.no_grad():
+        base = model(input_ids=IDS).logits
+        surgery.splice(model, method)
+        perturb(model)
+        on = model(input_ids=IDS).logits
+    found: list[Any] = []
+
+    @torch.no_grad()
+    def serve(number: int) -> None:
+        for turn in range(forwards):
+            try:
+                if (number + turn) % 2:
+                    good = torch.allclose(model(input_ids=IDS).logits, on, atol=1e-5)
+                else:
+                    with surgery.disabled(model):
+                        good = torch.allclose(model(input_ids=IDS).logits, base, atol=1e-5)
+                found.append(good or f"other numbers in forward {turn} of thread {number}")
+            except Exception as error:
+                found.append(error)
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(8):
+        surgery.splice(model, surgery.method("bitfit"), name="second")
+        surgery.remove(model, "second")
+    for thread in threads:
+        thread.join()
+    return found
+
+
+SWITCHED = sorted(set(surgery.methods()) - {"red"})
+
+
+def test_threads_switch_one_model_apart() -> None:
+    found = switching(surgery.method("lora"), 10)
+    assert len(found) == 40
+    assert [each for each in found if each is not True] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_thousand_forwards_of_four_threads_are_right(name: str) -> None:
+    found = switching(default(name), 250)
+    assert len(found) == 1000
     assert [each for each in found if each is not True] == []
 
 

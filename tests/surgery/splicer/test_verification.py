@@ -69,12 +69,13 @@ def test_a_splice_that_is_not_what_it_says_is_undone(method: surgery.Method, par
 
 
 @pytest.mark.parametrize("declared", ["exact", "gated"])
-@pytest.mark.parametrize("factor", [2.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", ["2", "nan", "inf"])
 @pytest.mark.parametrize(
     "beside", [[], [("ffn_adapter", {"placement": "block"})], [("prefix", {})]]
 )
+@pytest.mark.few(14)
 def test_a_start_that_is_none_is_found_out(
-    declared: surgery.Start, factor: float, beside: list[Named]
+    declared: surgery.Start, factor: str, beside: list[Named]
 ) -> None:
     model = build("roberta")
     with pytest.raises(SpliceError, match=f"declares start '{declared}'"):

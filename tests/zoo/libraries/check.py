@@ -31,7 +31,7 @@ from tests.zoo.outputs import differ
 from tests.zoo.report import failure
 
 LIBRARIES = ("diffusers", "open_clip", "timm", "torchvision")
-LIMIT = 300  # seconds for one model
+LIMIT = 600  # seconds for one model
 METHODS = {
     "lora": surgery.method("lora", rank=2, ports="all"),
     "ia3": surgery.method("ia3"),

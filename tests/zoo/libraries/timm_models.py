@@ -41,19 +41,22 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     model: Any = timm.create_model(name, pretrained=False)
     cut(model)
-    image = torch.randn(2, *model.pretrained_cfg["input_size"])
+    size = model.pretrained_cfg["input_size"]  # (channels, height, width)
+    image = torch.randn(2 if size[-1] <= 384 else 1, *size)
     wake(model)
     settle(model, image)
     return model.eval(), {"x": image}
 
 
-def cut(model: Any) -> None:
-    """Keep the first three blocks of a large model whose blocks are all of one class."""
-    blocks = getattr(model, "blocks", ())
-    large = sum(p.numel() for p in model.parameters()) > 80e6
-    kinds = {type(block) for block in blocks}
-    if large and len(blocks) > 3 and len(kinds) == 1 and kinds != {nn.Sequential}:
-        model.blocks = blocks[:3]
+def cut(model: nn.Module) -> None:
+    """Keep the first three blocks of each stack of one class of blocks in a large model."""
+    if sum(p.numel() for p in model.parameters()) < 80e6:
+        return
+    for parent in list(model.modules()):
+        blocks: Any = getattr(parent, "blocks", ())
+        kinds = {type(block) for block in blocks}
+        if len(blocks) > 3 and len(kinds) == 1 and kinds != {nn.Sequential}:
+            parent.blocks = blocks[:3]
 
 
 @torch.no_grad()

@@ -91,6 +91,7 @@ def test_blocks_that_overlap_in_time_leave_nothing_off() -> None:
 
 @pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 @given(st.lists(st.sampled_from(STATES[:3]), min_size=2, max_size=3), st.booleans())
+@pytest.mark.few(1)
 def test_forwards_of_one_step_keep_their_adapters_when_repeated(
     reentrant: bool, states: list[tuple[str, ...]], inside: bool
 ) -> None:
@@ -127,3 +128,30 @@ def test_switching_keeps_the_graphs_of_each_state() -> None:
     assert not any(surgery.variants(model).values())
     run(model, ())
     assert all(surgery.variants(model).values())
+
+
+def test_tasks_of_one_thread_that_overlap_leave_nothing_off_in_compiled_code() -> None:
+    model, ids = two_adapters(), torch.arange(3, 9)[None]
+    expected = run(model, (), ids)
+    compiled = torch.compile(model, backend="eager")
+
+    async def task(name: str, entered: asyncio.Event, leave: asyncio.Event) -> None:
+        with surgery.using(model, name):
+            entered.set()
+            await leave.wait()
+
+    async def every() -> None:
+        events = [asyncio.Event() for _ in range(4)]
+        first, second = list(surgery.splicer.reports(model))
+        tasks = [
+            asyncio.create_task(task(first, events[0], events[1])),
+            asyncio.create_task(task(second, events[2], events[3])),
+        ]
+        await events[0].wait()
+        await events[2].wait()
+        for leave, each in zip(events[1::2], tasks, strict=True):  # the first leaves first
+            leave.set()
+            await each
+
+    asyncio.run(every())
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)

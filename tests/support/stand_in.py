@@ -5,14 +5,16 @@
         subprocess.run(..., env={"HF_ENDPOINT": web.url})
 
 A repository is a dictionary from the names of its files to their contents; a model's has no prefix.
+Uploads arrive in it as the hub takes them: small files in a commit, weights (LFS) before it.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789" * 4
-Files = Mapping[str, bytes]
+Files = MutableMapping[str, bytes]
+LFS = (".safetensors", ".bin")
 
 
 @dataclass
@@ -33,6 +36,8 @@ class Web:
         repositories: files of the hub, by repository.
         broken: paths whose answers end half way.
         asked: each request so far, such as ``GET /data/train.json``.
+        uploaded: weights that were uploaded and not yet committed, by digest.
+        token: what uploads must be authorised with.
     """
 
     url: str = ""
@@ -40,6 +45,8 @@ class Web:
     repositories: dict[str, Files] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    uploaded: dict[str, bytes] = field(default_factory=dict)
+    token: str = "hf_of_the_stand_in"
 
 
 @contextmanager
@@ -69,6 +76,69 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer()
+
+    def do_PUT(self) -> None:
+        """Weights, at the address that ``_batch`` has given."""
+        data = self._body()
+        digest = urlsplit(self.path).path.removeprefix("/lfs/")
+        assert hashlib.sha256(data).hexdigest() == digest
+        self.web.uploaded[digest] = data
+        self._send("")
+
+    def do_POST(self) -> None:
+        path, data = unquote(urlsplit(self.path).path), self._body()
+        self.web.asked.append(f"POST {path}")
+        if self.headers.get("Authorization") != f"Bearer {self.web.token}":
+            self._refuse(401, "you may not write here")
+        elif path == "/api/validate-yaml":
+            self._send(json.dumps({"warnings": [], "errors": []}))
+        elif path == "/api/repos/create":
+            about = json.loads(data)
+            name = f"{about.get('organization') or 'me'}/{about['name']}"
+            self.web.repositories.setdefault(name, {})
+            self._send(json.dumps({"url": f"{self.web.url}/{name}", "name": name}))
+        elif path.endswith("/info/lfs/objects/batch"):
+            self._batch(json.loads(data))
+        elif "/preupload/" in path:
+            files = [f["path"] for f in json.loads(data)["files"]]
+            mode = {f: "lfs" if f.endswith(LFS) else "regular" for f in files}
+            told = [{"path": f, "uploadMode": mode[f], "shouldIgnore": False} for f in files]
+            self._send(json.dumps({"files": told}))
+        else:
+            self._commit(path.removeprefix("/api/models/").partition("/commit/")[0], data)
+
+    def _batch(self, asked: dict[str, Any]) -> None:
+        """Where to upload weights to."""
+        told = [
+            {**o, "actions": {"upload": {"href": f"{self.web.url}/lfs/{o['oid']}"}}}
+            for o in asked["objects"]
+        ]
+        self._send(json.dumps({"transfer": "basic", "objects": told}))
+
+    def _commit(self, repository: str, data: bytes) -> None:
+        """Change the files of a repository as a commit says, line by line."""
+        files = self.web.repositories[repository]
+        for line in data.decode().splitlines():
+            key, value = json.loads(line)["key"], json.loads(line)["value"]
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.web.uploaded[value["oid"]]
+            elif key == "deletedFile":
+                del files[value["path"]]
+        url = f"{self.web.url}/{repository}/commit/{COMMIT}"
+        self._send(json.dumps({"success": True, "commitOid": COMMIT, "commitUrl": url}))
+
+    def _body(self) -> bytes:
+        """The body of a request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     def log_message(self, format: str, *args: Any) -> None:
         """Print nothing; ``Web.asked`` has it."""
@@ -114,6 +184,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def _refuse(self, code: int, why: str) -> None:
+        data = json.dumps({"error": why}).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def _send(self, content: bytes | str, etag: str = "", cut: bool = False) -> None:
         data = content.encode() if isinstance(content, str) else content

@@ -1,0 +1,82 @@
+"""Find the ports that modules make, and splice updates of whole modules port by port."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from surgery.formats.foreign import Foreign, Translation
+from surgery.plugin import Edit, Port, Site, Sites, method
+
+Ports = list[tuple[Site, Port]]
+Place = tuple[str, str, str, str]  # path, key and kind of a site, and a port
+
+
+def projections(sites: Sites) -> dict[str, Ports]:
+    """Return for each module that makes projections the sites and ports that it makes."""
+    found: dict[str, Ports] = {}
+    for site in [*sites, *sites.linear, *sites.embedding]:
+        for port in site.ports.values():
+            if port.module and port.in_width is not None:
+                found.setdefault(port.module, []).append((site, port))
+    return found
+
+
+def places(
+    adapter: Foreign, modules: Mapping[str, Mapping[str, str]], sites: Sites
+) -> dict[str, Ports]:
+    """Return the ports that each module of an adapter makes.
+
+    Raises:
+        StoreError: a module makes no port, or makes ports that lack some of its features.
+    """
+    if not modules:
+        raise adapter.refuse("it updates no module.")
+    known = projections(sites)
+    missing = [path for path in modules if path not in known]
+    if missing:
+        first = min(modules[missing[0]].values())
+        raise adapter.refuse(
+            f"{len(missing)} of its {len(modules)} modules are no projections that a site of "
+            f"this model reaches, as {missing[0]} ({first} {tuple(adapter.tensors[first].shape)}). "
+            "Load it into the base that it was made for; print(surgery.locate(model)) shows what "
+            "this one has."
+        )
+    for path in modules:
+        ports = known[path]
+        columns = [c for _, port in ports for c in port.columns or ()]
+        whole = len(ports) == 1 and ports[0][1].columns is None
+        if not whole and sorted(columns) != list(range(out_width(ports))):
+            names = ", ".join(f"{port.name} of {site.path}" for site, port in ports)
+            raise adapter.refuse(f"{path} makes {names}, and they are not its features, each once.")
+    return {path: known[path] for path in modules}
+
+
+def out_width(ports: Ports) -> int:
+    """Return how many features a module makes, all of its ports together."""
+    return sum(port.width for _, port in ports)
+
+
+def at_ports(
+    name: str,
+    options: Mapping[str, Any],
+    sites: Sites,
+    values: Mapping[Place, Mapping[str, Tensor]],
+) -> Translation:
+    """Return the translation to a method at just these ports, with these values of parameters."""
+    picks: dict[tuple[str, str, str], list[str]] = {}
+    for path, key, kind, port in values:
+        picks.setdefault((path, key, kind), []).append(port)
+    chosen = [
+        dataclasses.replace(site, picked=tuple(p for p in site.ports if p in picks[site.identity]))
+        for site in [*sites, *sites.linear, *sites.embedding]
+        if site.identity in picks
+    ]
+
+    def value(path: str, edit: Edit, parameter: str) -> Tensor | None:
+        return values.get((path, edit.site, edit.kind, edit.port), {}).get(parameter)
+
+    return Translation([method(name, **options)], Sites(chosen), value)

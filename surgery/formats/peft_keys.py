@@ -1,0 +1,140 @@
+"""Sort the tensors of a PEFT adapter: by the modules that they update, and those of the base.
+
+base_model.model.X.lora_A.weight                    A of module X          (LoRA, IA3: ia3_l)
+base_model.model.X.lora_embedding_A           A of embedding X
+base_model.model.X.token_adapter.trainable_...      rows of embedding X
+base_model.model.X.base_layer.bias                  the base's own X.bias
+base_model.model.X.weight                           the base's own, in a module to save
+base_model.X.weight                                 the same beside a prompt or a prefix
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import shown
+from surgery.formats.foreign import Foreign, option
+
+_PARTS = ("lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B")
+_ROWS = "token_adapter"
+
+
+@dataclass
+class Keys:
+    """The names of an adapter's tensors.
+
+    Attributes:
+        modules: for each updated module the names of its tensors by what they are: ``lora_A``,
+            ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``, ``ia3_l``.
+        rows: the tensors of rows, by the path of the embedding.
+        base: the tensors of the base, by their names there.
+    """
+
+    modules: dict[str, dict[str, str]] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+
+
+def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
+    """Sort the tensors of an adapter whose names begin with a prefix.
+
+    Raises:
+        StoreError: a tensor has no place here; it is named.
+    """
+    found = Keys()
+    for key in adapter.tensors:
+        if not key.startswith(prefix):
+            raise adapter.refuse(f"the tensor {shown(key)} is named without {prefix!r}.")
+        parts = key.removeprefix(prefix).split(".")
+        at = next((i for i, part in enumerate(parts) if part in (*_PARTS, _ROWS)), None)
+        if any(part.startswith("lora_magnitude") for part in parts):
+            raise adapter.refuse(f"{key} belongs to DoRA, which rescales the updated weight.")
+        if at is None:
+            _note_base(found, key, parts)
+            continue
+        path, last = ".".join(parts[:at]), [p for p in parts[at + 1 :] if p != "default"]
+        if parts[at] == _ROWS:
+            found.rows[path] = key
+        elif "base_layer" in parts[:at] or last not in ([], ["weight"], ["bias"]):
+            raise adapter.refuse(
+                f"{key} updates no module of its own (a 3-D weight, or a wrapped layer)."
+            )
+        else:
+            what = parts[at] + (".bias" if last == ["bias"] else "")
+            found.modules.setdefault(path, {})[what] = key
+    names = _own_names(model)
+    found.base = {names.get(name, name): key for name, key in found.base.items()}
+    return found
+
+
+def _note_base(found: Keys, key: str, parts: list[str]) -> None:
+    """Note a tensor of the base; the base's copy beside a trained module is passed over."""
+    if "original_module" in parts:
+        return
+    if "modules_to_save" in parts:  # in memory, and beside bias='all'
+        at = parts.index("modules_to_save")
+        found.base.setdefault(".".join([*parts[:at], *parts[at + 2 :]]), key)
+        return
+    found.base[".".join(part for part in parts if part != "base_layer")] = key
+
+
+def _own_names(model: nn.Module) -> dict[str, str]:
+    """Return the name in ``named_parameters`` of each parameter, by each name of it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {alias: names[id(p)] for alias, p in every}
+
+
+def base_tensors_of(adapter: Foreign, keys: Keys, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the base that an adapter brings, by name.
+
+    Copies of the base's own are left out: PEFT saves the table of an embedding that it updates.
+    """
+    own = dict(model.named_parameters())
+    return {
+        name: adapter.tensors[key]
+        for name, key in keys.base.items()
+        if ".base_layer.weight" not in key or not _same(own.get(name), adapter.tensors[key])
+    }
+
+
+def _same(own: Tensor | None, tensor: Tensor) -> bool:
+    """Whether a tensor is equal to the base's own."""
+    if own is None or own.is_meta or own.shape != tensor.shape:
+        return False
+    return torch.equal(own.cpu(), tensor.to("cpu", own.dtype))
+
+
+def rows_of(adapter: Foreign, keys: Keys, model: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
+    """Return the rows of embeddings that an adapter brings, with their numbers.
+
+    Raises:
+        StoreError: the config names other embeddings or numbers than there are tensors.
+    """
+    if not keys.rows:
+        return {}
+    chosen = option(adapter, "trainable_token_indices", {}, list, dict)
+    found, names = {}, _own_names(model)
+    for path, key in keys.rows.items():
+        numbers, rows = _numbers(chosen, path), adapter.tensors[key]
+        if len(numbers) != len(rows) or rows.dim() != 2:
+            raise adapter.refuse(
+                f"{key} has the shape {tuple(rows.shape)}, and trainable_token_indices names "
+                f"{shown(chosen)}: a list of as many different rows of {path} must stand there."
+            )
+        found[names.get(f"{path}.weight", f"{path}.weight")] = (numbers, rows)
+    return found
+
+
+def _numbers(chosen: Any, path: str) -> list[int]:
+    """Return the numbers of the rows of an embedding; [] if they are none, or not all different."""
+    if isinstance(chosen, dict):
+        named = (rows for name, rows in chosen.items() if f".{path}".endswith(f".{name}"))
+        chosen = next(named, None)
+    if not isinstance(chosen, list) or not all(type(n) is int for n in chosen):
+        return []
+    return chosen if len({*chosen}) == len(chosen) and min(chosen, default=0) >= 0 else []

@@ -1,0 +1,132 @@
+"""Translate LoRA and (IA)3 as PEFT saves them.
+
+    PEFT    y = x W + b + s (x A^T B^T + c)         A (r, in), B (out, r) of a whole module
+    here    the same for each port of the module, with the columns of B and c that are the port's
+
+A module that makes several ports, a fused projection, has one A for all of them here too. The rows
+of an embedding (V, D) are a map of V features: A (r, V), B (D, r), under other names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import shown
+from surgery.formats.foreign import Foreign, Translation, option, require_shape
+from surgery.formats.modules import Place, Ports, at_ports, out_width, places
+from surgery.formats.peft_config import is_positive, matched, pattern
+from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
+from surgery.plugin import Port, Sites
+
+PREFIX = "base_model.model."
+A_B_OF_ROWS = ("lora_embedding_A", "lora_embedding_B")
+
+
+def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
+    """Return what a LoRA of PEFT becomes in this model.
+
+    Raises:
+        StoreError: a module is not there or has other widths, or an option has no place here.
+    """
+    keys = sorted_keys(adapter, model, PREFIX)
+    ports = places(adapter, keys.modules, sites)
+    rank, alpha = option(adapter, "r", 8, int), option(adapter, "lora_alpha", 8, int, float)
+    ranks, alphas = pattern(adapter, "rank_pattern"), pattern(adapter, "alpha_pattern")
+    bias = option(adapter, "lora_bias", False, bool)
+    values: dict[Place, dict[str, Tensor]] = {}
+    own: dict[str, tuple[int, float]] = {}
+    for path, parts in keys.modules.items():
+        own[path] = matched(ranks, path, rank), matched(alphas, path, alpha)
+        if not is_positive(own[path][0]) or type(own[path][0]) is not int:
+            raise adapter.refuse(f"the rank of {path} is {shown(own[path][0])}.")
+        if not is_positive(own[path][1]):
+            raise adapter.refuse(f"lora_alpha of {path} is {shown(own[path][1])}.")
+        whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias)
+        for site, port in ports[path]:
+            values[(*site.identity, port.name)] = _of_port(whole, port)
+    options = ranks_and_alphas(adapter, own) | {
+        "rslora": option(adapter, "use_rslora", False, bool),
+        "dropout": float(option(adapter, "lora_dropout", 0.0, int, float)),
+        "bias": bias,
+        "fused": any(len(found) > 1 for found in ports.values()),
+    }
+    found = at_ports("lora", options, sites, values)
+    return _with_base(adapter, model, keys, found)
+
+
+def _of_module(
+    adapter: Foreign, path: str, parts: Mapping[str, str], ports: Ports, rank: int, bias: bool
+) -> dict[str, Tensor]:
+    """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
+    width, out = ports[0][1].in_width, out_width(ports)
+    assert width is not None
+    a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
+    wanted: dict[str, tuple[int, ...]] = {a: (rank, width), b: (out, rank)}
+    wanted |= {"lora_B.bias": (out,)} if bias else {}
+    why = f"r is {rank}, and {path} maps {width} to {out} features"
+    end = "" if (a, b) == A_B_OF_ROWS else ".weight"
+    found = {
+        what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
+        for what, shape in wanted.items()
+    }
+    if parts.keys() - wanted.keys():
+        raise adapter.refuse(f"{min(parts[what] for what in parts.keys() - wanted.keys())} is "
+                             "there although its config does not say so.")  # fmt: skip
+    whole = {"a": found[a], "b": found[b].T}
+    return whole | ({"bias": found["lora_B.bias"]} if bias else {})
+
+
+def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:
+    """Return the part of a module's tensors that belongs to one port."""
+    if port.columns is None:
+        return dict(whole)
+    columns = list(port.columns)
+    return {name: x if name == "a" else x[..., columns] for name, x in whole.items()}
+
+
+def ranks_and_alphas(adapter: Foreign, own: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return the options of ranks and numerators: the commonest, and the others by module."""
+    options: dict[str, Any] = {}
+    for i, (one, several) in enumerate((("rank", "ranks"), ("alpha", "alphas"))):
+        values = {path: pair[i] for path, pair in own.items()}
+        options[one] = Counter(values.values()).most_common(1)[0][0]
+        options[several] = {} if len(set(values.values())) == 1 else values
+        if len(options[several]) > 10_000:
+            raise adapter.refuse(f"it has {len(values):,} modules of different {several}.")
+    return options | {"alpha": float(options["alpha"])}
+
+
+def ia3(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
+    """Return what (IA)3 of PEFT becomes in this model.
+
+    Raises:
+        StoreError: a module is not there or has another width, or is rescaled at the side on which
+            nothing is rescaled here.
+    """
+    keys = sorted_keys(adapter, model, PREFIX)
+    ports = places(adapter, keys.modules, sites)
+    values: dict[Place, dict[str, Tensor]] = {}
+    for path, parts in keys.modules.items():
+        key, (_, first) = parts.get("ia3_l", f"{PREFIX}{path}.ia3_l"), ports[path][0]
+        width = first.in_width if first.name == "output" else out_width(ports[path])
+        assert width is not None
+        shape = (1, width) if first.name == "output" else (width, 1)
+        side = "input" if first.name == "output" else "output"
+        why = f"the {side} of {path}, a projection to the port {first.name!r}, is rescaled here"
+        scale = require_shape(adapter, key, shape, why).flatten()
+        for site, port in ports[path]:
+            columns = None if first.name == "output" else port.columns
+            own = scale if columns is None else scale[list(columns)]
+            values[(*site.identity, port.name)] = {"scale": own}
+    return _with_base(adapter, model, keys, at_ports("ia3", {}, sites, values))
+
+
+def _with_base(adapter: Foreign, model: nn.Module, keys: Keys, found: Translation) -> Translation:
+    """Return a translation with what the adapter brings of the base."""
+    kept, rows = base_tensors_of(adapter, keys, model), rows_of(adapter, keys, model)
+    return dataclasses.replace(found, kept=kept, rows=rows)
