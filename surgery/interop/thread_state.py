@@ -55,14 +55,20 @@ def _torch_functions(state: Any) -> None:
         torch._C._set_torch_function_state(state)  # type: ignore[attr-defined]
 
 
+def _function_stack() -> list[Any]:
+    return _get_current_function_mode_stack()  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _dispatch_stack() -> list[Any]:
+    return dispatch._get_current_dispatch_mode_stack()
+
+
 def _function_modes(before: list[Any]) -> None:
-    now = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    _same(now, before, _pop_mode, _push_mode)
+    _same(_function_stack(), before, _pop_mode, _push_mode)
 
 
 def _dispatch_modes(before: list[Any]) -> None:
-    now = dispatch._get_current_dispatch_mode_stack()
-    _same(now, before, dispatch._pop_mode, dispatch._push_mode)
+    _same(_dispatch_stack(), before, dispatch._pop_mode, dispatch._push_mode)
 
 
 def _same(now: list[Any], before: list[Any], pop: Any, push: Any) -> None:
@@ -84,18 +90,11 @@ class LeftOnce:
     an exception. By then the mode has been put back, and another may be the last one.
     """
 
-    _on = 0
-
-    def __enter__(self) -> Any:
-        entered: Any = super().__enter__()  # type: ignore[misc]
-        self._on += 1
-        return entered
-
     def __exit__(self, *error: Any) -> Any:
-        if self._on == 0:
-            return None
-        self._on -= 1
-        return super().__exit__(*error)  # type: ignore[misc]
+        # Asked of torch: a count of one's own is wrong where an exception comes beside it.
+        if any(mode is self for mode in (*_function_stack(), *_dispatch_stack())):
+            return super().__exit__(*error)  # type: ignore[misc]
+        return None
 
     def leave(self) -> None:
         """End the mode, also what else its ``with`` block has changed."""
@@ -103,6 +102,6 @@ class LeftOnce:
 
 
 kept_for_threads(torch._C._get_torch_function_state, _torch_functions)  # type: ignore[attr-defined]
-kept_for_threads(_get_current_function_mode_stack, _function_modes)
-kept_for_threads(dispatch._get_current_dispatch_mode_stack, _dispatch_modes)
+kept_for_threads(_function_stack, _function_modes)
+kept_for_threads(_dispatch_stack, _dispatch_modes)
 kept_for_threads(torch.is_grad_enabled, torch._C._set_grad_enabled)

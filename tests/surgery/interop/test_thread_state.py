@@ -14,7 +14,13 @@ from torch.utils._python_dispatch import (
     is_in_torch_dispatch_mode,
 )
 
-from surgery.interop import capture_running, capturing, keeping_thread_state, random_streams
+from surgery.interop import (
+    LeftOnce,
+    capture_running,
+    capturing,
+    keeping_thread_state,
+    random_streams,
+)
 
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "gradients off": torch.no_grad,
@@ -91,3 +97,27 @@ def test_a_mode_that_ends_late_takes_no_other_off() -> None:
     with BaseTorchDispatchMode() as mode:
         held.pop().close()
         assert _get_current_dispatch_mode_stack() == [mode]
+
+
+class Ending(LeftOnce, BaseTorchFunctionMode):
+    """A mode whose end is interrupted ``times`` times before it does anything."""
+
+    times = 2
+
+    def __exit__(self, *error: Any) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise KeyboardInterrupt
+        return super().__exit__(*error)
+
+
+def test_a_mode_whose_end_is_interrupted_is_ended() -> None:
+    @keeping_thread_state
+    def operate() -> None:
+        with Ending():
+            pass
+
+    before = state()
+    with pytest.raises(KeyboardInterrupt):
+        operate()
+    assert state() == before
