@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
@@ -43,9 +44,12 @@ SECTIONS: dict[str, Callable[[Record, bool], None]] = {
 def head() -> dict[str, str]:
     """Return what a run runs on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
     return {"device": device, **versions, "commit": commit or "unknown"}
 
@@ -67,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     record = Record(folder / "RESULTS_GPU.json", 60 * args.minutes - 10, head())
-    record.bars.update(core.BARS | speed.BARS)
+    for key, bar in (core.BARS | speed.BARS).items():
+        record.bars[key] = replace(bar, judged=not args.tiny)
     for name in args.sections:
         before = record.left
         try:

@@ -99,8 +99,12 @@ def peft_lora(model: Any) -> Any:
 
 def peft_prefix(length: int) -> Make:
     """Return what makes of a model PEFT's prefix-tuning."""
-    config = peft.PrefixTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
-    return lambda model: wrapped(model, config)
+
+    def make(model: Any) -> Any:  # PEFT writes the model's shape into the config: one for each
+        config = peft.PrefixTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
+        return wrapped(model, config)
+
+    return make
 
 
 def wrapped(model: Any, config: Any) -> Any:

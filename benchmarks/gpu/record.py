@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -34,19 +34,21 @@ class Bar:
         bar: the figure.
         at_least: whether the value should be as high as the bar, or as low.
         value: the measured value; None until it is measured.
+        judged: whether the shapes are those that the bar was set for.
     """
 
     what: str
     bar: float
     at_least: bool = False
     value: float | None = None
+    judged: bool = True
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
         if self.value is None:
             return f"{self.what}: not measured, bar {sign} {self.bar:g}"
-        judged = verdict(self.value, self.bar, self.at_least)
-        return f"{self.what}: {self.value:.3f}, bar {sign} {self.bar:g}: {judged}"
+        said = verdict(self.value, self.bar, self.at_least) if self.judged else "tiny, not judged"
+        return f"{self.what}: {self.value:.3f}, bar {sign} {self.bar:g}: {said}"
 
 
 @dataclass
@@ -124,14 +126,15 @@ class Record:
         """Add cells to a row."""
         self.tables.setdefault(title, {}).setdefault(name, {}).update(cells)
         self.write()
-        shown = ", ".join(f"{column} {cell}".strip() for column, cell in cells.items())
+        shown = ", ".join(f"{column} {cell}".strip() for column, cell in cells.items() if cell)
+        if not shown:
+            return
         spent = self.seconds - self.left
         console.print(f"[{spent:4.0f} s] {title}: {name}: {shown}", highlight=False, markup=False)
 
     def measured(self, key: str, value: float) -> None:
         """Give a bar its value."""
-        bar = self.bars[key]
-        self.bars[key] = Bar(bar.what, bar.bar, bar.at_least, value)
+        self.bars[key] = replace(self.bars[key], value=value)
         self.write()
         console.print(str(self.bars[key]), highlight=False, markup=False)
 
