@@ -95,8 +95,10 @@ def errors(case: Case, dtype: torch.dtype, width: int, backend: SDPBackend | Non
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SDPA's reasons why it cannot
-                F.scaled_dot_product_attention(q, k, v, mask, case.dropout, causal,
-                                               enable_gqa=case.groups > 1).sum().backward()  # fmt: skip
+                plain = F.scaled_dot_product_attention(
+                    q, k, v, mask, case.dropout, causal, enable_gqa=case.groups > 1
+                )
+                plain.sum().backward()
         except RuntimeError:
             return {"": "SDPA has none"}
         kept: Tensor | float = 1.0

@@ -1,4 +1,4 @@
-"""Make the models that are compared: random weights of known shapes, with ours or PEFT's in them."""
+"""Make the models that are compared: known shapes, random weights, with ours or PEFT's in them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def sync() -> None:
 
 
 def training(model: Any, ids: Tensor, compile_it: str = "") -> Run:
-    """Return a forward, backward and step of AdamW, compiled by the backend of that name, if any."""
+    """Return a forward, backward and step of AdamW; ``compile_it`` names a backend, if any."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
