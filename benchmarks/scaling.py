@@ -175,7 +175,7 @@ Ask = Callable[..., dict[str, float]]
 def depth(ask: Ask, tiny: bool) -> None:
     """Report locate and splice against depth, and against width."""
     depths = DEPTHS[:2] if tiny else DEPTHS
-    rows, each = [], []
+    rows = []
     curves: dict[str, list[tuple[float, float]]] = {"locate": [], "splice": []}
     cases = [(layers, 256) for layers in depths] + [(8, w) for w in WIDTHS[: 1 if tiny else None]]
     for number, (layers, width) in enumerate(cases):
@@ -184,15 +184,16 @@ def depth(ask: Ask, tiny: bool) -> None:
         cells = (f"{found['locate']:.2f}", f"{found['splice']:.2f}", f"{a_layer:.0f}")
         rows.append((str(layers), str(width), *cells, f"{found['MiB']:.0f}"))
         if number < len(depths):
-            each.append(a_layer)
             for name, points in curves.items():
                 points.append((layers, found[name]))
     columns = ["layers", "width", "locate s", "splice s", "ms a layer", "MiB"]
     show("LoRA on every linear layer, on the meta device", columns, rows)
     LINES["splicing against depth: seconds"] = curves
-    growth = each[-1] / each[-2]
-    said = verdict(growth, STEADY)
-    line(f"a layer at depth {depths[-1]} / {depths[-2]}: {growth:.2f}, bar <= {STEADY}: {said}")
+    for name, points in curves.items():
+        (few, less), (many, more) = points[-2:]
+        growth = more / less * few / many
+        said = verdict(growth, STEADY)
+        line(f"{name}, a layer of {many} / of {few}: {growth:.2f}, bar <= {STEADY}: {said}")
 
 
 def meta(ask: Ask, tiny: bool) -> None:

@@ -125,7 +125,7 @@ def errors(case: Case, dtype: torch.dtype, width: int, backend: SDPBackend | Non
     slopes = torch.autograd.grad(expected, wide, [grad.double(), shift.double()])
     expected += [slopes[0], *(g.unflatten(1, (-1, case.groups)).sum(2) for g in slopes[1:])]
     worst = max(relative(a, b) for a, b in zip(found, expected, strict=True))
-    return {"error": f"{worst:.1e}", "fused": "" if served else " (scores)"}
+    return {"error": f"{worst:.1e}", "fused": "" if served else " (no kernel)"}
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -148,7 +148,7 @@ def check(record: Record, tiny: bool) -> None:
                     some = [errors(case, dtype, width, backend) for width in widths]
                     measured = [e for e in some if "error" in e]
                     worst = max((e for e in measured), key=lambda e: float(e["error"]), default={})
-                    scores = any(e["fused"] for e in measured) * " (scores)"
+                    scores = any(e["fused"] for e in measured) * " (no kernel)"
                     cells[name] = f"{worst['error']}{scores}" if worst else "SDPA has none"
                     if worst and float(worst["error"]) > bound:
                         bad.append(f"{name} {worst['error']} > {bound:g}")

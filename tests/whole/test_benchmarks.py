@@ -95,5 +95,5 @@ def test_scaling_runs_on_small_sizes() -> None:
     )
     for title in ("on the meta device", "A training step", "Loading adapters", "70 billion"):
         assert title in done.stdout
-    assert done.stdout.count("bar <=") == 4
+    assert done.stdout.count("bar <=") == 5
     assert max(map(len, done.stdout.splitlines())) <= 80
