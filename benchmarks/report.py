@@ -1,17 +1,19 @@
 """Run every benchmark and write the results to RESULTS.md and RESULTS.png beside this file.
 
-Run: python benchmarks/report.py        (about 20 minutes on two cores)
+Run: python benchmarks/report.py        (about 35 minutes on two cores)
 """
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import inducer_core
 import matplotlib as mpl
 import methods
 import overhead
+import scaling
 import torch
 from timing import BARS, LINES, REPORT
 
@@ -60,11 +62,17 @@ def picture(path: Path) -> None:
 
 
 def main() -> None:
-    for script, repeats in ((overhead, 12), (inducer_core, 5), (methods, 4)):
+    scripts: list[tuple[Any, list[str]]] = [
+        (overhead, ["--repeats", "12"]),
+        (inducer_core, ["--repeats", "5"]),
+        (methods, ["--repeats", "4"]),
+        (scaling, []),
+    ]
+    for script, arguments in scripts:
         name = Path(script.__file__).name
         REPORT.append(f"\n## {(script.__doc__ or '').splitlines()[0]} (`{name}`)\n")
-        script.main(["--repeats", str(repeats)])
-    gpu = "" if torch.cuda.is_available() else "No GPU was at hand: nothing here was run on one."
+        script.main(arguments)
+    gpu = "" if torch.cuda.is_available() else "No GPU was at hand; `make gpu` measures on one."
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
     ).stdout.strip()

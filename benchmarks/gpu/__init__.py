@@ -1,0 +1,1 @@
+"""Check on a GPU that the library is right there, and how fast it is beside PEFT and the base."""
