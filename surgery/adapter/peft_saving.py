@@ -77,7 +77,7 @@ def save_peft(
         warnings.warn(f"{wrong[0]} holds NaN or infinity. Training has diverged.", stacklevel=3)
     data = save_tensors({n: x.contiguous() for n, x in tensors.items()}, {"format": "pt"})
     text = json.dumps(config, indent=2, allow_nan=False).encode()
-    sharded = any(map(is_sharded, base_tensors(model).values()))
+    sharded = not given and any(map(is_sharded, base_tensors(model).values()))
     try:
         if not sharded or is_first_process():
             _write(target, text, data)

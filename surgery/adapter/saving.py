@@ -90,7 +90,8 @@ def save(
 
     Raises:
         SpliceError: nothing is spliced in, under a name in ``only``, a splice is partly merged,
-            numbers are offloaded, or something has no place in the format.
+            numbers are offloaded, a tensor of ``state_dict`` is a part, or something has no place
+            in the format.
         StoreError: the folder cannot be written to; the adapter in it is as it was.
     """
     model = spliced_model(model)
@@ -108,9 +109,10 @@ def save(
         )
     if format not in get_args(Format):
         raise SpliceError(f"format={format!r} must be one of {', '.join(get_args(Format))}.")
-    if format == "peft":
-        return save_peft(model, folder, names, state_dict or {})
     given = state_dict or {}
+    _require_whole(model, state_dict)
+    if format == "peft":
+        return save_peft(model, folder, names, given)
     own = {**dict(model.named_parameters()), **given}
     _warn_of_methods_not_offered(chosen)
     modules = [model.get_submodule(i.path) for report in chosen for i in report.inserted]
@@ -156,6 +158,26 @@ def save(
             stacklevel=2,
         )
     return target
+
+
+def _require_whole(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Raise if a state_dict leaves a tensor in parts: one process alone would wait for the others.
+
+    Raises:
+        SpliceError: a trained tensor is sharded in it, or missing and sharded in the model.
+    """
+    if state_dict is None:
+        return
+    own = dict(model.named_parameters())
+    for name in sorted(_trained(model)):
+        tensor = state_dict.get(name, own.get(name))
+        if tensor is not None and is_sharded(tensor):
+            fault = "holds a part of" if name in state_dict else "lacks"
+            raise SpliceError(
+                f"state_dict= {fault} {name}, of which each process has a part, so a save would "
+                "wait for all processes. Call surgery.save(model, folder) in every process, "
+                "without state_dict=, or pass whole tensors."
+            )
 
 
 def _warn_of_values(stored: dict[str, Tensor]) -> None:

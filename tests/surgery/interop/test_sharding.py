@@ -71,6 +71,26 @@ def test_a_model_sharded_after_the_splice_trains_and_is_saved(
         surgery.merge(model)
 
 
+@pytest.mark.parametrize("format", ["surgery", "peft"])
+def test_a_state_dict_of_parts_is_refused_as_one_process_alone_would_wait(
+    format: Any, mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    model = fresh()
+    surgery.splice(model, surgery.method("lora", rank=2))
+    perturb(model)
+    surgery.freeze_base(model)
+    expected = model(IDS).logits
+    sharded(model, mesh)
+    parts = get_model_state_dict(model)
+    for given in (parts, {name: t for name, t in parts.items() if "lora" not in name}):
+        with pytest.raises(surgery.SpliceError, match=r"state_dict= .*lora.*every process"):
+            surgery.save(model, tmp_path, state_dict=given, format=format)
+    assert not list(tmp_path.iterdir())
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    surgery.save(model, tmp_path, state_dict=gathered, format=format)
+    torch.testing.assert_close(surgery.load(fresh(), tmp_path)(IDS).logits, expected)
+
+
 @pytest.mark.parametrize("has_run", [True, False])
 @pytest.mark.parametrize("name", ["lora", "prefix", "inducer"])
 @pytest.mark.few(3)
