@@ -19,6 +19,8 @@ from tests.support.interrupts import description, interrupted, places, process
 from tests.support.models import PlainBlock, perturb
 
 LORA, ADAPTER = surgery.method("lora", rank=2), surgery.method("ffn_adapter", rank=2)
+# A file whose ``with`` block is interrupted at its end is closed when it is collected.
+unclosed = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -135,11 +137,13 @@ def differing(now: Any, before: Any, after: Any) -> str:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.few(8)
+@unclosed
 def test_an_exception_at_any_line_leaves_all_or_nothing(name: str, folder: Path) -> None:
     trials(name, folder, 4)
 
 
 @pytest.mark.slow
+@unclosed
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_400_exceptions_leave_all_or_nothing(name: str, folder: Path) -> None:
     trials(name, folder, 400)
