@@ -62,7 +62,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_the_sentences_are_made_of_the_packages_archive",
     "python -m tests.zoo.check": "tests/whole/test_zoo.py::"
     "test_the_zoo_checks_single_types_from_the_command_line",
-    "python benchmarks/scaling.py": "tests/whole/test_benchmarks.py::test_scaling_runs_on_small_sizes",
+    "python benchmarks/scaling.py": "tests/whole/test_benchmarks.py::"
+    "test_scaling_runs_on_small_sizes",
     "python benchmarks/serving.py": "tests/whole/test_benchmarks.py::"
     "test_serving_runs_and_a_route_gives_what_each_adapter_gives_alone",
     "python -m pytest -m gpu": "tests/test_docs.py::test_the_tests_that_need_a_gpu_are_a_tier",
