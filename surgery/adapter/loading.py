@@ -40,7 +40,7 @@ from surgery.errors import RefusedError, StoreError
 from surgery.interop import outside_inference_mode
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
-from surgery.splicer import Before, atomically, reports, require_free, splice
+from surgery.splicer import Before, atomically, put_in_use, reports, require_free, splice
 
 # The file of an adapter has at most four times the bytes of its base, and so many more: it may
 # hold float32 where the base has eight bits, and a small base may have a large adapter.
@@ -58,6 +58,9 @@ def load(
     subfolder: str = "",
 ) -> nn.Module:
     """Splice a saved adapter into a base model, in place. Warn if the base has other weights.
+
+    What is loaded is on, as far as it was when it was saved (``use``). A splice that was off is off
+    if another one that was saved with it was on.
 
     To continue training, call ``freeze_base`` with the same ``keep``, then ``train_rows``, as
     before.
@@ -148,6 +151,9 @@ def _insert(
     keep_also(model, description["kept"])
     for parameter, chosen in description["rows"].items():
         train_rows(model, parameter, chosen)
+    shares = description["in_use"]
+    if any(shares.values()) and {*shares.values()} != {1}:
+        put_in_use(model, {name or old: share for old, share in shares.items()})
 
 
 def _require_one(splices: list[dict[str, Any]], name: str, folder: Any) -> None:

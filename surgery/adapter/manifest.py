@@ -46,6 +46,7 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
                 f"version {shown(by)} that wrote it."
             )
         found.setdefault("rows", {})  # early files have none
+        found.setdefault("in_use", {})
         wrong = next(_wrong(found), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged ({shown(error)}). Save the adapter again.") from error
@@ -78,6 +79,8 @@ def _wrong(d: dict[str, Any]) -> Iterator[str]:
     yield from _named("splices", isinstance(splices, list) and len(splices) > 0)
     names = [splice["name"] for splice in splices]
     yield from _named("name", _all_new(names, is_name))
+    shares = d["in_use"]
+    yield from _named("in_use", shares.keys() <= {*names} and all(map(_is_number, shares.values())))
     for splice in splices:
         methods = splice["methods"]
         yield from _named("modules", _all_new(splice["modules"], _is_text))
@@ -95,6 +98,10 @@ def _is_text(value: Any, longest: int = 1000) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_file(value: Any) -> bool:

@@ -67,5 +67,6 @@ def described(
         "kept": list(found.kept),
         "rows": {n: numbers for n, (numbers, _) in found.rows.items()},
         "splices": [splice],
+        "in_use": {},
     }
     return description, tensors

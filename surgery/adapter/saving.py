@@ -6,6 +6,7 @@
     surgery.json                    format, versions, digest of the tensors
                                     base: class, name, fingerprint of its weights
                                     splices: name, methods and options, sites, module paths
+                                    in_use: how far each splice was on
                                     kept, rows: tensors of the base that were trained along
     surgery-<digest>.safetensors    inserted.<name>   of inserted modules
                                     kept.<name>       whole tensors of the base (freeze_base)
@@ -54,7 +55,7 @@ from surgery.interop import (
     whole,
 )
 from surgery.plugin import Site, methods
-from surgery.splicer import Report, reports, require_spliced, spliced_model
+from surgery.splicer import Report, in_use, reports, require_spliced, spliced_model
 
 Format = Literal["surgery", "peft"]
 
@@ -142,6 +143,7 @@ def save(
         "kept": list(kept_tensors(model)),
         "rows": trained_rows(model),
         "splices": [_describe(report, plain) for report in chosen],
+        "in_use": {name: share for name, share in in_use(model).items() if name in names},
     }
     text = json.dumps(description, indent=1, allow_nan=False).encode()
     target = Path(folder)

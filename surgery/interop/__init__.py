@@ -1,6 +1,6 @@
 """Run the code of models, torch and transformers: in isolation, and with parts of it replaced."""
 
-from surgery.interop import encoder_fastpath, huggingface
+from surgery.interop import encoder_fastpath, huggingface, preference_trainers
 from surgery.interop.arguments import (
     CONSTANT,
     detached,
@@ -92,6 +92,7 @@ __all__ = [
     "out_of_reach",
     "outside_inference_mode",
     "patched",
+    "preference_trainers",
     "put_items_back",
     "real_tensors",
     "shard_like",

@@ -1,13 +1,20 @@
 """Insert methods into a model, verify them, switch them off and take them out."""
 
-from surgery.splicer.activation import disabled, require_spliced, route, use, using
+from surgery.splicer.activation import (
+    disabled,
+    in_use,
+    put_in_use,
+    require_spliced,
+    route,
+    use,
+    using,
+)
 from surgery.splicer.all_or_nothing import Before, atomically
 from surgery.splicer.naming import add_beside, copies, copy, rename
 from surgery.splicer.operations import (
     forget,
     refresh,
     remove,
-    require_free,
     splice,
     variants,
 )
@@ -19,6 +26,7 @@ from surgery.splicer.record import (
     look_up,
     record_of,
     reports,
+    require_free,
     spliced_model,
 )
 from surgery.splicer.rehearsal import rehearse
@@ -37,8 +45,10 @@ __all__ = [
     "disabled",
     "forget",
     "forget_rows",
+    "in_use",
     "is_name",
     "look_up",
+    "put_in_use",
     "record_of",
     "refresh",
     "rehearse",

@@ -164,6 +164,18 @@ def _factors(names: Any) -> dict[str, float]:
     return {name: factor for name, factor in found.items() if factor != 0}
 
 
+def in_use(model: nn.Module) -> dict[str, float]:
+    """Return how far each splice of a model is on for every thread: 1 wholly, 0 not at all."""
+    default = look_up(model).switches.default
+    shares: Mapping[str, Any] = default.shares  # use() takes factors alone, and no rows
+    return {n: float(shares.get(n, 1)) if default.has(n) else 0.0 for n in reports(model)}
+
+
+def put_in_use(model: nn.Module, shares: Mapping[str, float]) -> None:
+    """Set how far these splices are on for every thread; the others stay as they are."""
+    use(model, {**in_use(model), **shares})
+
+
 def choice_of(model: nn.Module, names: Names) -> Choice:
     """Return the choice of these splices of a model."""
     factors = _factors(names)

@@ -21,8 +21,7 @@ from surgery.plugin import Method
 from surgery.splicer.activation import require_spliced
 from surgery.splicer.all_or_nothing import atomically
 from surgery.splicer.insertion import free_name
-from surgery.splicer.operations import require_free
-from surgery.splicer.record import Inserted, Report, look_up, reports, spliced_model
+from surgery.splicer.record import Inserted, Report, look_up, reports, require_free, spliced_model
 
 
 @outside_inference_mode

@@ -12,14 +12,13 @@ splice(model, methods, at)
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import SpliceError, shown
+from surgery.errors import SpliceError
 from surgery.host import ALL_ON, Variant, chosen, hosts, is_host, state_of
 from surgery.interop import (
     deliver,
@@ -41,11 +40,12 @@ from surgery.splicer.record import (
     Report,
     drop_record,
     forget_rows,
-    is_name,
     look_up,
     reports,
+    require_free,
     spliced_model,
 )
+from surgery.splicer.references import give_references
 from surgery.splicer.transaction import Transaction
 from surgery.splicer.verification import verify_together
 
@@ -82,6 +82,7 @@ def splice(
     """
     report: Report = atomically(model, lambda _: _splice(model, methods, at, example_inputs, name))
     shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
+    give_references()
     return report
 
 
@@ -142,23 +143,6 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     require_free(model, name)
-
-
-def require_free(model: nn.Module, name: str) -> None:
-    """Raise unless a splice may have this name in this model."""
-    if not is_name(name):
-        raise SpliceError(
-            f"name={shown(name)} is no name for a splice: it has letters, digits, - and _ alone, "
-            "at most 100."
-        )
-    if name in reports(model):
-        free = next(
-            f"{name}_{i}" for i in itertools.count(2) if f"{name}_{i}" not in reports(model)
-        )
-        raise SpliceError(
-            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
-            f"another, say name={free!r}, or surgery.remove(model, {name!r}) first."
-        )
 
 
 def _check_below(model: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ beside it (surgery/host/state.py), because a host may be called without its mode
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.errors import SpliceError, shown
 from surgery.host import Choice, Switches
 from surgery.plugin import Edit, Method, Site, Sites, html_table, overlooked_lines
 
@@ -148,6 +150,27 @@ def is_name(name: object) -> bool:
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,100}", name):
         return False
     return unicodedata.normalize("NFKC", name) == name  # as Python reads identifiers
+
+
+def require_free(model: nn.Module, name: str) -> None:
+    """Raise unless a splice may have this name in this model."""
+    if not is_name(name):
+        raise SpliceError(
+            f"name={shown(name)} is no name for a splice: it has letters, digits, - and _ alone, "
+            "at most 100."
+        )
+    if name in reports(model):
+        raise SpliceError(
+            f"this {type(model).__name__} is already spliced under the name {name!r}. Pass "
+            f"another, say name={unused_name(model, name)!r}, or surgery.remove(model, {name!r}) "
+            "first."
+        )
+
+
+def unused_name(model: nn.Module, wanted: str) -> str:
+    """Return ``wanted``, with a number behind it if a splice has that name."""
+    every = itertools.chain([wanted], (f"{wanted}_{i}" for i in itertools.count(2)))
+    return next(each for each in every if each not in reports(model))
 
 
 def spliced_model(model: nn.Module) -> nn.Module:

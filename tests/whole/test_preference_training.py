@@ -1,4 +1,8 @@
-"""Preference training with TRL: the reference is the model itself, with other splices on."""
+"""Preference training with TRL: the reference is the model itself, with other splices on.
+
+A trainer that is given no reference gets the model as it was given: no second base is loaded. The
+models here were loaded from nowhere, so a trainer that loads one raises an error.
+"""
 
 from __future__ import annotations
 
@@ -60,3 +64,124 @@ def test_dpo_goes_on_from_an_adapter(reference: Any, tmp_path: Path) -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in surgery.spliced_parameters(model, "copy"))
     assert {id(p) for p in trainer.ref_model.parameters()} == {id(p) for p in model.parameters()}
     assert sum(p.numel() for p in model.parameters()) == numbers
+
+
+def policy(**options: Any) -> Any:
+    """Return a model with an adapter as supervised fine-tuning leaves it."""
+    model = build("llama")
+    surgery.splice(model, surgery.method("lora", rank=4), name="policy")
+    perturb(model, 0.3)
+    surgery.freeze_base(model, **options)
+    return model
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2,
+        "report_to": [], "per_device_train_batch_size": 8, "use_cpu": True, "bf16": False,
+        "save_strategy": "no", **more,
+    }  # fmt: skip
+
+
+PAIRS = [{"prompt": "w1 w2", "chosen": f" w{i} w4", "rejected": f" w5 w{i}"} for i in range(6, 14)]
+
+
+def dpo(model: Any, folder: Path, **more: Any) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        model,
+        args=DPOConfig(**settings(folder, **more)),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer(),
+    )
+
+
+def shares_base(reference: Any, model: Any) -> bool:
+    return {id(p) for p in reference.parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_dpo_compares_with_the_adapter_that_it_was_given(
+    tmp_path: Path,
+) -> None:
+    model = policy()
+    trainer = dpo(model, tmp_path)
+    before = trainer.ref_model(torch.arange(3, 11)[None]).logits
+    trainer.train()
+    first, second = (row["loss"] for row in trainer.state.log_history[:2])
+    assert abs(first - math.log(2)) < 1e-6
+    assert second < first
+    assert torch.equal(trainer.ref_model(torch.arange(3, 11)[None]).logits, before)
+    assert not torch.equal(model(torch.arange(3, 11)[None]).logits, before)
+    assert shares_base(trainer.ref_model, model)
+
+
+def test_a_checkpoint_of_dpo_holds_the_policy_alone(tmp_path: Path) -> None:
+    model = policy()
+    dpo(model, tmp_path, save_strategy="steps", save_steps=1).train()
+    folder = tmp_path / "checkpoint-2"
+    assert [s.name for s in surgery.inspect(folder).splices] == ["policy"]
+    base = build("llama")
+    surgery.load(base, folder)
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(base(ids).logits, model(ids).logits)
+    again = policy()
+    dpo(again, tmp_path, save_strategy="steps").train(
+        resume_from_checkpoint=f"{tmp_path}/checkpoint-1"
+    )
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_reference_that_is_written_to_or_shares_too_little_is_a_copy(tmp_path: Path) -> None:
+    head = dpo(policy(keep=["lm_head"]), tmp_path).ref_model
+    synchronised = dpo(policy(), tmp_path, sync_ref_model=True, ref_model_sync_steps=1)
+    for reference in (head, synchronised.ref_model):
+        assert not any(p.requires_grad for p in reference.parameters())
+    model = synchronised.model
+    assert not shares_base(synchronised.ref_model, model)
+    start = synchronised.ref_model(torch.arange(3, 11)[None]).logits
+    synchronised.train()
+    assert not torch.equal(synchronised.ref_model(torch.arange(3, 11)[None]).logits, start)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_online_trainers_compare_with_the_adapter_that_they_were_given(
+    name: str, tmp_path: Path
+) -> None:
+    """The divergence from the reference is zero at the first step, and not at the second."""
+    import trl
+    from datasets import Dataset
+
+    model = policy()
+    options = settings(tmp_path, beta=0.1, num_generations=4, max_completion_length=4)
+    trainer = getattr(trl, f"{name}Trainer")(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(c.split()))) for c in completions],
+        args=getattr(trl, f"{name}Config")(**options),
+        train_dataset=Dataset.from_list([{"prompt": "w1 w2"}] * 8),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    first, second = (row["kl"] for row in trainer.state.log_history[:2])
+    assert abs(first) < 1e-6 < abs(second)
+    assert shares_base(trainer.ref_model, model)
+
+
+def test_kto_without_a_reference_starts_without_a_difference(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": "w1 w2", "completion": f" w{i} w4", "label": i % 2 == 0} for i in range(6, 14)
+    ]
+    model = policy()
+    trainer = KTOTrainer(
+        model,
+        args=KTOConfig(**settings(tmp_path)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - 0.5) < 1e-6
+    assert shares_base(trainer.ref_model, model)

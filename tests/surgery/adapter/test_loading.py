@@ -188,3 +188,31 @@ def test_two_adapters_saved_under_one_name_live_in_one_base(tmp_path: Path) -> N
         surgery.save(both, tmp_path / "both")
         with pytest.raises(surgery.StoreError, match="consists of the splices default, second"):
             surgery.load(build("gpt2"), tmp_path / "both", name="third")
+
+
+@pytest.mark.parametrize(
+    ("choice", "then"),
+    [
+        (None, {"a": 1.0, "b": 1.0}),
+        ("a", {"a": 1.0, "b": 0.0}),
+        ({"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 1.0}),
+        ({"b": 0.3}, {"a": 0.0, "b": 0.3}),
+        ([], {"a": 1.0, "b": 1.0}),  # an adapter that does nothing is not what load is called for
+    ],
+)
+def test_what_was_off_beside_others_is_loaded_off(
+    choice: Any, then: dict[str, float], tmp_path: Path
+) -> None:
+    model = build("gpt2")
+    for name in ("a", "b"):
+        surgery.splice(model, surgery.method("lora", rank=2), name=name)
+    perturb(model)
+    surgery.use(model, choice)
+    surgery.save(model, tmp_path)
+    again = surgery.load(build("gpt2"), tmp_path)
+    surgery.use(model, then)
+    assert torch.equal(logits(again, inputs("gpt2")), logits(model, inputs("gpt2")))
+    surgery.save(model, tmp_path / "b", only="b")
+    alone = surgery.load(build("gpt2"), tmp_path / "b", name="c")
+    surgery.use(model, {"b": then["b"] or 1.0})
+    assert torch.equal(logits(alone, inputs("gpt2")), logits(model, inputs("gpt2")))
