@@ -41,6 +41,7 @@ from surgery.interop.offloading import (
     out_of_reach,
     stored_parameters,
 )
+from surgery.interop.packed_weights import keep_unpacked, require_unpacked
 from surgery.interop.patching import AttentionPatch, exclusively, patched, unpatched
 from surgery.interop.random_streams import draw_anew
 from surgery.interop.sharding import (
@@ -82,6 +83,7 @@ __all__ = [
     "is_integer_tensor",
     "is_sharded",
     "keep",
+    "keep_unpacked",
     "keeping_thread_state",
     "kept",
     "leaves",
@@ -95,6 +97,7 @@ __all__ = [
     "preference_trainers",
     "put_items_back",
     "real_tensors",
+    "require_unpacked",
     "shard_like",
     "silenced",
     "snapshot",

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from surgery.interop import encoder_fastpath
 from surgery.interop.interrupts import deliver
+from surgery.interop.packed_weights import unpacked
 from surgery.interop.patching import OwnValue, patched
 from surgery.interop.random_streams import random_state_kept
 from surgery.interop.thread_state import keeping_thread_state, kept_for_threads
@@ -204,7 +205,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Let this thread, and no other, find every module of the model in evaluation mode."""
     modules = list(model.modules())
     scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule) and m.training]
-    with patched((nn.Module, "training", OwnValue(modules, False))):
+    with patched((nn.Module, "training", OwnValue(modules, False)), *unpacked(modules)):
         try:
             for module in scripted:  # compiled code reads a flag of its own
                 module.training = False

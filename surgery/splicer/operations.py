@@ -27,7 +27,9 @@ from surgery.interop import (
     evaluating,
     explained_out_of_reach,
     huggingface,
+    keep_unpacked,
     outside_inference_mode,
+    require_unpacked,
     shard_like,
 )
 from surgery.locator import locate
@@ -143,6 +145,7 @@ def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     require_free(model, name)
+    require_unpacked(model)
 
 
 def _check_below(model: nn.Module, name: str) -> None:
@@ -223,6 +226,7 @@ def _settle(model: nn.Module) -> None:
     closed -= encoder_fastpath.reopen(model, closed, is_host)
     if not reports(model):
         huggingface.let_train(model, adapted=False)
+        keep_unpacked(model, adapted=False)
         forget_rows(model)
         drop_record(model)
 

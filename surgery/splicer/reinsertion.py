@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.host import Choice, Operation, install, state_of
-from surgery.interop import encoder_fastpath, huggingface
+from surgery.interop import encoder_fastpath, huggingface, keep_unpacked
 from surgery.plugin import settle_advance
 from surgery.splicer.record import Report, look_up, record_of, reports
 
@@ -79,3 +79,4 @@ class Spliced:
         record.switches.default = self.choice
         settle_advance(model)
         huggingface.let_train(model, adapted=True)
+        keep_unpacked(model, adapted=True)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from surgery.host import HostState
-from surgery.interop import encoder_fastpath, huggingface
+from surgery.interop import encoder_fastpath, huggingface, keep_unpacked
 from surgery.plugin import Method, OpenSite, Site, opened, referred, settle_advance
 from surgery.splicer.record import Inserted, Report, record_of, reports
 
@@ -80,6 +80,7 @@ class Transaction:
         record.closed |= self.closed
         settle_advance(self.model)
         huggingface.let_train(self.model, adapted=True)
+        keep_unpacked(self.model, adapted=True)
         return self.report
 
     def waits(self, inserted: Inserted) -> bool:
