@@ -112,18 +112,18 @@ class LowRank(nn.Module):
         out = torch.bmm(hidden * scales[0], b).view(*x.shape[:-1], -1)
         return out if onto is None else onto + out.to(onto.dtype)
 
+    def first_factor(self) -> Tensor | None:
+        """Return A; None under dropout, of which each module has masks of its own."""
+        return None if self.training and self.dropout.p else self.a
+
+    def after_product(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the update from ``hidden = x A``, or its sum with ``onto``."""
+        out = surgery.add_product(onto, hidden, self.b, self.scale)
+        return out if self.bias is None else out + self.scale * self.bias.to(out.dtype)
+
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return the update, or its sum with ``onto``, in which the scale costs no operation."""
-        if self.training:
-            x = self.dropout(x)
-        hidden = F.linear(x, self.a)  # (B, n, r)
-        if onto is not None and onto.dtype == hidden.dtype:
-            out = hidden @ self.b
-            out = out if self.bias is None else out + self.bias.to(out.dtype)
-            return torch.add(onto, out, alpha=self.scale)
-        out = (hidden * self.scale) @ self.b
-        out = out if self.bias is None else out + self.scale * self.bias.to(out.dtype)
-        return out if onto is None else onto + out.to(onto.dtype)
+        """Return the update, or its sum with ``onto``."""
+        return self.after_product(F.linear(self.dropout(x), self.a), onto)
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:

@@ -80,6 +80,7 @@ from surgery.plugin import (
     Site,
     Sites,
     Start,
+    StartsWithProduct,
     Task,
     TaskKind,
     are_quick_patterns,
@@ -89,6 +90,7 @@ from surgery.plugin import (
     task,
     tasks,
 )
+from surgery.rewrite import add_product
 from surgery.splicer import (
     Inserted,
     Report,
@@ -147,12 +149,14 @@ __all__ = [
     "Sites",
     "SpliceError",
     "Start",
+    "StartsWithProduct",
     "StoreError",
     "Summary",
     "SurgeryError",
     "Task",
     "TaskKind",
     "Variant",
+    "add_product",
     "are_quick_patterns",
     "combine",
     "copy",

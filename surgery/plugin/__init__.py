@@ -18,7 +18,9 @@ from surgery.plugin.module_protocols import (
     PartlyFoldable,
     Reparametrised,
     RunsGrouped,
+    StartsWithProduct,
     adds_onto,
+    starts_with_product,
 )
 from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
@@ -57,6 +59,7 @@ __all__ = [
     "Site",
     "Sites",
     "Start",
+    "StartsWithProduct",
     "Task",
     "TaskKind",
     "adds_onto",
@@ -73,6 +76,7 @@ __all__ = [
     "overlooked_lines",
     "referred",
     "settle_advance",
+    "starts_with_product",
     "task",
     "tasks",
 ]

@@ -7,6 +7,8 @@ them when the module is inserted.
 
     offer              asked by                           what for
     forward(..., onto) the graph, at ``add``              the module returns the sum itself
+    first_factor,      the graph                          modules that read one value share a
+    after_product                                         product
     total_lse          later methods that read ``lse``    virtual keys are counted
     fold, fold_input   surgery.merge                      the update goes into the weights
     forward_grouped  surgery.route                    many adapters of a batch run as one
@@ -40,6 +42,24 @@ class AddsOnto(Protocol):
 
     def forward(self, *reads: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return ``onto`` plus the update, or the update alone."""
+
+
+@runtime_checkable
+class StartsWithProduct(Protocol):
+    """A module whose forward begins with a product ``x A^T``, and needs ``x`` no more.
+
+        forward(x, onto) = after_product(x @ A.T, onto)        A (r, d_in)
+
+    Modules at several ports that read the same value, of whatever methods and splices, then share
+    one product with their stacked factors. The module is an :class:`AddsOnto` with the verb ``add``
+    and one read. Its forward is called as ever where it has hooks.
+    """
+
+    def first_factor(self) -> Tensor | None:
+        """Return A; None if the forward does something else now, such as dropout on ``x``."""
+
+    def after_product(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return what forward returns, from ``hidden = x @ A.T``."""
 
 
 @runtime_checkable
@@ -180,6 +200,7 @@ class NamesFast(Protocol):
 
 PROTOCOLS: tuple[type, ...] = (
     AddsOnto,
+    StartsWithProduct,
     CountsVirtualKeys,
     Foldable,
     FoldableInput,
@@ -194,6 +215,8 @@ PROTOCOLS: tuple[type, ...] = (
 )
 
 METHODS: dict[str, tuple[object, ...] | None] = {
+    "first_factor": (),
+    "after_product": (None,),
     "total_lse": None,  # as many arguments as ``reads``
     "fold": (None, None),
     "fold_input": (None,),
@@ -212,3 +235,17 @@ def adds_onto(module: nn.Module) -> bool:
     """Whether ``module`` is an :class:`AddsOnto`: its forward has a parameter ``onto``."""
     forward = getattr(type(module), "forward", None)
     return callable(forward) and "onto" in inspect.signature(forward).parameters
+
+
+def starts_with_product(module: nn.Module) -> bool:
+    """Whether ``module`` is a :class:`StartsWithProduct`.
+
+    A subclass that overrides ``forward`` alone is none: what it inherits describes another forward.
+    """
+    order = type(module).__mro__
+
+    def depth(name: str) -> int:
+        return next((i for i, kind in enumerate(order) if name in vars(kind)), len(order))
+
+    known = max(depth("first_factor"), depth("after_product"))
+    return known < len(order) and depth("first_factor") <= depth("forward") and adds_onto(module)

@@ -5,16 +5,20 @@ from surgery.rewrite.casts import dtype_reads
 from surgery.rewrite.grouped import Picks
 from surgery.rewrite.lse import lse_of, output_of
 from surgery.rewrite.partly import Partly
+from surgery.rewrite.products import add_product
 from surgery.rewrite.rows import Rows
+from surgery.rewrite.shared_products import share_products
 
 __all__ = [
     "Partly",
     "Picks",
     "Rows",
+    "add_product",
     "apply_edit",
     "dtype_reads",
     "lse_of",
     "output_of",
     "port_values",
     "require_applied",
+    "share_products",
 ]

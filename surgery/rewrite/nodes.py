@@ -172,11 +172,13 @@ class Columns(NamedTuple):
         take: y (..., W) -> its columns (..., C).
         put: y, new (..., C) -> ``y`` with these columns replaced.
         add: y, delta (..., C) -> ``y`` with ``delta`` added to these columns.
+        slice: (start, stop) of columns that lie side by side; None of others.
     """
 
     take: Callable[[Tensor], Tensor]
     put: Callable[[Tensor, Tensor], Tensor]
     add: Callable[[Tensor, Tensor], Tensor]
+    slice: tuple[int, int] | None
 
 
 def _tokens_as(y: Tensor, new: Tensor) -> Tensor:
@@ -214,4 +216,4 @@ def column_functions(chosen: Sequence[int], device: torch.device) -> Columns:
     def add_columns(y: Tensor, delta: Tensor) -> Tensor:
         return y.index_add(-1, index, _tokens_as(y, delta))
 
-    return Columns(take_columns, put_columns, add_columns)
+    return Columns(take_columns, put_columns, add_columns, (start, stop) if together else None)

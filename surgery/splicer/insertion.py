@@ -34,7 +34,13 @@ from surgery.host import (
 )
 from surgery.patterns import Match, weights_in
 from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name
-from surgery.rewrite import apply_edit, dtype_reads, port_values, require_applied
+from surgery.rewrite import (
+    apply_edit,
+    dtype_reads,
+    port_values,
+    require_applied,
+    share_products,
+)
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
 from surgery.splicer.record import Inserted, Report, record_of
 from surgery.splicer.transaction import Transaction
@@ -80,6 +86,7 @@ def _rewrite(
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
         require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
+    share_products(captured.graph, module)
     for _, child in state.all_on().edits:
         captured.reads += dtype_reads(module.get_submodule(child))
     variant = Variant(captured)

@@ -1,0 +1,207 @@
+"""Compute the low-rank products of inserted modules in few operators, forward and backward.
+
+    H = x (A_1 ... A_k)^T                one product for all modules that read x
+    y_i + s_i h_i B_i                    one operator for each, h_i its columns of H
+
+    backward    dx = dH A, dA = dH^T x           two products for all modules
+                dh_i = s_i dy B_i^T, dB_i = s_i h_i^T dy
+
+The factors A lie side by side in one piece of memory (:func:`lay_side_by_side`), so the stack of
+them is a view, and always holds what they hold. Where they do not, they are copied into one.
+
+The scale is a factor of the products themselves (``addmm``), which autograd alone would multiply
+in steps of their own. Inside ``torch.func``, forward-mode differentiation, ``torch.compile`` and
+tracing, which see no further than torch's operators, torch's own gradients are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery.attention import transformed
+
+
+def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """Return ``onto + scale * hidden @ b`` in one operator, or ``scale * hidden @ b`` without onto.
+
+    Args:
+        onto: (..., d_out); the result has its dtype. None means that there is nothing to add to.
+        hidden: (..., r).
+        b: (r, d_out).
+
+    Gradients are those of the formula; the scale costs no operator in them either. For modules that
+    end in a low-rank product, see ``surgery.StartsWithProduct``.
+
+    Example:
+        ``surgery.add_product(y, F.linear(x, self.a), self.b, self.scale)``
+    """
+    b = b if b.dtype == hidden.dtype else b.to(hidden.dtype)  # under autocast alone
+    if onto is not None and onto.dtype != hidden.dtype:
+        return onto + add_product(None, hidden, b, scale).to(onto.dtype)
+    if torch.is_grad_enabled() and not _plain_alone():
+        made: Tensor = _AddProduct.apply(onto, hidden, b, scale)  # type: ignore[no-untyped-call]
+        return made
+    return _added(onto, hidden, b, scale)
+
+
+def first_products(x: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return ``x @ a.T`` for each factor a (r, d_in) by one product; None where there is none."""
+    different = list({id(a): a for a in factors if a is not None}.values())
+    if not different:
+        return [None] * len(factors)
+    x = _as_autocast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled() and not _plain_alone():
+            hidden: Tensor = _Product.apply(x, *different)  # type: ignore[no-untyped-call]
+        else:
+            hidden = F.linear(x, side_by_side(different, 0).to(x.dtype))
+        parts = hidden.split([len(a) for a in different], -1) if len(different) > 1 else [hidden]
+    found = {id(a): part for a, part in zip(different, parts, strict=True)}
+    return [None if a is None else found[id(a)] for a in factors]
+
+
+def split_columns(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return ``y.split(sizes, -1)``; its gradient is a view where those of the parts are views."""
+    if torch.is_grad_enabled() and not _plain_alone():
+        return _Split.apply(y, tuple(sizes))  # type: ignore[no-untyped-call,no-any-return]
+    return y.split(list(sizes), -1)
+
+
+def side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return the concatenation of tensors along an axis; a view where they lie so in memory."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if _plain_alone() or any(type(p) not in (Tensor, nn.Parameter) for p in parts):
+        return torch.cat(list(parts), dim)
+    offset = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
+    stride, size = first.stride(), list(first.shape)
+    size[dim] = 0
+    for part in parts:
+        if (
+            part.storage_offset() != offset + size[dim] * stride[dim]
+            or part.stride() != stride
+            or part.dtype != first.dtype
+            or part.untyped_storage().data_ptr() != storage
+            or storage == 0
+        ):
+            return torch.cat(list(parts), dim)
+        size[dim] += part.shape[dim]
+    return first.detach().as_strided(size, stride)
+
+
+def lay_side_by_side(factors: Sequence[Tensor]) -> None:
+    """Move parameters into one piece of memory, if each has its memory for itself.
+
+    Their values, and the objects that they are, stay. Parameters that another library keeps in
+    memory of its own, flattened or sharded, are left where they are.
+    """
+    first = factors[0]
+    alike = all(
+        type(a) is nn.Parameter
+        and not a.is_meta
+        and a.is_contiguous()
+        and (a.dtype, a.device, a.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+        and a.untyped_storage().nbytes() == a.numel() * a.element_size()
+        for a in factors
+    )
+    if not alike or len(factors) < 2:
+        return
+    with torch.no_grad(), torch.inference_mode(False):
+        whole = torch.cat([a.detach() for a in factors])
+        for a, part in zip(factors, whole.split([len(a) for a in factors]), strict=True):
+            a.data = part
+
+
+def _added(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return ``onto + scale * hidden @ b``, whose scale is a part of the product."""
+    shape = (*hidden.shape[:-1], b.shape[-1])
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    if onto is not None:
+        return torch.addmm(onto.reshape(-1, shape[-1]), rows, b, alpha=scale).view(shape)
+    return _scaled_product(rows, b, scale).view(shape)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return ``scale * left @ right`` of two matrices."""
+    if scale == 1:
+        return left @ right
+    ignored = left.new_empty(())
+    return torch.addmm(ignored, left, right, beta=0, alpha=scale)
+
+
+def _plain_alone() -> bool:
+    """Whether only torch's own operators can be used now, and no pointer can be asked for."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or forward_mode or transformed()
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which autocast would multiply it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+class _Product(torch.autograd.Function):
+    """x (..., d_in) and factors (r_i, d_in) -> (..., sum r_i)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *factors)
+        return F.linear(x, side_by_side(factors, 0).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        dx: Tensor | None = None
+        da: Sequence[Tensor | None] = [None] * len(factors)
+        if ctx.needs_input_grad[0]:
+            stack = torch.cat(factors) if torch.is_grad_enabled() else side_by_side(factors, 0)
+            dx = grad @ stack.to(grad.dtype)
+        if any(ctx.needs_input_grad[1:]):
+            whole = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            da = whole.to(factors[0].dtype).split([len(a) for a in factors])
+        return dx, *da
+
+
+class _AddProduct(torch.autograd.Function):
+    """onto (..., d_out), hidden (..., r), b (r, d_out) -> onto + scale hidden b."""
+
+    @staticmethod
+    def forward(ctx: Any, onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(hidden, b)
+        ctx.scale = scale
+        return _added(onto, hidden, b, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, b = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        dh = db = None
+        if ctx.needs_input_grad[1]:
+            dh = _scaled_product(rows, b.T, ctx.scale).view(hidden.shape)
+        if ctx.needs_input_grad[2]:
+            db = _scaled_product(hidden.reshape(-1, hidden.shape[-1]).T, rows, ctx.scale)
+        return grad if ctx.needs_input_grad[0] else None, dh, db, None
+
+
+class _Split(torch.autograd.Function):
+    """y (..., sum of sizes) -> its columns, as views; the gradient is a view where it can be."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return y.split(list(sizes), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            return torch.cat(grads, -1), None
+        return side_by_side(grads, -1), None
