@@ -106,11 +106,12 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly 
             adding = graph.get_attr(child)
             with graph.inserting_after(adding):
                 return graph.call_function(added, (adding, y, *reads))
-        sliced = edit.verb == "add" and fused is not None and fused.slice and not sequence_first
-        if sliced and callee is None and len(reads) == 1 and _takes_onto(child, reads, y, root):
+        columns = fused.slice if fused and edit.verb == "add" and not sequence_first else None
+        alone = callee is None and len(reads) == 1
+        if columns and alone and _takes_onto(child, reads, y, root):
             adding = graph.get_attr(child)
             with graph.inserting_after(adding):
-                update = (*fused.slice, adding, reads[0], None, 0)
+                update = (*columns, adding, reads[0], None, 0)
                 return graph.call_function(added_to_columns, (y, update))
         if edit.verb == "add":
             plain = add_sequence_first if sequence_first else add

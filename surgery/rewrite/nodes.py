@@ -49,14 +49,14 @@ def insert_after(
             f"{(early or [last])[0].name!r} has used {node.name!r}. Read ports that come earlier."
         )
     before = set(graph.nodes) - set(fresh)
-    with graph.inserting_after(_after_inputs(last)):
+    with graph.inserting_after(after_inputs(last)):
         new = make(graph)
     created = set(graph.nodes) - before
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in created)
     return new
 
 
-def _after_inputs(node: fx.Node) -> fx.Node:
+def after_inputs(node: fx.Node) -> fx.Node:
     """Return the last placeholder for a placeholder: they must stay together at the top."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next

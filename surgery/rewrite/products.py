@@ -49,27 +49,39 @@ def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1
     return _added(onto, hidden, b, scale)
 
 
-def first_products(x: Tensor, factors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return ``x @ a.T`` for each factor a (r, d_in) by one product; None where there is none."""
+def first_products(
+    x: Tensor, factors: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], Tensor]:
+    """Return ``x @ a.T`` for each factor a (r, d_in), by one product, and x for later readers.
+
+    A factor may be None, and its product is None then. What reads the returned x, in place of the
+    given one, sends its gradient into the product for dx, and no operator adds the two.
+    """
     different = list({id(a): a for a in factors if a is not None}.values())
     if not different:
-        return [None] * len(factors)
-    x = _as_autocast(x)
+        return [None] * len(factors), x
+    given = _as_autocast(x)
     with torch.autocast(x.device.type, enabled=False):
-        if torch.is_grad_enabled() and not _plain_alone():
-            hidden: Tensor = _Product.apply(x, *different)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled() or _plain_alone():
+            hidden = F.linear(given, side_by_side(different, 0).to(given.dtype))
+        elif given is x and x.requires_grad:
+            hidden, x = _ProductAndInput.apply(x, *different)  # type: ignore[no-untyped-call]
         else:
-            hidden = F.linear(x, side_by_side(different, 0).to(x.dtype))
-        parts = hidden.split([len(a) for a in different], -1) if len(different) > 1 else [hidden]
+            hidden = _Product.apply(given, *different)  # type: ignore[no-untyped-call]
+    parts = _columns(hidden, [len(a) for a in different])
     found = {id(a): part for a, part in zip(different, parts, strict=True)}
-    return [None if a is None else found[id(a)] for a in factors]
+    return [None if a is None else found[id(a)] for a in factors], x
+
+
+def _columns(y: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    return [y] if len(sizes) == 1 else torch.split(y, list(sizes), -1)
 
 
 def split_columns(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Return ``y.split(sizes, -1)``; its gradient is a view where those of the parts are views."""
     if torch.is_grad_enabled() and not _plain_alone():
         return _Split.apply(y, tuple(sizes))  # type: ignore[no-untyped-call,no-any-return]
-    return y.split(list(sizes), -1)
+    return torch.split(y, list(sizes), -1)
 
 
 def side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -115,7 +127,7 @@ def lay_side_by_side(factors: Sequence[Tensor]) -> None:
         return
     with torch.no_grad(), torch.inference_mode(False):
         whole = torch.cat([a.detach() for a in factors])
-        for a, part in zip(factors, whole.split([len(a) for a in factors]), strict=True):
+        for a, part in zip(factors, torch.split(whole, [len(a) for a in factors]), strict=True):
             a.data = part
 
 
@@ -160,16 +172,34 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *factors = ctx.saved_tensors
-        dx: Tensor | None = None
-        da: Sequence[Tensor | None] = [None] * len(factors)
-        if ctx.needs_input_grad[0]:
-            stack = torch.cat(factors) if torch.is_grad_enabled() else side_by_side(factors, 0)
-            dx = grad @ stack.to(grad.dtype)
-        if any(ctx.needs_input_grad[1:]):
-            whole = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            da = whole.to(factors[0].dtype).split([len(a) for a in factors])
-        return dx, *da
+        return _product_gradients(ctx, grad, None)
+
+
+class _ProductAndInput(torch.autograd.Function):
+    """x (..., d_in) and factors (r_i, d_in) -> (..., sum r_i), and x itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        return _Product.forward(ctx, x, *factors), x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, passed: Tensor) -> tuple[Tensor | None, ...]:
+        return _product_gradients(ctx, grad, passed)
+
+
+def _product_gradients(ctx: Any, grad: Tensor, passed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, that of its later readers included, and of the factors."""
+    x, *factors = ctx.saved_tensors
+    rows = grad.reshape(-1, grad.shape[-1])
+    dx: Tensor | None = None
+    da: Sequence[Tensor | None] = [None] * len(factors)
+    if ctx.needs_input_grad[0]:
+        stack = torch.cat(factors) if torch.is_grad_enabled() else side_by_side(factors, 0)
+        dx = _added(passed, grad, stack.to(grad.dtype), 1.0)
+    if any(ctx.needs_input_grad[1:]):
+        whole = rows.T @ x.reshape(-1, x.shape[-1])
+        da = torch.split(whole.to(factors[0].dtype), [len(a) for a in factors])
+    return dx, *da
 
 
 class _AddProduct(torch.autograd.Function):
@@ -198,7 +228,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        return y.split(list(sizes), -1)
+        return torch.split(y, list(sizes), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
