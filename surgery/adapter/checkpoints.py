@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from surgery.adapter.claims import fill
 from surgery.adapter.manifest import JSON
-from surgery.adapter.parameters import base_tensors, full_state, spliced_parameters
+from surgery.adapter.parameters import base_tensors, expected, in_use_or_trained, spliced_parameters
 from surgery.adapter.pushing import push
 from surgery.adapter.row_training import trained_rows
 from surgery.adapter.saving import save
 from surgery.interop import huggingface, is_first_process, is_sharded
-from surgery.splicer import atomically, in_use, look_up, record_of, reports
+from surgery.splicer import atomically, look_up, record_of, reports
 
 INDEX = "model.safetensors.index.json"
 INSTEAD = "this is an adapter. Load its base model, then call surgery.load(model, FOLDER)"
@@ -87,7 +87,7 @@ class SavePretrained:
             return
         joins = state_dict is None and any(map(is_sharded, model.parameters()))
         if is_main_process or joins:
-            names = _in_use_or_trained(model)
+            names = in_use_or_trained(model)
             save(model, save_directory, plain=False, only=names, state_dict=state_dict)
         if is_main_process and (is_first_process() or not joins):
             _name_to_trainer(model, Path(save_directory))
@@ -100,13 +100,6 @@ def _saver_of(model: Any, hook: Any) -> SavePretrained:
     saver = SavePretrained.__new__(SavePretrained)
     saver.model, saver.hook = weakref.ref(model), hook
     return saver
-
-
-def _in_use_or_trained(model: nn.Module) -> list[str]:
-    """Return the splices of a checkpoint: all but those that are off and frozen (references)."""
-    on = in_use(model)
-    trained = {n for n in on if any(p.requires_grad for _, p in spliced_parameters(model, n))}
-    return [name for name, share in on.items() if share or name in trained] or list(on)
 
 
 def _why_whole(model: nn.Module) -> str:
@@ -151,8 +144,7 @@ def take_adapter(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *
     if not adapter or foreign:
         return
     trained = {"kept": look_up(model).kept, "rows": trained_rows(model)}
-    own = {n: {f"inserted.{key}" for key in full_state(model, [n])} for n in reports(model)}
-    names = [name for name, keys in own.items() if adapter.keys() & keys] or list(own)
+    names = expected(model, adapter)
     atomically(model, lambda b: fill(model, trained, adapter, "this checkpoint", names, b))
     state_dict.clear()
 

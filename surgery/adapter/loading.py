@@ -32,6 +32,7 @@ from surgery.adapter.claims import (
 from surgery.adapter.downloading import local_folder
 from surgery.adapter.fingerprint import warn_of_other_weights
 from surgery.adapter.opening import opened
+from surgery.adapter.parameters import expected
 from surgery.adapter.reading import read
 from surgery.adapter.row_training import train_rows
 from surgery.adapter.saving import site_shape
@@ -40,7 +41,7 @@ from surgery.errors import RefusedError, StoreError
 from surgery.interop import outside_inference_mode
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, method
-from surgery.splicer import Before, atomically, put_in_use, reports, require_free, splice
+from surgery.splicer import Before, atomically, put_in_use, require_free, splice
 
 # The file of an adapter has at most four times the bytes of its base, and so many more: it may
 # hold float32 where the base has eight bits, and a small base may have a large adapter.
@@ -153,7 +154,8 @@ def _insert(
         train_rows(model, parameter, chosen)
     shares = description["in_use"]
     if any(shares.values()) and {*shares.values()} != {1}:
-        put_in_use(model, {name or old: share for old, share in shares.items()})
+        with _refused(folder):
+            put_in_use(model, {name or old: share for old, share in shares.items()})
 
 
 def _require_one(splices: list[dict[str, Any]], name: str, folder: Any) -> None:
@@ -185,7 +187,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     description, tensors = read(folder, bound(model))
     require_base(model, description, tensors, folder)
     require_asked(model, description, Sites([]), (), folder)
-    names = list(reports(model))
+    names = expected(model, tensors)
     atomically(model, lambda before: fill(model, description, tensors, folder, names, before))
     return model
 

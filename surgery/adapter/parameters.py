@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.plugin import Reparametrised
-from surgery.splicer import look_up, reports, spliced_model
+from surgery.splicer import in_use, look_up, reports, spliced_model
 
 
 def spliced_parameters(
@@ -79,6 +79,20 @@ def state_of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         own |= {n: buffers[n] for n in module.state_dict() if n in buffers}
         found |= {f"{path}.{name}": tensor for name, tensor in own.items()}
     return found
+
+
+def in_use_or_trained(model: nn.Module) -> list[str]:
+    """Return the splices of a checkpoint: all but those that are off and frozen (references)."""
+    on = in_use(model)
+    trained = {n for n in on if any(p.requires_grad for _, p in spliced_parameters(model, n))}
+    return [name for name, share in on.items() if share or name in trained] or list(on)
+
+
+def expected(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the splices that these saved tensors must hold: a checkpoint's, and others in it."""
+    needed = in_use_or_trained(model)
+    own = {n: {f"inserted.{key}" for key in full_state(model, [n])} for n in reports(model)}
+    return [name for name, keys in own.items() if name in needed or tensors.keys() & keys]
 
 
 def kept_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def on_import(library: str, action: Callable[[ModuleType], None]) -> None:
         return
     sys.meta_path.insert(0, _Finder(library, action))
     for name, module in list(sys.modules.items()):
-        if _in(library, name):
+        if _in(library, name) and isinstance(module, ModuleType):
             action(module)
 
 
@@ -45,6 +45,8 @@ class _Loader(Loader):
         self._loader, self._action = loader, action
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_data, ... of the original
+        if name.startswith("_"):
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

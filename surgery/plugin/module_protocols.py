@@ -22,9 +22,10 @@ them when the module is inserted.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -242,10 +243,15 @@ def starts_with_product(module: nn.Module) -> bool:
 
     A subclass that overrides ``forward`` alone is none: what it inherits describes another forward.
     """
-    order = type(module).__mro__
+    return adds_onto(module) and _describes_forward(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _describes_forward(kind: Any) -> bool:
+    order = kind.__mro__
 
     def depth(name: str) -> int:
-        return next((i for i, kind in enumerate(order) if name in vars(kind)), len(order))
+        return next((i for i, each in enumerate(order) if name in vars(each)), len(order))
 
-    known = max(depth("first_factor"), depth("after_product"))
-    return known < len(order) and depth("first_factor") <= depth("forward") and adds_onto(module)
+    offered = depth("after_product") < len(order)
+    return offered and depth("first_factor") <= depth("forward") < len(order)

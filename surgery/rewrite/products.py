@@ -114,6 +114,8 @@ def lay_side_by_side(factors: Sequence[Tensor]) -> None:
     Their values, and the objects that they are, stay. Parameters that another library keeps in
     memory of its own, flattened or sharded, are left where they are.
     """
+    if len(factors) < 2:
+        return
     first = factors[0]
     alike = all(
         type(a) is nn.Parameter
@@ -123,7 +125,7 @@ def lay_side_by_side(factors: Sequence[Tensor]) -> None:
         and a.untyped_storage().nbytes() == a.numel() * a.element_size()
         for a in factors
     )
-    if not alike or len(factors) < 2:
+    if not alike:
         return
     with torch.no_grad(), torch.inference_mode(False):
         whole = torch.cat([a.detach() for a in factors])

@@ -71,7 +71,10 @@ def first_products_of(x: Tensor, *modules: Any) -> tuple[list[Tensor | None], Te
 def _first_factor(module: Any) -> Tensor | None:
     """Return A of a module, None if its forward must be called."""
     hooked = has_hooks(module) or module._backward_hooks or module._backward_pre_hooks
-    if hooked or "forward" in vars(module) or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    hooked = hooked or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    # Dynamo sees the modules that the graph was made for; others may have taken their place since.
+    known = torch.compiler.is_compiling() or starts_with_product(module)
+    if hooked or "forward" in vars(module) or not known:
         return None
     factor: Tensor | None = module.first_factor()
     return factor

@@ -1,23 +1,21 @@
 """Make the reference of preference training: the model as it is now, frozen.
 
-only active splices are trained    a view of the same model with frozen copies of them: the
-                                   memory of an adapter
-more of the model is trained       a frozen deep copy of the model, as without an adapter
+It is a copy that shares with the model all that nobody trains, so it takes the memory of an
+adapter. It has modules, splices and graphs of its own: what is trained, switched or removed in the
+model later leaves it as it is, and its evaluation mode is its own.
 """
 
 from __future__ import annotations
 
-import copy as copying
+import copy
+from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from surgery.interop import preference_trainers
-from surgery.splicer.activation import in_use
-from surgery.splicer.naming import copy
-from surgery.splicer.record import RECORD, reports, unused_name
-from surgery.splicer.views import view
-
-NAME = "reference"
+from surgery.host import hosts
+from surgery.interop import outside_inference_mode, preference_trainers
+from surgery.splicer.record import reports, spliced_model
 
 
 def give_references() -> None:
@@ -25,29 +23,30 @@ def give_references() -> None:
     preference_trainers.give_references(_reference)
 
 
+@outside_inference_mode
 def _reference(model: nn.Module, written: bool) -> nn.Module | None:
     """Return the model as it is now, frozen; None if nothing is spliced into it.
 
     Args:
-        written: whether the trainer writes to the parameters of the reference.
+        written: whether the trainer writes to the parameters of the reference. It shares none then.
     """
-    if RECORD not in vars(model):
+    whole = spliced_model(model)
+    if not hosts(whole):
         return None
-    on = {name: share for name, share in in_use(model).items() if share}
-    trained = {name: _trained(model, name) for name in on}
-    inserted = {id(p) for found in trained.values() for p in found}
-    if written or any(p.requires_grad and id(p) not in inserted for p in model.parameters()):
-        return copying.deepcopy(model).requires_grad_(False)
-    return view(model, {_copied(model, n) if trained[n] else n: on[n] for n in on})
+    shared = {} if written else {id(tensor): tensor for tensor in _untrained(whole)}
+    made = copy.deepcopy(whole, dict(shared))
+    for parameter in made.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+    return made
 
 
-def _trained(model: nn.Module, name: str) -> list[nn.Parameter]:
-    modules = [model.get_submodule(i.path) for i in reports(model)[name].inserted]
-    return [p for m in modules for p in m.parameters() if p.requires_grad]
-
-
-def _copied(model: nn.Module, name: str) -> str:
-    """Copy a splice under the first free name; return the name."""
-    new = unused_name(model, NAME if name == "default" else f"{NAME}_{name}")
-    copy(model, name, new)
-    return new
+def _untrained(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of the base that training leaves as they are."""
+    paths = [i.path for report in reports(model).values() for i in report.inserted]
+    inserted = {id(m) for path in paths for m in model.get_submodule(path).modules()}
+    for module in model.modules():
+        if id(module) not in inserted:
+            yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
+            if not isinstance(module, _NormBase):  # running statistics are written in training
+                yield from module.buffers(recurse=False)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import surgery
+from surgery.splicer import reports
 from tests.support.models import build, perturb
 
 pytestmark = [pytest.mark.cases, pytest.mark.filterwarnings("ignore")]
@@ -99,7 +100,12 @@ def dpo(model: Any, folder: Path, **more: Any) -> Any:
 
 
 def shares_base(reference: Any, model: Any) -> bool:
-    return {id(p) for p in reference.parameters()} == {id(p) for p in model.parameters()}
+    """Whether a reference takes the memory of an adapter, and leaves the model's splices alone."""
+    own = {id(p) for _, p in surgery.spliced_parameters(model)}
+    base = {id(p) for p in model.parameters()} - own
+    theirs = {id(p) for p in reference.parameters()}
+    alone = not own & theirs and not any(p.requires_grad for p in reference.parameters())
+    return alone and base == theirs & {id(p) for p in model.parameters()}
 
 
 def test_dpo_compares_with_the_adapter_that_it_was_given(
@@ -133,16 +139,43 @@ def test_a_checkpoint_of_dpo_holds_the_policy_alone(tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_reference_that_is_written_to_or_shares_too_little_is_a_copy(tmp_path: Path) -> None:
-    head = dpo(policy(keep=["lm_head"]), tmp_path).ref_model
+def test_what_is_trained_or_written_to_is_not_shared(tmp_path: Path) -> None:
+    model = policy(keep=["lm_head"])
+    head = dpo(model, tmp_path).ref_model
+    assert head.lm_head.weight is not model.lm_head.weight
+    assert head.model.embed_tokens.weight is model.model.embed_tokens.weight
     synchronised = dpo(policy(), tmp_path, sync_ref_model=True, ref_model_sync_steps=1)
-    for reference in (head, synchronised.ref_model):
-        assert not any(p.requires_grad for p in reference.parameters())
-    model = synchronised.model
-    assert not shares_base(synchronised.ref_model, model)
-    start = synchronised.ref_model(torch.arange(3, 11)[None]).logits
+    reference = synchronised.ref_model
+    own = {id(p) for p in synchronised.model.parameters()}
+    assert not own & {id(p) for p in reference.parameters()}
+    start = reference(torch.arange(3, 11)[None]).logits
     synchronised.train()
-    assert not torch.equal(synchronised.ref_model(torch.arange(3, 11)[None]).logits, start)
+    assert not torch.equal(reference(torch.arange(3, 11)[None]).logits, start)
+
+
+def test_two_stages_and_two_splices_start_from_what_was_given(tmp_path: Path) -> None:
+    model = build("llama")
+    surgery.splice(model, surgery.method("ia3"), name="a")
+    surgery.splice(model, surgery.method("lora", rank=4), name="b")
+    perturb(model, 0.3)
+    for trained in ("a", "b"):
+        surgery.freeze_base(model, train=trained)
+        trainer = dpo(model, tmp_path)
+        trainer.train()
+        assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) < 1e-6
+    assert list(reports(model)) == ["a", "b"]
+
+
+def test_a_reference_has_no_dropout(tmp_path: Path) -> None:
+    model = build("llama")
+    surgery.splice(model, surgery.method("lora", rank=4, dropout=0.5))
+    perturb(model, 0.3)
+    surgery.freeze_base(model)
+    reference = dpo(model, tmp_path, disable_dropout=False).ref_model
+    model.train()
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(reference(ids).logits, reference(ids).logits)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])

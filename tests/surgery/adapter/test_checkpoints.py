@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -197,3 +198,19 @@ def test_a_model_goes_with_its_last_user() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_a_checkpoint_that_lacks_a_trained_splice_is_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    surgery.splice(model, surgery.method("lora", rank=2), name="a")
+    surgery.freeze_base(model)
+    model.save_pretrained(tmp_path / "a")
+    surgery.splice(model, surgery.method("lora", rank=2), name="b")
+    surgery.freeze_base(model)
+    tensors = load_file(next((tmp_path / "a").glob("*.safetensors")))
+    with pytest.raises(surgery.StoreError, match="lacks the tensors"):
+        model.load_state_dict(tensors, strict=False)
+    surgery.use(model, "a")
+    surgery.freeze_base(model, train="a")  # b is off and frozen, as a reference is
+    model.load_state_dict(tensors, strict=False)
+    surgery.restore(model, tmp_path / "a")

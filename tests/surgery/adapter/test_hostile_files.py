@@ -227,3 +227,19 @@ def test_a_mutated_adapter_is_refused_with_nothing_changed_or_loaded(
         assert same(base, state)
     assert (loaded, refused) == (40, 1260)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 << 10  # kB
+
+
+@pytest.mark.parametrize(
+    "share",
+    [10**400, 10**300, 1e308, float("nan"), True, "1", [1], None, -(10**7)],
+    ids=[f"share{i}" for i in range(9)],
+)
+def test_how_far_a_splice_is_on_is_a_bounded_number(
+    share: Any, saved: Path, tmp_path: Path
+) -> None:
+    file = saved / "surgery.json"
+    found = json.loads(file.read_text())
+    found["in_use"] = dict.fromkeys(found["in_use"], share)
+    file.write_text(json.dumps(found))
+    with pytest.raises(surgery.StoreError, match=r"in_use|damaged"):
+        surgery.load(build("roberta"), saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def test_a_trainer_is_given_its_reference_whichever_comes_first(library: None, f
     assert module.PreferenceTrainer(model).ref_model is model
     assert module.SpecialTrainer(model=model).ref_model is model
     assert seen == [False, False]
+    assert copy.copy(module.__spec__.loader).get_source(module.__name__) == TRAINER
     assert module.PreferenceTrainer.__init__.__name__ == "__init__"
     assert module.__loader__.get_source(module.__name__) == TRAINER
 
@@ -97,3 +99,10 @@ def test_a_synchronised_reference_is_known_to_be_written_to(library: None) -> No
     settings = type("Settings", (), {"sync_ref_model": True})()
     module.PreferenceTrainer(nn.ReLU(), args=settings)
     assert seen == [True]
+
+
+def test_a_blocked_library_is_left_alone(library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, LIBRARY, None)  # type: ignore[arg-type]
+    arm([])
+    with pytest.raises(ImportError):
+        importlib.import_module(LIBRARY)
