@@ -25,7 +25,7 @@ def may_be_written(x: fx.Node, root: nn.Module) -> bool:
         for user in todo.pop().users:
             if _writes(user, root):
                 return True
-            if user not in seen and _name(user) in _VIEWS:
+            if user not in seen and name_of(user) in _VIEWS:
                 seen.add(user)
                 todo.append(user)
     return False
@@ -34,12 +34,12 @@ def may_be_written(x: fx.Node, root: nn.Module) -> bool:
 def _writes(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = _name(node)
+    name = name_of(node)
     named = name.endswith("_") and not name.endswith("__")
     return named or node.target in _AUGMENTED or bool(node.kwargs.get("inplace"))
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     """Return the name of the function or method that a node calls."""
     if node.op == "call_method":
         return str(node.target)

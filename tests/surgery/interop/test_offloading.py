@@ -35,7 +35,8 @@ def test_an_offloaded_model_is_saved_and_otherwise_refused(tmp_path: Path) -> No
     model = spliced()
     expected = model(IDS).logits
     accelerate.cpu_offload(model, execution_device="cpu")
-    assert torch.equal(model(IDS).logits, expected)
+    # Its hooks let each inserted module run by itself: products of other shapes round otherwise.
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
     surgery.save(model, tmp_path)
     assert torch.equal(surgery.load(fresh(), tmp_path)(IDS).logits, expected)
     other = accelerate.cpu_offload(fresh(), execution_device="cpu")
@@ -53,7 +54,7 @@ def test_weights_that_are_offloaded_to_memory_are_merged_and_unmerged() -> None:
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     assert all(p.is_meta for p in model.parameters())
     surgery.unmerge(model, merged)
-    assert torch.equal(model(IDS).logits, expected)
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
     merged = surgery.merge(model)
     merged.undo(model)
     assert torch.equal(model(IDS).logits, base)
