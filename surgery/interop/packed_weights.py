@@ -48,7 +48,8 @@ def require_unpacked(model: nn.Module) -> None:
         SpliceError: naming the layer.
     """
     for path, module in model.named_modules():
-        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        own = dict(module.named_parameters(recurse=False))
+        state = getattr(own.get("weight"), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             raise SpliceError(
                 f"{path} has packed its 4-bit weight for inference on this CPU, so no gradient "

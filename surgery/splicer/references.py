@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from surgery.host import hosts
 from surgery.interop import outside_inference_mode, preference_trainers
@@ -48,5 +47,5 @@ def _untrained(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if id(module) not in inserted:
             yield from (p for p in module.parameters(recurse=False) if not p.requires_grad)
-            if not isinstance(module, _NormBase):  # running statistics are written in training
+            if getattr(module, "running_mean", None) is None:  # statistics, written in training
                 yield from module.buffers(recurse=False)
