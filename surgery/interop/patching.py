@@ -17,6 +17,7 @@ Nothing stays replaced, and the lock is not kept:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import threading
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from surgery.interop.garbage import collecting_rarely
 from surgery.interop.interrupts import with_signals_delayed
 from surgery.interop.thread_state import keeping_thread_state
 
@@ -46,7 +48,8 @@ def exclusively(function: Callable[[], T]) -> T:
         try:
             held = _lock.acquire()
             known = len(_sessions)
-            return keeping_thread_state(with_signals_delayed)(function)
+            operate = functools.partial(collecting_rarely, function)
+            return keeping_thread_state(with_signals_delayed)(operate)
         finally:
             if held:
                 _put_back_beyond(known)

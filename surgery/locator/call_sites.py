@@ -11,6 +11,7 @@ block    the smallest module that contains one FFN and at least one attention
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 from torch import Tensor, fx, nn
 
@@ -36,15 +37,25 @@ def call_sites(
 
 def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
     """Return the paths of the smallest modules that contain one FFN and at least one attention."""
-    attention = {site.path for site in sites if site.kind == "attention"}
-    ffns = [site.path for site in sites if site.kind == "ffn"]
+    attention = {p for s in sites if s.kind == "attention" for p in with_ancestors(s.path)}
+    ffns = dict.fromkeys(site.path for site in sites if site.kind == "ffn")
+    count = Counter(path for ffn in ffns for path in with_ancestors(ffn))
     found: dict[str, None] = {}
-    for path in ffns:
-        while path and not (path in observation.calls and _inside(path, attention)):
-            path = path.rpartition(".")[0]
-        if path and len(_inside(path, set(ffns))) == 1:
+    for ffn in ffns:
+        callers = (p for p in with_ancestors(ffn) if p in observation.calls and p in attention)
+        path = next(callers, "")
+        if path and count[path] == 1:
             found[path] = None
     return list(found)
+
+
+def with_ancestors(path: str) -> list[str]:
+    """Return the path of a module, and those of the modules that contain it, up to the root."""
+    found = [path]
+    while path:
+        path = path.rpartition(".")[0]
+        found.append(path)
+    return found
 
 
 def _inside(path: str, others: set[str]) -> set[str]:

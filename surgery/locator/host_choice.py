@@ -66,17 +66,13 @@ def groups_of(matches: list[Match], observation: Observation, model: nn.Module) 
     for match in matches:
         path = host_of(match, observation, model)
         groups.setdefault(path, Group(path)).matches.append(match)
-    while overlap := _overlap(groups):
-        outer, inner = overlap
-        outer.matches += groups.pop(inner.path).matches
+    for path in list(groups):
+        while path in groups and (inner := _within(groups[path], groups)):
+            groups[path].matches += groups.pop(inner).matches
     return list(groups.values())
 
 
-def _overlap(groups: dict[str, Group]) -> tuple[Group, Group] | None:
-    """Return two groups of which the first traces through the host of the second."""
-    for outer in groups.values():
-        through = outer.through()
-        for inner in groups.values():
-            if inner is not outer and inner.path in through:
-                return outer, inner
-    return None
+def _within(outer: Group, groups: dict[str, Group]) -> str | None:
+    """Return the path of the first other host that a group traces through."""
+    inside = outer.through() & groups.keys()
+    return next((path for path in groups if path in inside), None) if inside else None

@@ -202,13 +202,14 @@ class _Observer(LeftOnce, TorchFunctionMode):
         The nodes stay if they belong to an attention: if a softmax or an attention call is among
         them, or a product in a module without parameters.
         """
-        inside = self.trail[start:]
+        end = len(self.trail)
+        inside = self.trail[start:end]
         names = {target_name(node) for node in inside}
         weightless = not any(True for _ in self.modules[path].parameters())
         if not names.isdisjoint(_ATTENTION_OPS) or (weightless and not names.isdisjoint(PRODUCTS)):
             return
         self.stand_for(path, args, kwargs, result)
-        self.erase(inside)
+        self.erase(start, end)
 
     def stand_for(self, path: str, args: Any, kwargs: Any, result: Any) -> fx.Node:
         """Add a node that stands for the whole call of a module."""
@@ -220,12 +221,12 @@ class _Observer(LeftOnce, TorchFunctionMode):
         self.define(node, result)
         return node
 
-    def erase(self, inside: list[fx.Node]) -> None:
-        """Erase the nodes ``inside`` that nothing reads, the last first."""
-        for old in reversed(inside):
+    def erase(self, start: int, end: int) -> None:
+        """Erase the nodes of this part of the trail that nothing reads, the last first."""
+        for old in reversed(self.trail[start:end]):
             if not old.users and old.op not in ("placeholder", "get_attr"):
                 self.graph.erase_node(old)
-        self.trail = [n for n in self.trail if not n._erased]
+        self.trail[start:] = [n for n in self.trail[start:] if not n._erased]
 
     def attend(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap an attention function, so that each call of it is recorded as one node."""
@@ -255,7 +256,7 @@ class _Observer(LeftOnce, TorchFunctionMode):
             finally:
                 self.own_gradient = was
             if not self.hidden and rows_sum_to_one(result):
-                self.erase(self.trail[start:])
+                self.erase(start, len(self.trail))
                 self.record("call_function", apply, args, {}, result)
             return result
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from surgery.interop import base_children
+from surgery.locator.call_sites import with_ancestors
 from surgery.locator.run_record import Observation
 from surgery.patterns import Match, innermost, projections
 from surgery.plugin import Site
@@ -31,13 +32,15 @@ def _projections(
     """Return a line for each projection inside a host that makes no port of the host's sites."""
     known = {p.projection.node for m in matches for p in m.ports.values() if p.projection}
     names = {n for s in sites for p in s.ports.values() for n in (p.weight, p.bias) if n}
+    owners = {n.rpartition(".")[0] for n in names}
+    order = {path: i for i, path in reversed([*enumerate(s.path for s in sites)])}
     found: dict[str, str] = {}
     experts: dict[str, str] = {}
     for proj in projections(observation.graph, model):
         path = proj.module or str(proj.node.meta["owner"])
-        within = (s.path for s in sites if not s.path or f"{path}.".startswith(f"{s.path}."))
-        host = next(within, None)
-        again = proj.module and any(n.rpartition(".")[0] == proj.module for n in names)
+        within = [p for p in with_ancestors(path) if p in order]
+        host = min(within, key=order.__getitem__, default=None)
+        again = proj.module and proj.module in owners
         if host is not None and proj.node not in known and not again:
             if expert := innermost(path, observation.experts):
                 experts[path] = expert.rpartition(".")[0]

@@ -100,14 +100,14 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
         )
     groups = groups_of(matches, observation, model)
     why = why_untrained(observation)
+    group_of = {id(match): group for group in groups for match in group.matches}
     sites = [
         dataclasses.replace(
             pattern_site(match, group, observation.calls[group.path], model),
             untrained=why(match, group.path),
         )
         for match in matches
-        for group in groups
-        if match in group.matches
+        if (group := group_of[id(match)])
     ]
     given = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
     ids = [x for x in given if not x.is_floating_point()]

@@ -22,7 +22,7 @@ def shares_noted(sites: list[Site]) -> list[Site]:
             users.setdefault(port.weight, []).append((number, port))
 
     def marked(number: int, port: Port) -> Port:
-        others = [other for n, other in users[port.weight] if n != number]
+        others = (other for n, other in users[port.weight] if n != number)
         shared = bool(port.weight) and any(_overlap(port, other) for other in others)
         return dataclasses.replace(port, shared=True) if shared else port
 

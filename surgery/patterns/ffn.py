@@ -49,7 +49,10 @@ _RESIDUAL_OPS = VIEWS | frozenset(
 def match_ffn(down: Projection, root: nn.Module) -> Match | None:
     """Return the FFN whose last projection is ``down``, or None if there is none."""
     ends, between, others = walk_back(
-        down.source, root, lambda n: op_name(n) in _FFN_OPS and not _mixes_features(n, root)
+        down.source,
+        root,
+        lambda n: op_name(n) in _FFN_OPS and not _mixes_features(n, root),
+        lambda ends, others: bool(others) or len({origin(end.source) for end in ends}) > 2,
     )
     if not ends or others or not any(_is_nonlinear(n, root) for n in between):
         return None

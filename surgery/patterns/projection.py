@@ -241,11 +241,18 @@ def stacks_weights(module: nn.Module) -> bool:
 
 
 def walk_back(
-    start: fx.Node, root: nn.Module, passes: Callable[[fx.Node], bool]
+    start: fx.Node,
+    root: nn.Module,
+    passes: Callable[[fx.Node], bool],
+    enough: Callable[[list[Projection], list[fx.Node]], bool] = lambda ends, others: False,
 ) -> tuple[list[Projection], list[fx.Node], list[fx.Node]]:
     """Walk from ``start`` against the dataflow, breadth first, while ``passes`` is true.
 
     A branch of the walk ends at a projection, a parameter, or a node that does not pass.
+
+    Args:
+        enough: whether the walk may stop early, by the projections and other nodes at which it has
+            ended so far. Against the residual stream it would pass every earlier layer.
 
     Returns:
         the projections at which it ended (nearest first), the nodes in between, and the other nodes
@@ -255,7 +262,7 @@ def walk_back(
     between: list[fx.Node] = []
     others: list[fx.Node] = []
     queue, seen = [start], {start}
-    while queue:
+    while queue and not enough(ends, others):
         node = queue.pop(0)
         found = projection(node, root)
         if found is not None:

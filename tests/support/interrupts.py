@@ -116,7 +116,7 @@ def process() -> dict[str, Any]:
         "call": nn.Module.__call__,
         "training": "training" in vars(nn.Module),
         "hook fires": bool(seen),
-        "collector": gc.isenabled(),
+        "collector": (gc.isenabled(), gc.get_threshold()),
         "trace": sys.gettrace(),
         "gradients": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
