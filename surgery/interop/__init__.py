@@ -45,7 +45,9 @@ from surgery.interop.patching import AttentionPatch, exclusively, patched, unpat
 from surgery.interop.random_streams import draw_anew
 from surgery.interop.sharding import (
     is_first_process,
+    is_partitioned,
     is_sharded,
+    joined,
     like,
     shard_like,
     wait_for_others,
@@ -80,7 +82,9 @@ __all__ = [
     "input_key",
     "is_first_process",
     "is_integer_tensor",
+    "is_partitioned",
     "is_sharded",
+    "joined",
     "keep",
     "keeping_thread_state",
     "kept",

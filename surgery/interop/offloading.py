@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.interop.sharding import gathered, split_by_tensor_parallelism
+from surgery.interop.sharding import gathered, is_sharded, split_by_tensor_parallelism
 
 
 def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
@@ -35,10 +35,10 @@ def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
                 "the model is offloaded, or take the hooks off first: "
                 "accelerate.hooks.remove_hook_from_submodules(model)."
             )
-        if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
+        if any(map(is_sharded, module.parameters(recurse=False))):
             return (
                 f"the parameters of {path or 'the model'} are sharded. Do this before the model is "
-                "sharded (fully_shard, tensor parallelism)."
+                "sharded (fully_shard, tensor parallelism, deepspeed.initialize)."
             )
     return ""
 
