@@ -88,6 +88,10 @@ class LowRank(nn.Module):
             self.a.copy_(a)
             self.b.copy_(b)
 
+    def divided_axes(self, side: str) -> dict[str, int]:
+        """Divide A with the input of the projection, or B and c with its output."""
+        return {"a": 1} if side == "input" else {"b": 1, "bias": 0}
+
     @staticmethod
     def forward_grouped(
         modules: Sequence[LowRank], x: Tensor, onto: Tensor | None = None
@@ -116,13 +120,15 @@ class LowRank(nn.Module):
         """Return the update, or its sum with ``onto``, in which the scale costs no operation."""
         if self.training:
             x = self.dropout(x)
-        hidden = F.linear(x, self.a)  # (B, n, r)
+        b, bias = surgery.own_part(self.b), surgery.own_part(self.bias)
+        hidden = F.linear(x, surgery.own_part(self.a))  # (B, n, r)
+        hidden = surgery.sum_between(hidden, self.a, self.b)
         if onto is not None and onto.dtype == hidden.dtype:
-            out = hidden @ self.b
-            out = out if self.bias is None else out + self.bias.to(out.dtype)
+            out = hidden @ b
+            out = out if bias is None else out + bias.to(out.dtype)
             return torch.add(onto, out, alpha=self.scale)
-        out = (hidden * self.scale) @ self.b
-        out = out if self.bias is None else out + self.scale * self.bias.to(out.dtype)
+        out = (hidden * self.scale) @ b
+        out = out if bias is None else out + self.scale * bias.to(out.dtype)
         return out if onto is None else onto + out.to(onto.dtype)
 
 

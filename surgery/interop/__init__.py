@@ -53,6 +53,14 @@ from surgery.interop.sharding import (
     wait_for_others,
     whole,
 )
+from surgery.interop.tensor_parallel import (
+    any_process,
+    divide_parameters,
+    division_mesh,
+    own_part,
+    sum_between,
+    undivided,
+)
 from surgery.interop.thread_state import LeftOnce, keeping_thread_state
 from surgery.interop.updated_weights import updated_weight
 
@@ -61,6 +69,7 @@ __all__ = [
     "AttentionPatch",
     "CallValue",
     "LeftOnce",
+    "any_process",
     "base_children",
     "capture_running",
     "capturing",
@@ -69,6 +78,8 @@ __all__ = [
     "detached",
     "detached_copy",
     "differentiable",
+    "divide_parameters",
+    "division_mesh",
     "draw_anew",
     "encoder_fastpath",
     "evaluating",
@@ -95,6 +106,7 @@ __all__ = [
     "onloaded",
     "out_of_reach",
     "outside_inference_mode",
+    "own_part",
     "patched",
     "put_items_back",
     "real_tensors",
@@ -102,8 +114,10 @@ __all__ = [
     "silenced",
     "snapshot",
     "stored_parameters",
+    "sum_between",
     "tensors_equal",
     "tensors_in",
+    "undivided",
     "unobserved",
     "unpatched",
     "unspliced_forward",

@@ -7,7 +7,7 @@
 The first way takes fewer collectives in a step. Every process must do the same, in one order.
 ZeRO-3 replaces the data of a parameter by an empty tensor between forwards. A model is spliced
 before ``deepspeed.initialize``.
-Tensor parallelism is refused: a process then runs the layers with heads and columns of its own.
+Tensor parallelism is another matter (tensor_parallel.py).
 """
 
 from __future__ import annotations
@@ -38,27 +38,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _sharded(model: nn.Module) -> list[Any]:
     """Return the modules whose parameters FSDP2 has sharded and not gathered now."""
-    if not _several_processes():
+    if not several_processes():
         return []
     from torch.distributed.fsdp import FSDPModule
 
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
     return [m for m in units if any(map(is_distributed, m.parameters()))]
-
-
-def split_by_tensor_parallelism(model: nn.Module) -> str:
-    """Return the name of a parameter of which each process computes with a part; "" if none is.
-
-    Call this inside :func:`gathered`: what FSDP2 has sharded is whole there.
-    """
-    if not _several_processes():
-        return ""
-    named = model.named_parameters()
-    return next((name for name, p in named if is_distributed(p) and _is_split(p)), "")
-
-
-def _is_split(tensor: Any) -> bool:
-    return any(not placement.is_replicate() for placement in tensor.placements)
 
 
 def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
@@ -141,15 +126,15 @@ def like(tensor: Tensor, target: Any) -> Tensor:
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes files: there is one, or its rank is 0."""
-    return not _several_processes() or torch.distributed.get_rank() == 0
+    return not several_processes() or torch.distributed.get_rank() == 0
 
 
 def wait_for_others() -> None:
     """Wait until every process has come here, if there are several."""
-    if _several_processes():
+    if several_processes():
         torch.distributed.barrier()
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
     """Whether processes were joined, by torchrun or by hand; there may be but one."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
