@@ -100,8 +100,11 @@ class LowRank(nn.Module):
 
             s_e x_e A_e B_e         x_e (m, d_in): the rows of module e
 
-        Smaller ranks are filled up with zeros. None beside dropout or a bias.
+        Smaller ranks are filled up with zeros. None beside dropout or a bias, or where tensor
+        parallelism has divided them.
         """
+        if any(surgery.own_part(m.a) is not m.a for m in modules):
+            return None
         if any(m.bias is not None or (m.training and m.dropout.p) for m in modules):
             return None
         a, b = _stacked([m.a for m in modules]), _stacked([m.b for m in modules])

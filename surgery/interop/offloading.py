@@ -96,10 +96,10 @@ def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
             name = function.__name__.lstrip("_")
             raise SpliceError(f"{name} fails on this {type(model).__name__}: {reason}") from error
         raise SpliceError(
-            f"tensor parallelism has split {split} over processes, and the model cannot be made "
-            f"whole here: {why_not}. Load the base with tp_plan='auto' over one axis of processes, "
-            "or without tp_plan= (fully_shard may shard it). To run an adapter there, merge it into "
-            "a whole base, save that, and load it with tp_plan=."
+            f"tensor parallelism has split {split} over processes, and a splice cannot see the "
+            f"model whole: {why_not}. Load the base with tp_plan='auto' over one axis of "
+            "processes, or without tp_plan= (fully_shard may shard it). To run an adapter there, "
+            "merge it into a whole base, save that, and load it with tp_plan=."
         )
 
     return run

@@ -47,11 +47,13 @@ def sum_between(hidden: Tensor, a: Any, b: Any) -> Tensor:
     if not is_distributed(a):
         return hidden
     if _is_split(a):
-        return _Sum.apply(hidden, a.device_mesh.get_group())  # type: ignore[no-any-return]
-    if _is_split(b):
-        group = b.device_mesh.get_group()
-        return _SumOfGradients.apply(hidden, group)  # type: ignore[no-any-return]
-    return hidden
+        return _apply(_Sum, hidden, a)
+    return _apply(_SumOfGradients, hidden, b) if _is_split(b) else hidden
+
+
+def _apply(function: Any, hidden: Tensor, parameter: Any) -> Tensor:
+    summed: Tensor = function.apply(hidden, parameter.device_mesh.get_group())
+    return summed
 
 
 class _Sum(torch.autograd.Function):
@@ -107,7 +109,8 @@ def why_never_whole(model: nn.Module) -> str:
     """Return why a divided model cannot be shown whole; "" if it can."""
     meshes = set()
     for path, module in _base_modules(model, ""):
-        for name, parameter in module.named_parameters(recurse=False):
+        own: list[tuple[str, Any]] = list(module.named_parameters(recurse=False))
+        for name, parameter in own:
             if not is_distributed(parameter):
                 continue
             meshes.add(parameter.device_mesh)
@@ -119,6 +122,12 @@ def why_never_whole(model: nn.Module) -> str:
     if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
         return "it is divided along more than one axis of processes"
     return ""
+
+
+def is_divided_by_plan(module: nn.Module) -> bool:
+    """Whether a plan of transformers has divided this module's own parameters."""
+    divided = any(map(_is_split, module.parameters(recurse=False)))
+    return divided and _plan_forward(module) is not None
 
 
 def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

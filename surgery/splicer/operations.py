@@ -35,9 +35,10 @@ from surgery.interop import (
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, settle_advance
 from surgery.splicer.activation import require_spliced
-from surgery.splicer.all_or_nothing import atomically
+from surgery.splicer.all_or_nothing import Before, atomically
 from surgery.splicer.assignment import assign, left_out, without_attention
-from surgery.splicer.division import Todo, divide
+from surgery.splicer.division import divide
+from surgery.splicer.division_trial import Todo
 from surgery.splicer.insertion import operate, take_out
 from surgery.splicer.record import (
     Report,
@@ -83,12 +84,13 @@ def splice(
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
 
-    def operate_on() -> Report:
+    def operate_on(_: Before) -> Report:
+        report: Report
         report, todo = _splice(model, methods, at, example_inputs, name)
         divide(model, report, todo)
         return report
 
-    report = atomically(model, lambda _: operate_on())
+    report = atomically(model, operate_on)
     shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
     return report
 
