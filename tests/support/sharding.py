@@ -1,7 +1,9 @@
-"""A small Llama, sharded by FSDP2 and trained for some steps."""
+"""A small Llama, sharded by FSDP2 and trained for some steps, or divided by a plan."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -35,3 +37,17 @@ def trained(model: Any, ids: Tensor) -> Any:
         model(ids).logits.square().mean().backward()
         optimiser.step()
     return model
+
+
+def divided(model: Any, mesh: DeviceMesh) -> Any:
+    """Divide a model by transformers' own plan for it, as ``from_pretrained`` does."""
+    from transformers.integrations.tensor_parallel import apply_tensor_parallelism
+
+    plan: dict[str, str] = {}
+    for name, module in model.named_modules():
+        style = model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name))
+        if style:
+            plan |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)}
+            plan[name] = style
+    takes_plan = len(inspect.signature(apply_tensor_parallelism).parameters) > 2
+    return apply_tensor_parallelism(model, mesh, *([plan] if takes_plan else []))
