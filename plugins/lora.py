@@ -103,9 +103,9 @@ class LowRank(nn.Module):
         Smaller ranks are filled up with zeros. None beside dropout or a bias, or where tensor
         parallelism has divided them.
         """
-        if any(surgery.own_part(m.a) is not m.a for m in modules):
-            return None
-        if any(m.bias is not None or (m.training and m.dropout.p) for m in modules):
+        if any(
+            _is_divided(m.a) or m.bias is not None or (m.training and m.dropout.p) for m in modules
+        ):
             return None
         a, b = _stacked([m.a for m in modules]), _stacked([m.b for m in modules])
         hidden = torch.bmm(x.reshape(len(modules), -1, x.shape[-1]), a.transpose(1, 2))
@@ -123,9 +123,11 @@ class LowRank(nn.Module):
         """Return the update, or its sum with ``onto``, in which the scale costs no operation."""
         if self.training:
             x = self.dropout(x)
-        b, bias = surgery.own_part(self.b), surgery.own_part(self.bias)
-        hidden = F.linear(x, surgery.own_part(self.a))  # (B, n, r)
-        hidden = surgery.sum_between(hidden, self.a, self.b)
+        a, b, bias = self.a, self.b, self.bias
+        hidden = F.linear(x, surgery.own_part(a) if _is_divided(a) else a)  # (B, n, r)
+        if _is_divided(a):
+            hidden = surgery.sum_between(hidden, a, b)
+            b, bias = surgery.own_part(b), surgery.own_part(bias)
         if onto is not None and onto.dtype == hidden.dtype:
             out = hidden @ b
             out = out if bias is None else out + bias.to(out.dtype)
@@ -133,6 +135,11 @@ class LowRank(nn.Module):
         out = (hidden * self.scale) @ b
         out = out if bias is None else out + self.scale * bias.to(out.dtype)
         return out if onto is None else onto + out.to(onto.dtype)
+
+
+def _is_divided(factor: Tensor) -> bool:
+    """Whether tensor parallelism holds a factor; a plain parameter is told at once."""
+    return type(factor) is not nn.Parameter and surgery.own_part(factor) is not factor
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:

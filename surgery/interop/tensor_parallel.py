@@ -96,9 +96,12 @@ def divided_parameter(model: nn.Module) -> str:
 
 
 def division_mesh(model: nn.Module) -> Any:
-    """Return the mesh of processes over which a model is divided; None if it is not."""
-    name = divided_parameter(model)
-    return model.get_parameter(name).device_mesh if name else None  # type: ignore[attr-defined]
+    """Return the mesh over which a plan of transformers has divided a model; None if none has."""
+    if not several_processes():
+        return None
+    module = next(filter(is_divided_by_plan, model.modules()), None)
+    split = filter(_is_split, module.parameters(recurse=False) if module else ())
+    return next((parameter.device_mesh for parameter in split), None)  # type: ignore[attr-defined]
 
 
 def _is_split(tensor: Any) -> bool:
