@@ -85,7 +85,7 @@ def test_what_needs_whole_weights_is_refused(mesh: DeviceMesh) -> None:
     for operate, reason in (
         (lambda: surgery.merge(model), "sharded"),
         (lambda: surgery.combine(model, ["default", "other"], "sum"), "needs them whole"),
-        (lambda: surgery.train_rows(model, "model.embed_tokens.weight", [3]), "sharded over"),
+        (lambda: surgery.train_rows(model, "lm_head.weight", [3]), "sharded over"),
     ):
         with pytest.raises(surgery.SpliceError, match=reason):
             operate()
