@@ -88,6 +88,10 @@ class LowRank(nn.Module):
             self.a.copy_(a)
             self.b.copy_(b)
 
+    def divided_axes(self, side: str) -> dict[str, int]:
+        """Divide A with the input of the projection, or B and c with its output."""
+        return {"a": 1} if side == "input" else {"b": 1, "bias": 0}
+
     @staticmethod
     def forward_grouped(
         modules: Sequence[LowRank], x: Tensor, onto: Tensor | None = None
@@ -96,9 +100,12 @@ class LowRank(nn.Module):
 
             s_e x_e A_e B_e         x_e (m, d_in): the rows of module e
 
-        Smaller ranks are filled up with zeros. None beside dropout or a bias.
+        Smaller ranks are filled up with zeros. None beside dropout or a bias, or where tensor
+        parallelism has divided them.
         """
-        if any(m.bias is not None or (m.training and m.dropout.p) for m in modules):
+        if any(
+            _is_divided(m.a) or m.bias is not None or (m.training and m.dropout.p) for m in modules
+        ):
             return None
         a, b = _stacked([m.a for m in modules]), _stacked([m.b for m in modules])
         hidden = torch.bmm(x.reshape(len(modules), -1, x.shape[-1]), a.transpose(1, 2))
@@ -113,17 +120,30 @@ class LowRank(nn.Module):
         return out if onto is None else onto + out.to(onto.dtype)
 
     def first_factor(self) -> Tensor | None:
-        """Return A; None under dropout, of which each module has masks of its own."""
-        return None if self.training and self.dropout.p else self.a
+        """Return A; None where it is divided, or under dropout, whose masks differ by module."""
+        alone = self.training and self.dropout.p
+        return None if alone or _is_divided(self.a) else self.a
 
     def after_product(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return the update from ``hidden = x A``, or its sum with ``onto``."""
-        out = surgery.add_product(onto, hidden, self.b, self.scale)
-        return out if self.bias is None else out + self.scale * self.bias.to(out.dtype)
+        return self._added(hidden, onto, self.b, self.bias)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return the update, or its sum with ``onto``."""
-        return self.after_product(F.linear(self.dropout(x), self.a), onto)
+        x = self.dropout(x)
+        if not _is_divided(self.a):
+            return self.after_product(F.linear(x, self.a), onto)
+        hidden = surgery.sum_between(F.linear(x, surgery.own_part(self.a)), self.a, self.b)
+        return self._added(hidden, onto, surgery.own_part(self.b), surgery.own_part(self.bias))
+
+    def _added(self, hidden: Tensor, onto: Tensor | None, b: Tensor, bias: Tensor | None) -> Tensor:
+        out = surgery.add_product(onto, hidden, b, self.scale)
+        return out if bias is None else out + self.scale * bias.to(out.dtype)
+
+
+def _is_divided(factor: Tensor) -> bool:
+    """Whether tensor parallelism holds a factor; a plain parameter is told at once."""
+    return type(factor) is not nn.Parameter and surgery.own_part(factor) is not factor
 
 
 def _stacked(factors: list[Tensor]) -> Tensor:

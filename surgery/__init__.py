@@ -52,12 +52,20 @@ from surgery.errors import (
     suggest,
 )
 from surgery.host import Variant
-from surgery.interop import CallValue, every_module, in_backward, without_checkpointing
+from surgery.interop import (
+    CallValue,
+    every_module,
+    in_backward,
+    own_part,
+    sum_between,
+    without_checkpointing,
+)
 from surgery.locator import locate
 from surgery.plugin import (
     ActsOnTokens,
     AddsOnto,
     CountsVirtualKeys,
+    Divisible,
     Dropout,
     Example,
     Factored,
@@ -115,6 +123,7 @@ __all__ = [
     "CallValue",
     "CaptureError",
     "CountsVirtualKeys",
+    "Divisible",
     "Dropout",
     "Example",
     "Factored",
@@ -176,6 +185,7 @@ __all__ = [
     "merge",
     "method",
     "methods",
+    "own_part",
     "parameter_groups",
     "prefix",
     "push",
@@ -188,6 +198,7 @@ __all__ = [
     "splice",
     "spliced_parameters",
     "suggest",
+    "sum_between",
     "summary",
     "task",
     "tasks",

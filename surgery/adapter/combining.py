@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError, shown, suggest
-from surgery.interop import outside_inference_mode
+from surgery.interop import is_sharded, outside_inference_mode
 from surgery.plugin import Factored, Method
 from surgery.splicer import (
     Report,
@@ -175,6 +175,12 @@ def _combined(
             raise SpliceError(
                 f"{type(module).__name__} is no plain low-rank product, so how={how!r} does not "
                 "suit it. how='average' serves every method."
+            )
+        if any(map(is_sharded, found)):
+            raise SpliceError(
+                f"each process has a part of these splices, and how={how!r} needs them whole. "
+                "how='average' does not. Or save them, combine them in one process, save the new "
+                "splice there and load it here."
             )
         factors.append((found[0].detach(), found[1].detach()))
     if how == "cat":

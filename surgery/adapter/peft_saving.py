@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from surgery.adapter.atomic_write import locked, put, sync, unlink
 from surgery.adapter.claims import finite
-from surgery.adapter.parameters import base_tensors, kept_tensors
+from surgery.adapter.parameters import kept_tensors
 from surgery.adapter.row_training import trained_rows
 from surgery.errors import SpliceError, StoreError
 from surgery.formats import CONFIG, TENSORS, as_peft, contents
 from surgery.interop import (
     is_first_process,
-    is_sharded,
     onloaded,
     out_of_reach,
     wait_for_others,
@@ -41,12 +40,14 @@ def save_peft(
     folder: str | os.PathLike[str],
     names: Sequence[str],
     given: Mapping[str, Tensor],
+    sharded: bool,
 ) -> Path:
     """Write one splice of a model as PEFT would have saved it.
 
     Args:
         names: the splice; several are refused.
         given: whole tensors by their names in the model, stored in place of its own.
+        sharded: whether every process has come here, with a part of the trained tensors.
 
     Raises:
         SpliceError: something has no place in that format, or numbers are offloaded.
@@ -77,7 +78,6 @@ def save_peft(
         warnings.warn(f"{wrong[0]} holds NaN or infinity. Training has diverged.", stacklevel=3)
     data = save_tensors({n: x.contiguous() for n, x in tensors.items()}, {"format": "pt"})
     text = json.dumps(config, indent=2, allow_nan=False).encode()
-    sharded = not given and any(map(is_sharded, base_tensors(model).values()))
     try:
         if not sharded or is_first_process():
             _write(target, text, data)

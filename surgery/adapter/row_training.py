@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError, suggest
+from surgery.interop import is_sharded
 from surgery.splicer import look_up, record_of
 
 
@@ -52,7 +53,7 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
         rows: indices along the first axis; they join those of earlier calls.
 
     Raises:
-        SpliceError: there is no such parameter, or no such row.
+        SpliceError: there is no such parameter, or no such row, or the parameter is sharded.
     """
     own = dict(model.named_parameters())
     if name not in own:
@@ -63,6 +64,12 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
         raise SpliceError(
             f"{name} has rows 0 to {count - 1}; asked for {wrong or 'none'}. "
             "Resize the embedding before training its new rows."
+        )
+    if is_sharded(own[name]):
+        raise SpliceError(
+            f"{name} is sharded over processes, and its rows with it, so single rows cannot be "
+            "trained. Call train_rows before the model is sharded (fully_shard), or load the base "
+            "without tp_plan=."
         )
     own[name].requires_grad_(True)
     hooks: dict[str, RowGradient] = record_of(model).rows

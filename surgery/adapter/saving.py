@@ -47,14 +47,16 @@ from surgery.errors import SpliceError
 from surgery.interop import (
     huggingface,
     is_first_process,
+    is_partitioned,
     is_sharded,
+    joined,
     keeping_thread_state,
     onloaded,
     out_of_reach,
     wait_for_others,
     whole,
 )
-from surgery.plugin import Site, methods
+from surgery.plugin import Reparametrised, Site, methods
 from surgery.splicer import Report, in_use, reports, require_spliced, spliced_model
 
 Format = Literal["surgery", "peft"]
@@ -110,18 +112,27 @@ def save(
         )
     if format not in get_args(Format):
         raise SpliceError(f"format={format!r} must be one of {', '.join(get_args(Format))}.")
-    given = state_dict or {}
-    _require_whole(model, state_dict)
-    if format == "peft":
-        return save_peft(model, folder, names, given)
-    own = {**dict(model.named_parameters()), **given}
-    _warn_of_methods_not_offered(chosen)
     modules = [model.get_submodule(i.path) for report in chosen for i in report.inserted]
-    with onloaded(modules):
+    _require_whole(model, state_dict, modules if plain else [])
+    given = state_dict or {}
+    own = dict(model.named_parameters())
+    trained = [own[n] for n in sorted(_trained(model)) if n in own and state_dict is None]
+    sharded = any(map(is_sharded, trained))
+    if format == "peft":
+        if any(map(is_partitioned, model.parameters())):
+            raise SpliceError(
+                "PEFT's format tells the shapes of the base's matrices, which ZeRO-3 has taken "
+                "apart. Save in the own format, load that into a base in one process, and save it "
+                "there with format='peft'."
+            )
+        return save_peft(model, folder, names, given, sharded)
+    _warn_of_methods_not_offered(chosen)
+    with onloaded(modules), joined(trained):
         inserted = plain_state(model, names) if plain else full_state(model, names)
         tensors = {f"inserted.{name}": given.get(name, t) for name, t in inserted.items()}
         tensors |= {f"kept.{name}": given.get(name, t) for name, t in kept_tensors(model).items()}
-        tensors |= {f"rows.{name}": own[name][rows] for name, rows in trained_rows(model).items()}
+        held = {**own, **given}
+        tensors |= {f"rows.{name}": held[name][rows] for name, rows in trained_rows(model).items()}
         away = [name for name, tensor in tensors.items() if tensor.is_meta]
         if away:
             raise SpliceError(f"{away[0]} holds no numbers to save. {out_of_reach(model)}")
@@ -147,7 +158,6 @@ def save(
     }
     text = json.dumps(description, indent=1, allow_nan=False).encode()
     target = Path(folder)
-    sharded = any(map(is_sharded, tensors.values()))
     try:
         replaced = (not sharded or is_first_process()) and write(target, file, data, text)
     finally:
@@ -162,23 +172,35 @@ def save(
     return target
 
 
-def _require_whole(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> None:
+def _require_whole(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None, made_plain: Iterable[nn.Module]
+) -> None:
     """Raise if a state_dict leaves a tensor in parts: one process alone would wait for the others.
 
     Raises:
-        SpliceError: a trained tensor is sharded in it, or missing and sharded in the model.
+        SpliceError: a trained tensor is sharded in it, or missing and sharded in the model; or
+            what is stored is computed by one of the modules ``made_plain`` from sharded tensors.
     """
     if state_dict is None:
         return
+    then = (
+        "so a save would wait for all processes. Call surgery.save(model, folder) in every "
+        "process, without state_dict="
+    )
     own = dict(model.named_parameters())
     for name in sorted(_trained(model)):
         tensor = state_dict.get(name, own.get(name))
         if tensor is not None and is_sharded(tensor):
             fault = "holds a part of" if name in state_dict else "lacks"
             raise SpliceError(
-                f"state_dict= {fault} {name}, of which each process has a part, so a save would "
-                "wait for all processes. Call surgery.save(model, folder) in every process, "
-                "without state_dict=, or pass whole tensors."
+                f"state_dict= {fault} {name}, of which each process has a part, {then}, or pass "
+                "whole tensors."
+            )
+    for module in made_plain:
+        if isinstance(module, Reparametrised) and any(map(is_sharded, module.parameters())):
+            raise SpliceError(
+                f"what inference needs of {type(module).__name__} is computed from parameters of "
+                f"which each process has a part, {then}, or pass plain=False."
             )
 
 

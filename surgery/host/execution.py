@@ -30,6 +30,7 @@ from surgery.capture import Captured, Read, capture, run_always_called_hooks
 from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
+from surgery.host.divided_later import plan_reads, require_divided_alike
 from surgery.host.dynamo import prepare
 from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
 from surgery.host.selection import KEPT, Selection
@@ -184,6 +185,7 @@ def new_variant(
 
 def _edited(module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection) -> Captured:
     """Capture the host's own forward, and apply the edits that are on."""
+    require_divided_alike(module, state.path, [child for _, child in on.edits])
     try:
         captured, matches = capture_host(module, state.path, state.through, args, kwargs)
         for edit, child, partly in on.steps:
@@ -243,6 +245,7 @@ def capture_host(
             captured.ambient.append((functools.partial(getattr, owner, name), answer))
         elif (id(vars(owner)), name) not in known:
             captured.reads.append(Read("item", vars(owner), name, answer))
+    captured.reads += plan_reads(captured.graph, module)
     if own == types.MethodType(original_class(module).forward, module):
         captured.reads.append(Read("attribute", original_class(module), "forward", forward))
     return captured, find_matches(captured.graph, module) or module_match(captured.graph)

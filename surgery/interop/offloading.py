@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.interop.sharding import gathered, split_by_tensor_parallelism
+from surgery.interop.sharding import gathered, is_sharded
+from surgery.interop.tensor_parallel import divided_parameter, undivided, why_never_whole
 
 
 def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
@@ -35,10 +36,10 @@ def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
                 "the model is offloaded, or take the hooks off first: "
                 "accelerate.hooks.remove_hook_from_submodules(model)."
             )
-        if any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False)):
+        if any(map(is_sharded, module.parameters(recurse=False))):
             return (
                 f"the parameters of {path or 'the model'} are sharded. Do this before the model is "
-                "sharded (fully_shard, tensor parallelism)."
+                "sharded (fully_shard, tensor parallelism, deepspeed.initialize)."
             )
     return ""
 
@@ -76,26 +77,29 @@ def _stored(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function(model, ...)`` with weights gathered; its errors say so if they are not."""
+    """Return ``function(model, ...)`` with weights whole; its errors say so if they are not."""
 
     @functools.wraps(function)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        split = ""
         try:
             with gathered(model):
-                split = split_by_tensor_parallelism(model)
-                if not split:
-                    return function(model, *args, **kwargs)
+                split = divided_parameter(model)
+                why_not = why_never_whole(model) if split else ""
+                if not why_not:
+                    with undivided(model) if split else nullcontext():
+                        return function(model, *args, **kwargs)
         except Exception as error:
-            reason = out_of_reach(model)
+            reason = "" if split else out_of_reach(model)
             if not reason:
                 raise
             name = function.__name__.lstrip("_")
             raise SpliceError(f"{name} fails on this {type(model).__name__}: {reason}") from error
         raise SpliceError(
-            f"tensor parallelism has split {split} over processes, so each has heads and columns "
-            "of its own, and would insert modules of its own. Load the base without tp_plan= "
-            "(fully_shard may shard it). To run an adapter there, merge it into a whole base, save "
-            "that, and load it with tp_plan=."
+            f"tensor parallelism has split {split} over processes, and a splice cannot see the "
+            f"model whole: {why_not}. Load the base with tp_plan='auto' over one axis of "
+            "processes, or without tp_plan= (fully_shard may shard it). To run an adapter there, "
+            "merge it into a whole base, save that, and load it with tp_plan=."
         )
 
     return run

@@ -1,11 +1,13 @@
-"""Deal with parameters that FSDP2 has sharded over several processes.
+"""Deal with parameters that FSDP2 or DeepSpeed's ZeRO-3 has sharded over several processes.
 
     splice before sharding    fully_shard shards what is inserted with its layer
     splice after sharding     the base is gathered while the splice is verified, then sharded again;
                               each inserted module with parameters is sharded by itself
 
 The first way takes fewer collectives in a step. Every process must do the same, in one order.
-Tensor parallelism is refused: a process then runs the layers with heads and columns of its own.
+ZeRO-3 replaces the data of a parameter by an empty tensor between forwards. A model is spliced
+before ``deepspeed.initialize``.
+Tensor parallelism is another matter (tensor_parallel.py).
 """
 
 from __future__ import annotations
@@ -36,27 +38,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _sharded(model: nn.Module) -> list[Any]:
     """Return the modules whose parameters FSDP2 has sharded and not gathered now."""
-    if not _several_processes():
+    if not several_processes():
         return []
     from torch.distributed.fsdp import FSDPModule
 
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    return [m for m in units if any(map(is_sharded, m.parameters()))]
-
-
-def split_by_tensor_parallelism(model: nn.Module) -> str:
-    """Return the name of a parameter of which each process computes with a part; "" if none is.
-
-    Call this inside :func:`gathered`: what FSDP2 has sharded is whole there.
-    """
-    if not _several_processes():
-        return ""
-    named = model.named_parameters()
-    return next((name for name, p in named if is_sharded(p) and _is_split(p)), "")
-
-
-def _is_split(tensor: Any) -> bool:
-    return any(not placement.is_replicate() for placement in tensor.placements)
+    return [m for m in units if any(map(is_distributed, m.parameters()))]
 
 
 def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
@@ -69,10 +56,10 @@ def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = next(p for p in units[0].parameters() if is_sharded(p)).device_mesh
+    mesh = next(p for p in units[0].parameters() if is_distributed(p)).device_mesh
     for module in {id(m): m for each in inserted for m in each.modules()}.values():
         own = list(module.parameters(recurse=False))
-        if own and not any(map(is_sharded, own)):
+        if own and not any(map(is_distributed, own)):
             for parameter in own:
                 for axis in range(mesh.ndim):
                     torch.distributed.broadcast(
@@ -88,7 +75,33 @@ def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process has only a part of a tensor."""
+    return is_distributed(tensor) or is_partitioned(tensor)
+
+
+def is_distributed(tensor: Tensor) -> Any:
+    """Whether a tensor is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether ZeRO-3 has taken a parameter apart, and not gathered it now."""
+    return getattr(getattr(tensor, "ds_status", None), "name", "") == "NOT_AVAILABLE"
+
+
+@contextmanager
+def joined(parameters: Iterable[Any]) -> Iterator[bool]:
+    """Make parameters that ZeRO-3 has taken apart whole inside the ``with`` block, for reading.
+
+    Every process must enter the block. It yields whether there are such parameters.
+    """
+    apart = [p for p in parameters if is_partitioned(p)]
+    if not apart:
+        yield False
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(apart):
+        yield True
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,7 +115,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor, target: Any) -> Tensor:
     """Return a whole tensor sharded as ``target`` is, if that is."""
-    if not is_sharded(target):
+    if not is_distributed(target):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -113,15 +126,15 @@ def like(tensor: Tensor, target: Any) -> Tensor:
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes files: there is one, or its rank is 0."""
-    return not _several_processes() or torch.distributed.get_rank() == 0
+    return not several_processes() or torch.distributed.get_rank() == 0
 
 
 def wait_for_others() -> None:
     """Wait until every process has come here, if there are several."""
-    if _several_processes():
+    if several_processes():
         torch.distributed.barrier()
 
 
-def _several_processes() -> bool:
+def several_processes() -> bool:
     """Whether processes were joined, by torchrun or by hand; there may be but one."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

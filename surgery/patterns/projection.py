@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.interop import base_children
+from surgery.interop import base_children, own_part
 from surgery.patterns.dataflow import (
     forwarded,
     from_parameters,
@@ -231,7 +231,8 @@ def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
         return True
     matrices = [t.shape for t in own if t.dim() == 2]
     if len(matrices) == 1:
-        return sorted(matrices[0]) == sorted((in_width, width))
+        mine = [own_part(t).shape for t in own if t.dim() == 2]  # as a process computes with it
+        return sorted((in_width, width)) in (sorted(matrices[0]), sorted(mine[0]))
     return any(in_width in m for m in matrices) and any(width in m for m in matrices)
 
 

@@ -14,6 +14,7 @@ them when the module is inserted.
     forward_grouped  surgery.route                    many adapters of a batch run as one
     rest, needs_bias   surgery.merge                      what stays, and what a fold needs
     low_rank_factors   surgery.combine                    the update is a low-rank product
+    divided_axes       surgery.splice                     tensor parallelism divides the module
     trial_tokens         surgery.splice               ids that show a module's effect
     plain_state        surgery.save                       what inference needs, instead of all
     no_weight_decay    surgery.parameter_groups           parameters that do not decay
@@ -146,6 +147,25 @@ class Factored(Protocol):
 
 
 @runtime_checkable
+class Divisible(Protocol):
+    """A module that updates a projection which tensor parallelism may divide (verb ``add``).
+
+    Each process then has a part of the projection's input features, or of its output features, and
+    parts of the module's parameters. Its forward reads them by ``surgery.own_part(parameter)`` and
+    sums between two factors by ``surgery.sum_between(hidden, a, b)``; both do nothing to a model
+    that is not divided. ``surgery.splice`` compares output and gradients with those of a single
+    process.
+    """
+
+    def divided_axes(self, side: str) -> dict[str, int]:
+        """Return the axis along which each parameter is divided, by its name; others stay whole.
+
+        ``side`` is ``input`` where a process is given a part of x, and ``output`` where it returns
+        a part of y.
+        """
+
+
+@runtime_checkable
 class RunsGrouped(Protocol):
     """A module of which several can run at once, each for rows of its own.
 
@@ -209,6 +229,7 @@ PROTOCOLS: tuple[type, ...] = (
     NeedsBias,
     Reparametrised,
     Factored,
+    Divisible,
     RunsGrouped,
     ActsOnTokens,
     NamesUndecayed,
@@ -224,6 +245,7 @@ METHODS: dict[str, tuple[object, ...] | None] = {
     "rest": (),
     "low_rank_factors": (),
     "set_low_rank_factors": (None, None),
+    "divided_axes": ("input",),
     "forward_grouped": (None, None),
     "trial_tokens": (),
     "plain_state": (),

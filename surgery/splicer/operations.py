@@ -6,6 +6,7 @@ splice(model, methods, at)
   assign                            each method to the sites it chooses; method.check(sites)
   operate, host by host             method.splice(site), insert, verify
   verify_together, _verify_starts   outputs as declared
+  divide                            where a tensor-parallel plan has divided the model
   commit                            on any exception the model is put back (all_or_nothing.py)
 """
 
@@ -35,8 +36,10 @@ from surgery.interop import (
 from surgery.locator import locate
 from surgery.plugin import Method, Site, Sites, settle_advance
 from surgery.splicer.activation import require_spliced
-from surgery.splicer.all_or_nothing import atomically
+from surgery.splicer.all_or_nothing import Before, atomically
 from surgery.splicer.assignment import assign, left_out, without_attention
+from surgery.splicer.division import divide
+from surgery.splicer.division_trial import Todo
 from surgery.splicer.insertion import operate, take_out
 from surgery.splicer.record import (
     Report,
@@ -82,7 +85,14 @@ def splice(
     Example:
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
-    report: Report = atomically(model, lambda _: _splice(model, methods, at, example_inputs, name))
+
+    def operate_on(_: Before) -> Report:
+        report: Report
+        report, todo = _splice(model, methods, at, example_inputs, name)
+        divide(model, report, todo)
+        return report
+
+    report = atomically(model, operate_on)
     shard_like(model, [model.get_submodule(i.path) for i in report.inserted])
     give_references()
     return report
@@ -91,8 +101,8 @@ def splice(
 @explained_out_of_reach
 def _splice(
     model: nn.Module, methods: Method | Sequence[Method], at: Any, example_inputs: Any, name: str
-) -> Report:
-    """Do what :func:`splice` says, in a model whose parameters are whole."""
+) -> tuple[Report, Todo]:
+    """Do what :func:`splice` says, in a model whose parameters are whole; return what was done."""
     given = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, given, name)
     _check_below(model, name)
@@ -118,7 +128,7 @@ def _splice(
         model.get_submodule(i.path).train(model.get_submodule(i.site.path).training)
     report = transaction.commit()
     _warn_of_untrained(report)
-    return report
+    return report, todo
 
 
 def _warn_of_untrained(report: Report) -> None:

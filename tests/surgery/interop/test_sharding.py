@@ -14,14 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import surgery
-from tests.support.models import build, perturb
+from tests.support.models import perturb
+from tests.support.sharding import IDS, fresh, sharded, trained
 from tests.support.splices import built_with
 
-IDS = torch.arange(28).reshape(4, 7) % 25 + 3
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -30,28 +29,6 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
-
-
-def fresh() -> Any:
-    torch.manual_seed(0)
-    return build("llama").eval()
-
-
-def sharded(model: Any, mesh: DeviceMesh) -> Any:
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def trained(model: Any, ids: Tensor) -> Any:
-    surgery.freeze_base(model)
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.SGD(chosen, lr=0.5)
-    for _ in range(3):
-        optimiser.zero_grad()
-        model(ids).logits.square().mean().backward()
-        optimiser.step()
-    return model
 
 
 def test_a_model_sharded_after_the_splice_trains_and_is_saved(

@@ -1,0 +1,53 @@
+"""A small Llama, sharded by FSDP2 and trained for some steps, or divided by a plan."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+import surgery
+from tests.support.models import build
+
+IDS = torch.arange(28).reshape(4, 7) % 25 + 3
+
+
+def fresh() -> Any:
+    torch.manual_seed(0)
+    return build("llama").eval()
+
+
+def sharded(model: Any, mesh: DeviceMesh) -> Any:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def trained(model: Any, ids: Tensor) -> Any:
+    surgery.freeze_base(model)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(chosen, lr=0.5)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(ids).logits.square().mean().backward()
+        optimiser.step()
+    return model
+
+
+def divided(model: Any, mesh: DeviceMesh) -> Any:
+    """Divide a model by transformers' own plan for it, as ``from_pretrained`` does."""
+    from transformers.integrations.tensor_parallel import apply_tensor_parallelism
+
+    plan: dict[str, str] = {}
+    for name, module in model.named_modules():
+        style = model.tp_plan.get(re.sub(r"\.\d+\.", ".*.", name))
+        if style:
+            plan |= {f"{name}.{own}": style for own, _ in module.named_parameters(recurse=False)}
+            plan[name] = style
+    takes_plan = len(inspect.signature(apply_tensor_parallelism).parameters) > 2
+    return apply_tensor_parallelism(model, mesh, *([plan] if takes_plan else []))
