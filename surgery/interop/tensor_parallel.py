@@ -201,7 +201,8 @@ def divide_parameters(module: nn.Module, axes: dict[str, int], mesh: Any, made: 
         owner, _, name = path.rpartition(".")
         if id(parameter) not in made:
             placement = Shard(axes[path]) if path in axes else Replicate()
-            part = distribute_tensor(parameter.detach(), mesh, [placement])
+            alone = parameter.detach().clone()  # a part of a larger storage cannot be copied later
+            part = distribute_tensor(alone, mesh, [placement])
             made[id(parameter)] = parameter, nn.Parameter(part, parameter.requires_grad)
         module.get_submodule(owner)._parameters[name] = made[id(parameter)][1]
 
