@@ -12,6 +12,7 @@ from typing import Any
 import inducer_core
 import matplotlib as mpl
 import methods
+import operators
 import overhead
 import scaling
 import torch
@@ -63,6 +64,7 @@ def picture(path: Path) -> None:
 
 def main() -> None:
     scripts: list[tuple[Any, list[str]]] = [
+        (operators, []),
         (overhead, ["--repeats", "12"]),
         (inducer_core, ["--repeats", "5"]),
         (methods, ["--repeats", "4"]),

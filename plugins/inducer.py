@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
@@ -92,16 +93,22 @@ class Inducer(nn.Module):
         """
         key = query  # (B, H, n, d)
         if self.key_rank:
-            hidden = torch.tanh(query @ self.key_w1 + self.key_b1.unsqueeze(-2))  # (B, H, n, r_k)
-            key = query + hidden @ self.key_w2 + self.key_b2.unsqueeze(-2)
-        scored = query.to(lse.dtype) if self.stretch is None else query * self.stretch
-        score = (scored.to(lse.dtype) * key.to(lse.dtype)).sum(-1) * self.scale  # (B, H, n)
-        if self.softcap is not None:
-            score = self.softcap * torch.tanh(score / self.softcap)
+            hidden = torch.tanh(_by_head(query, self.key_w1, self.key_b1))  # (B, H, n, r_k)
+            key = _by_head(hidden, self.key_w2, self.key_b2, onto=query)
         # A query that sees no key has lse = -inf, or the lowest number where an additive mask hides
         # all keys. Such a query is padding: its lambda is 0, not 1.
-        no_keys = lse < torch.finfo(lse.dtype).min / 2
-        return torch.sigmoid(score - lse.masked_fill(no_keys, 0.0)).masked_fill(no_keys, 0.0)
+        lse = F.threshold(lse, torch.finfo(lse.dtype).min / 2, math.inf)
+        scored = query.to(lse.dtype) if self.stretch is None else query * self.stretch
+        scored, key = scored.to(lse.dtype), key.to(lse.dtype)
+        if self.softcap is not None:
+            score = (scored * key).sum(-1) * self.scale  # (B, H, n)
+            return torch.sigmoid(self.softcap * torch.tanh(score / self.softcap) - lse)
+        if query.shape[-2] == 1 and not torch.is_grad_enabled() and not _autocast(query):
+            rows = lse.reshape(-1, 1, 1)  # one operator for a decoded token
+            d = scored.shape[-1]
+            dots = (scored.reshape(len(rows), 1, d), key.reshape(len(rows), d, 1))
+            return torch.sigmoid(torch.baddbmm(rows, *dots, beta=-1, alpha=self.scale)).view_as(lse)
+        return torch.sigmoid((scored * key).sum(-1) * self.scale - lse)
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(W, b + b2)``; the rest depends on the query and cannot be folded."""
@@ -117,12 +124,14 @@ class Inducer(nn.Module):
         """Take b2 out of this module, once it is folded."""
         nn.init.zeros_(self.value_b2)
 
-    def forward(self, query: Tensor, lse: Tensor) -> Tensor:
+    def forward(self, query: Tensor, lse: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the update, or its sum with ``onto`` (B, n, D)."""
         gate = self.dropout(self.gate(query, lse))  # (B, H, n)
-        hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)
+        hidden = torch.tanh(_by_head(query, self.value_w1, self.value_b1))  # (B, H, n, r_v)
         hidden = (gate.unsqueeze(-1) * hidden).to(hidden.dtype)
         hidden = hidden.transpose(1, 2).flatten(-2)  # (B, n, H r_v): one matrix product for all
-        return hidden @ self.value_w2.flatten(0, 1) + self.value_b2  # (B, n, D)
+        out = surgery.add_product(onto, hidden, self.value_w2.flatten(0, 1))
+        return out + self.value_b2.to(out.dtype)
 
 
 class Fade(nn.Module):
@@ -163,9 +172,36 @@ class Adaptive(Inducer):
 
     def forward(self, query: Tensor, lse: Tensor) -> Tensor:
         gate = self.dropout(self.gate(query, lse))  # (B, H, n)
-        hidden = torch.tanh(query @ self.value_w1 + self.value_b1.unsqueeze(-2))  # (B, H, n, r_v)
-        value = hidden @ self.value_w2 + self.value_b2.unsqueeze(-2)  # (B, H, n, d_v)
+        hidden = torch.tanh(_by_head(query, self.value_w1, self.value_b1))  # (B, H, n, r_v)
+        value = _by_head(hidden, self.value_w2, self.value_b2)  # (B, H, n, d_v)
         return (gate.unsqueeze(-1) * value).transpose(1, 2).flatten(2)
+
+
+def _by_head(x: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Return ``[onto +] x @ weight + bias`` with a matrix for each head.
+
+    Shape:
+        x (B, H, n, a), weight (H, a, b), bias (H, b), onto (B, H, n, b) -> (B, H, n, b)
+
+    Heads are the batch of one product, so no weight is copied for each example. Under autocast
+    the sums stay in float32: <Q, P_k> is large, and would lose its digits in half precision.
+    """
+    if _autocast(x):
+        made = x @ weight + bias.unsqueeze(-2)
+        return made if onto is None else onto + made
+    tokens = x.shape[0] * x.shape[2]
+    heads, a, b = weight.shape
+    rows = x.transpose(0, 1).reshape(heads, tokens, a)  # mostly a view
+    if onto is None:
+        made = torch.baddbmm(bias.unsqueeze(1), rows, weight)
+    else:
+        flat = onto.transpose(0, 1).reshape(heads, tokens, b)
+        made = torch.baddbmm(flat, rows, weight) + bias.unsqueeze(1)
+    return made.view(heads, x.shape[0], x.shape[2], b).transpose(0, 1)
+
+
+def _autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _weight(*shape: int) -> nn.Parameter:

@@ -159,12 +159,16 @@ def _batched(reads: Iterable[fx.Node | None], names: Iterable[str]) -> tuple[boo
 def _takes_onto(child: str, reads: tuple[fx.Node | None, ...], y: fx.Node, root: nn.Module) -> bool:
     """Whether a module takes the port's value as ``onto`` and returns the sum itself.
 
-    What it reads first and the port must have the same axes before the last.
+    What it reads first and the port must have the same tokens: the axes before the last, or those
+    of heads (B, H, n, d) without the heads.
     """
     if not reads or not adds_onto(root.get_submodule(child)):
         return False
     x, out = (None if node is None else node.meta.get("value") for node in (reads[0], y))
-    return x is not None and out is not None and x.shape[:-1] == out.shape[:-1]
+    if x is None or out is None:
+        return False
+    heads = x.ndim == 4 and out.ndim == 3 and x.shape[::2] == out.shape[:-1]
+    return bool(heads or x.shape[:-1] == out.shape[:-1])
 
 
 def port_values(matches: Iterable[Match], edit: Edit) -> list[tuple[torch.Size, torch.dtype]]:

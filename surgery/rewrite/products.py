@@ -17,6 +17,7 @@ tracing, which see no further than torch's operators, torch's own gradients are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def first_products(
     different = list({id(a): a for a in factors if a is not None}.values())
     if not different:
         return [None] * len(factors), x
-    given = _as_autocast(x)
-    with torch.autocast(x.device.type, enabled=False):
+    given = x.to(torch.get_autocast_dtype(x.device.type)) if _autocast(x) else x
+    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
         if not torch.is_grad_enabled() or _plain_alone():
             hidden = F.linear(given, side_by_side(different, 0).to(given.dtype))
         elif given is x and x.requires_grad:
@@ -156,12 +157,11 @@ def _plain_alone() -> bool:
     return torch.compiler.is_compiling() or forward_mode or transformed()
 
 
-def _as_autocast(x: Tensor) -> Tensor:
-    """Return ``x`` in the dtype in which autocast would multiply it."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast multiplies ``x`` in another dtype."""
+    if x.is_meta or x.dtype == torch.float64:
+        return False
+    return torch.is_autocast_enabled(x.device.type)
 
 
 class _Product(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,20 @@ import pytest
 import surgery
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_operators_and_saved_bytes_stay_below_their_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count has no noise; PEFT's are counted in the same process."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    operators = importlib.import_module("operators")
+    found = operators.counts()
+    for key, bars in operators.BARS.items():
+        counted = found[(*key, "surgery")]
+        assert all(bar is None or n <= bar for n, bar in zip(counted, bars, strict=False)), key
+    for model in operators.PROJECTIONS:
+        ours, theirs = (found[model, "LoRA on all", whose] for whose in ("surgery", "PEFT"))
+        assert all(a < b for a, b in zip(ours[:2], theirs[:2], strict=True))
+        assert ours[2] <= theirs[2]
 
 
 @pytest.mark.slow
