@@ -16,6 +16,7 @@ import surgery
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT
 def test_operators_and_saved_bytes_stay_below_their_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     """A count has no noise; PEFT's are counted in the same process."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
