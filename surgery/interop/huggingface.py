@@ -93,12 +93,17 @@ def fresh_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters that ``from_pretrained`` found no weights for.
 
     A new classification head is an example. Empty if the model was not loaded that way. A weight of
-    a class of its own, as torchao's, was made from one that was loaded.
+    a class of its own, as torchao's, or of whole numbers, as hqq's, was made from one that was
+    loaded.
     """
     if not is_pretrained(model):
         return []
     loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
-    fresh = [n for n, p in model.named_parameters() if n not in loaded and type(p) is nn.Parameter]
+    fresh = [
+        name
+        for name, p in model.named_parameters()
+        if name not in loaded and type(p) is nn.Parameter and p.is_floating_point()
+    ]
     return fresh if loaded else []
 
 
