@@ -129,6 +129,35 @@ def save_config(model: nn.Module, folder: Path, instead: str) -> None:
     (folder / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
+def before_a_push(prepare: Callable[[nn.Module, Path, Path], None]) -> None:
+    """Let every ``Trainer`` that is made from now on call a function before it pushes a checkpoint.
+
+    Its arguments are the model, the folder of the checkpoint, and the folder that is pushed, into
+    which ``Trainer`` copies those files of the checkpoint that it knows. Nothing is noted where
+    ``Trainer`` has not been imported.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None or prepare in map(_prepares, trainer.DEFAULT_CALLBACKS):
+        return
+    from transformers import TrainerCallback
+
+    class BeforePush(TrainerCallback):
+        """Completes the folder that is pushed."""
+
+        prepares = staticmethod(prepare)
+
+        def on_push_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            run = Path(args.output_dir)
+            prepare(given["model"], run / f"checkpoint-{state.global_step}", run)
+
+    trainer.DEFAULT_CALLBACKS.append(BeforePush)
+
+
+def _prepares(callback: Any) -> Any:
+    """Return the function that a callback of :func:`before_a_push` calls; None for any other."""
+    return getattr(callback, "prepares", None)
+
+
 def let_train(model: nn.Module, adapted: bool) -> None:
     """Tell ``Trainer`` that a quantised model has something to train, or no longer has.
 
