@@ -32,10 +32,18 @@ def test_onnx_runtime_gives_what_the_model_gives(name: str, tmp_path: Path) -> N
 
     wrapped, mask = Logits(), torch.ones_like(IDS)
     file, names = str(tmp_path / "model.onnx"), ["ids", "mask"]
-    torch.onnx.export(wrapped, (IDS, mask), file, dynamo=True, input_names=names, verbose=False)
+    any_size = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("n")},) * 2
+    torch.onnx.export(
+        wrapped, (IDS, mask), file, dynamo=True, input_names=names, verbose=False,
+        dynamic_shapes=any_size,
+    )  # fmt: skip
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"ids": IDS.numpy(), "mask": mask.numpy()})[0])
-    torch.testing.assert_close(found, wrapped(IDS, mask), rtol=1e-4, atol=1e-5)
+    for batch, n in [(2, 7), (3, 11), (1, 5)]:
+        ids, mask = torch.randint(3, 60, (batch, n)), torch.ones(batch, n, dtype=torch.int64)
+        mask[0, :2] = 0  # padding
+        found = torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
+        seen = mask.bool()
+        torch.testing.assert_close(found[seen], wrapped(ids, mask)[seen], rtol=1e-4, atol=1e-5)
 
 
 def test_trl_reaches_adapter_dropout() -> None:
