@@ -6,7 +6,7 @@
 # make zoo          every model type of transformers, tiny, and docs/coverage.md from it
 # make zoo-libraries  models of timm, diffusers, torchvision and open_clip, likewise
 # make bench        the benchmarks, on a CPU; make gpu: those of a GPU, at most 7 minutes
-# make cases        spliced models beside other libraries: TRL, Lightning, torchao, bitsandbytes, ONNX Runtime
+# make cases        spliced models beside other libraries: TRL, Lightning, torchao, bitsandbytes, quanto, HQQ, ONNX Runtime
 # make properties   the property tests with 200 examples each
 # make check        what a commit must pass: lint, format, types, tests
 

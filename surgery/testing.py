@@ -69,6 +69,8 @@ def check_method(method: surgery.Method, shapes: Sequence[str] = SHAPES) -> Cont
     * A gradient reaches every inserted parameter and no parameter of the base.
     * A sequence in three steps through a KV cache has the outputs of one step.
     * The outputs of a row do not depend on its batch and its padding.
+    * An inserted module computes with a hook on it what it computes without one, where it may add
+      to the port itself or share a product with others.
     * A saved adapter, loaded into a fresh base, gives the same bits.
     * Switched off, and after removal, the model gives the bits of the base.
     * A merge keeps the outputs, or is refused with the name of the method.
@@ -176,6 +178,14 @@ def _padding_and_batch_do_not_matter(method: surgery.Method, shape: str) -> None
         _close(padded, alone, f"a row padded on the {side} differs from the row alone")
 
 
+def _hooks_change_nothing(method: surgery.Method, shape: str) -> None:
+    model = _spliced(method, shape)
+    plain = _logits(model, _ids())
+    for path in {name.rpartition(".")[0] for name, _ in surgery.spliced_parameters(model)}:
+        model.get_submodule(path).register_forward_hook(lambda *_: None)
+    _close(_logits(model, _ids()), plain, "forward(x, onto) is not after_product(x A^T, onto)")
+
+
 def _saved_and_loaded_is_the_same(method: surgery.Method, shape: str) -> None:
     model = _spliced(method, shape)
     if surgery.methods().get(method.name) is not type(method):
@@ -244,6 +254,7 @@ LAWS: tuple[Callable[[surgery.Method, str], None], ...] = (
     _gradients_reach_what_was_inserted_and_nothing_else,
     _cached_equals_uncached,
     _padding_and_batch_do_not_matter,
+    _hooks_change_nothing,
     _saved_and_loaded_is_the_same,
     _switched_off_and_removed_the_base_is_back,
     _merged_is_the_same_or_refused,

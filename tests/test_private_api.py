@@ -246,6 +246,15 @@ def test_a_new_head_is_told_from_what_was_loaded(tmp_path: Path) -> None:
     assert recipes_build.fresh_parameters(model) == ["score.weight"]
 
 
+def test_packed_numbers_in_a_loaded_model_are_no_new_head(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path)
+    model = tr.AutoModelForCausalLM.from_pretrained(tmp_path)
+    packed = torch.zeros(4, 4, dtype=torch.uint8)
+    model.transformer.h[0].attn.packed = nn.Parameter(packed, requires_grad=False)
+    surgery.splice(model, surgery.method("lora", rank=2))
+    assert surgery.freeze_base(model).fresh == ()
+
+
 def test_the_choice_of_attention_function_is_an_attribute_of_the_config() -> None:
     model = build("gpt2")
     [(config, name)] = huggingface.choices(model)

@@ -9,6 +9,9 @@
     model.safetensors.index.json                  names the file of tensors to Trainer
     config.json                                   the base's; from_pretrained says what to call
 
+    Trainer pushes      copies files that it knows to the run's folder, and uploads that folder;
+                        complete_push has copied the adapter of the checkpoint there
+
 ``freeze_base`` puts a :class:`SavePretrained` on a transformers model, and it goes with the last
 splice. Trainers that derive from Trainer, such as those of TRL, save and resume alike.
 """
@@ -25,14 +28,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.adapter.atomic_write import write
 from surgery.adapter.claims import fill
-from surgery.adapter.manifest import JSON
+from surgery.adapter.manifest import JSON, LARGEST, parse
 from surgery.adapter.parameters import base_tensors, expected, in_use_or_trained, spliced_parameters
 from surgery.adapter.pushing import push
 from surgery.adapter.row_training import trained_rows
 from surgery.adapter.saving import save
+from surgery.formats import contents
 from surgery.interop import huggingface, is_first_process, is_sharded
-from surgery.splicer import atomically, look_up, record_of, reports
+from surgery.splicer import atomically, look_up, record_of, reports, spliced_model
 
 INDEX = "model.safetensors.index.json"
 INSTEAD = "this is an adapter. Load its base model, then call surgery.load(model, FOLDER)"
@@ -42,6 +47,20 @@ def save_adapter_alone(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a transformers model write the adapter from now on."""
     if huggingface.is_pretrained(model) and "save_pretrained" not in vars(model):
         record_of(model).saver = SavePretrained(model)
+        huggingface.before_a_push(complete_push)
+
+
+def complete_push(model: nn.Module, checkpoint: Path, run: Path) -> None:
+    """Copy the adapter of a checkpoint to the folder that ``Trainer`` pushes, which lacks its JSON.
+
+    The adapter of the push before is replaced. Models that save themselves are left alone.
+    """
+    saver = vars(spliced_model(model)).get("save_pretrained")
+    text = contents(checkpoint / JSON, LARGEST) if isinstance(saver, SavePretrained) else None
+    if text is None:
+        return
+    file = parse(text, checkpoint / JSON)["tensors"]
+    write(run, file, (checkpoint / file).read_bytes(), text)
 
 
 class SavePretrained:
@@ -92,7 +111,10 @@ class SavePretrained:
         if is_main_process and (is_first_process() or not joins):
             _name_to_trainer(model, Path(save_directory))
             if push_to_hub:
-                push(model, options.get("repo_id") or Path(save_directory).name)
+                names = {"revision": "revision", "private": "private", "token": "token",
+                         "commit_message": "message"}  # fmt: skip
+                given = {own: options[n] for n, own in names.items() if options.get(n) is not None}
+                push(model, options.get("repo_id") or Path(save_directory).name, **given)
 
 
 def _saver_of(model: Any, hook: Any) -> SavePretrained:

@@ -31,7 +31,8 @@ def dequantized(layer: nn.Module, width: int, path: str) -> tuple[nn.Linear, flo
         for random x.
 
     Raises:
-        SpliceError: the layer is not linear.
+        SpliceError: the layer is not linear, or it rounds its inputs to a fixed range, which a
+            unit vector may leave.
     """
     held = [*layer.parameters(), *layer.buffers()]
     device = held[0].device if held else torch.device("cpu")
@@ -52,8 +53,8 @@ def dequantized(layer: nn.Module, width: int, path: str) -> tuple[nn.Linear, flo
     if not error < _BOUND:
         raise SpliceError(
             f"{path} cannot be dequantised: a matrix read from it differs by {error:.2g} of its "
-            "output, so it is no linear layer. Nothing has changed; leave its module spliced "
-            "(partial=True)."
+            "output: it is no linear layer, or rounds its inputs to a fixed range. Nothing has "
+            "changed; leave its module spliced (partial=True)."
         )
     return plain.requires_grad_(False), error
 

@@ -34,6 +34,7 @@ def push(
     private: bool | None = None,
     scores: Mapping[str, float] | None = None,
     message: str = "Add an adapter made with surgery",
+    token: str | bool | None = None,
 ) -> str:
     """Upload the adapter of a model to the Hugging Face hub, with a model card; never the base.
 
@@ -45,6 +46,7 @@ def push(
         private: whether a new repository is private; by default as the owner's settings say.
         scores: results of the run by name, for the card.
         message: of the commit.
+        token: what may write there; by default that of ``hf auth login``.
 
     Tokenizer files and a README.md in a saved adapter's folder are uploaded, too.
 
@@ -61,7 +63,7 @@ def push(
     owned = repository if "/" in repository else f"me/{repository}"
     if not REPOSITORY.fullmatch(owned) or ".." in Path(subfolder).parts:
         raise StoreError(f"{repository!r} with subfolder={subfolder!r} is no place on the hub.")
-    api = hub_library("pushing an adapter").HfApi(library_name="surgery")
+    api = hub_library("pushing an adapter").HfApi(library_name="surgery", token=token)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         if isinstance(model, nn.Module):

@@ -31,11 +31,18 @@ def places(
     """Return the ports that each module of an adapter makes.
 
     Raises:
-        StoreError: a module makes no port, or makes ports that lack some of its features.
+        StoreError: a module makes no port, or makes ports that lack some of its features, or it is
+            a table of positions.
     """
     if not modules:
         raise adapter.refuse("it updates no module.")
     known = projections(sites)
+    tables = {site.path for site in sites.position}
+    if table := next((path for path in modules if path in tables), None):
+        raise adapter.refuse(
+            f"it updates {table}, a table of positions, and no method here does. Merge it into its "
+            "base with PEFT's merge_and_unload, or train it without that module."
+        )
     missing = [path for path in modules if path not in known]
     if missing:
         first = min(modules[missing[0]].values())

@@ -39,7 +39,8 @@ _REFUSED = {
     "use_qalora": "QALoRA pools its input",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "layer_replication": "it builds another base of repeated layers; build that base first",
-    "target_parameters": "it updates 3-D weights of experts; merge it with PEFT, or train anew",
+    "target_parameters": "it updates 3-D weights of experts, which have "
+    "another layout here; merge it with PEFT's merge_and_unload, or train anew",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on",
     "arrow_config": "Arrow routes tokens among adapters",
     "monteclora_config": "it samples its weights",

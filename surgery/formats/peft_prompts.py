@@ -4,7 +4,10 @@
     prompt    prompt_embeddings (P, D)
 
 PEFT saves no more than these tables, whatever they were made by. It puts a prefix into the KV cache
-of a decoder's self-attention, where real tokens then have the positions P, P + 1, ....
+of a decoder's self-attention, where real tokens then have the positions P, P + 1, .... Of a decoder
+behind an encoder it deals the table out in fours, for cross-attention, too, and then drops that:
+
+    layer l    rows 4 l and 4 l + 1 of the 2 L, beginning again at the end
 """
 
 from __future__ import annotations
@@ -69,11 +72,13 @@ def prefix(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     groups, width, value_width = shapes.pop()
     if shapes or value_width != width:
         raise adapter.refuse("heads differ from layer to layer, and PEFT's table has one shape.")
-    wanted = (length, 2 * len(layers) * groups * width)
-    why = f"{length} tokens, and {len(layers)} layers of {groups} heads of {width} for keys, values"
+    count = _layers(adapter, len(layers), bool(decoders(sites)))
+    wanted = (length, 2 * count * groups * width)
+    why = f"{length} tokens, and {count} layers of {groups} heads of {width} for keys, values"
     table = require_shape(adapter, TABLE, wanted, why)
-    split = table.reshape(length, len(layers), 2, groups, width)  # (P, L, 2, G, d)
-    numbers = {site.identity: layer for layer, site in enumerate(layers)}
+    split = table.reshape(length, count, 2, groups, width)  # (P, L, 2, G, d)
+    order = places_of_layers(count, bool(decoders(sites)))
+    numbers = {site.identity: order[layer] for layer, site in enumerate(layers)}
 
     def value(path: str, edit: Edit, parameter: str) -> Tensor | None:
         layer = numbers.get((path, edit.site, edit.kind))
@@ -85,6 +90,24 @@ def prefix(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     chosen = Sites([*layers], others=positions)
     made = method("prefix", length=length, shift=True)
     return Translation([made], chosen, value, base_tensors_of(adapter, keys, model))
+
+
+def places_of_layers(count: int, behind_encoder: bool) -> list[int]:
+    """Return for each layer the place of its keys and values in a table of ``count`` layers."""
+    return [2 * layer % count if behind_encoder else layer for layer in range(count)]
+
+
+def _layers(adapter: Foreign, here: int, behind_encoder: bool) -> int:
+    """Return for how many layers the table is; behind an encoder PEFT counts the encoder's."""
+    submodules = option(adapter, "num_transformer_submodules", 1 + behind_encoder, int)
+    if submodules != 1 + behind_encoder:
+        raise adapter.refuse(
+            f"num_transformer_submodules is {shown(submodules)}, for {1 + behind_encoder} here."
+        )
+    count = int(option(adapter, "num_layers", here, int)) if behind_encoder else here
+    if count < here or count > 10_000:
+        raise adapter.refuse(f"it has a prefix for {shown(count)} of {here} layers of the decoder.")
+    return count
 
 
 def prompt(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:

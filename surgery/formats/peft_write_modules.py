@@ -100,6 +100,11 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
     found: dict[str, tuple[int, Parts]] = {}
     for i in report.inserted:
         port = i.site.ports[i.edit.port]
+        if i.site.kind == "experts":
+            raise SpliceError(
+                f"{i.path} updates {port.weight}, a stack of experts' weights, which this writer "
+                "of PEFT's format has no place for. Save in the own format: leave format= out."
+            )
         if not port.module or (port.weight and model.get_parameter(port.weight).dim() != 2):
             raise SpliceError(
                 f"PEFT's format names modules, and what {i.path} updates is no module with one "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SpliceError
 from surgery.formats.peft_base import task_of
-from surgery.formats.peft_prompts import TABLE
+from surgery.formats.peft_prompts import TABLE, places_of_layers
 from surgery.splicer import Inserted, Report
 
 Gather = Callable[[Tensor], Tensor]
@@ -28,29 +28,43 @@ def prefix_files(model: nn.Module, report: Report, gather: Gather) -> Files:
     layers = [i for i in report.inserted if i.site.kind == "attention"]
     shapes = {(i.site.kv_heads, i.site.head_width, i.site.value_width) for i in layers}
     every = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
+    behind = task_of(model) == "SEQ_2_SEQ_LM"
     for wrong, what in (
         (not method.shift, "shift=False: PEFT gives real tokens the positions P, P + 1, ..."),
         (method.gate, "gate=True"),
         (any(i.site.cross for i in layers), "a prefix in cross-attention"),
+        (behind and not all(i.site.causal for i in layers), "a prefix in an encoder"),
         (len(layers) != every, f"a prefix in {len(layers)} of {every} layers"),
         (len(shapes) > 1 or any(d != v for _, d, v in shapes), "layers of different shapes"),
     ):
         if wrong:
             raise _no_place(report, what)
-    pairs = []
-    for i in layers:
-        state = model.get_submodule(i.path).plain_state()  # type: ignore[operator]
-        pairs += [gather(state[name]).transpose(0, 1).flatten(1) for name in ("keys", "values")]
     groups, width, _ = shapes.pop()
+    own = [_pair(model, i, gather) for i in layers]
+    pairs = [torch.zeros_like(own[0]) for _ in own]
+    places = places_of_layers(len(own), behind)
+    for place, pair in zip(places, own, strict=True):
+        pairs[place] = pair
+    for layer, place in enumerate(places):
+        if not torch.equal(pairs[place], own[layer]):
+            raise _no_place(report, f"another prefix in layer {layer} than in the layer whose "
+                            "place in the table it shares behind an encoder")  # fmt: skip
     return {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": method.length,
         "token_dim": groups * width,
         "num_layers": len(layers),
         "num_attention_heads": groups,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 1 + behind,
         "prefix_projection": False,
     }, {TABLE: torch.cat(pairs, -1).contiguous()}
+
+
+def _pair(model: nn.Module, inserted: Inserted, gather: Gather) -> Tensor:
+    """Return the keys and values of one layer, side by side: (P, 2 G d)."""
+    state = model.get_submodule(inserted.path).plain_state()  # type: ignore[operator]
+    both = [gather(state[name]).transpose(0, 1).flatten(1) for name in ("keys", "values")]
+    return torch.cat(both, -1)
 
 
 def prompt_files(model: nn.Module, report: Report, gather: Gather) -> Files:

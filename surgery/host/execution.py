@@ -217,7 +217,8 @@ def _require_absent(
             f"the {edit.kind} that {child!r} was spliced into is not recognised in it any more, "
             f"though it runs {', '.join(sorted(used))}: what this forward depends on was changed "
             "after the splice. Undo that, or take the splice out first (surgery.remove) and "
-            "splice again."
+            "splice again. A layer in it that branches on its input must be kept whole by the "
+            "is_leaf hook."
         )
 
 

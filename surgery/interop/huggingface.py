@@ -93,12 +93,17 @@ def fresh_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters that ``from_pretrained`` found no weights for.
 
     A new classification head is an example. Empty if the model was not loaded that way. A weight of
-    a class of its own, as torchao's, was made from one that was loaded.
+    a class of its own, as torchao's, or of whole numbers, as hqq's, was made from one that was
+    loaded.
     """
     if not is_pretrained(model):
         return []
     loaded = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}
-    fresh = [n for n, p in model.named_parameters() if n not in loaded and type(p) is nn.Parameter]
+    fresh = [
+        name
+        for name, p in model.named_parameters()
+        if name not in loaded and type(p) is nn.Parameter and p.is_floating_point()
+    ]
     return fresh if loaded else []
 
 
@@ -122,6 +127,35 @@ def save_config(model: nn.Module, folder: Path, instead: str) -> None:
     config: Any = model.config
     found = {**json.loads(config.to_json_string()), "transformers_weights": instead}
     (folder / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+
+
+def before_a_push(prepare: Callable[[nn.Module, Path, Path], None]) -> None:
+    """Let every ``Trainer`` that is made from now on call a function before it pushes a checkpoint.
+
+    Its arguments are the model, the folder of the checkpoint, and the folder that is pushed, into
+    which ``Trainer`` copies those files of the checkpoint that it knows. Nothing is noted where
+    ``Trainer`` has not been imported.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    if trainer is None or prepare in map(_prepares, trainer.DEFAULT_CALLBACKS):
+        return
+    from transformers import TrainerCallback
+
+    class BeforePush(TrainerCallback):
+        """Completes the folder that is pushed."""
+
+        prepares = staticmethod(prepare)
+
+        def on_push_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            run = Path(args.output_dir)
+            prepare(given["model"], run / f"checkpoint-{state.global_step}", run)
+
+    trainer.DEFAULT_CALLBACKS.append(BeforePush)
+
+
+def _prepares(callback: Any) -> Any:
+    """Return the function that a callback of :func:`before_a_push` calls; None for any other."""
+    return getattr(callback, "prepares", None)
 
 
 def let_train(model: nn.Module, adapted: bool) -> None:

@@ -7,7 +7,7 @@ The observer sees a run in four places:
 
     __torch_function__        each torch function becomes a node
     nn.Module.__call__        the nodes made inside get the module as owner; afterwards the nodes of
-                              a childless module are replaced by one, unless it holds an attention;
+                              a whole module are replaced by one, unless it holds an attention;
                               one stands beside those of a loop over experts
     attention functions       one node, whatever is computed inside
     autograd.Function.apply   one node, if its result is a softmax
@@ -30,7 +30,6 @@ from torch.overrides import TorchFunctionMode
 from surgery.interop import (
     AttentionPatch,
     LeftOnce,
-    base_children,
     deliver,
     detached_copy,
     encoder_fastpath,
@@ -47,6 +46,8 @@ from surgery.locator.run_record import Call, Observation, floats_in, has_tensor,
 from surgery.patterns import (
     PRODUCTS,
     expert_lists,
+    is_whole,
+    packs_weights,
     rows_sum_to_one,
     runs_experts,
     stacked_maps,
@@ -179,7 +180,7 @@ class _Observer(LeftOnce, TorchFunctionMode):
         if stacks_weights(module):
             stacks = stacked_maps(inside, self.modules[""])
             self.observation.stacks.setdefault(path, stacks)
-        if has_tensor(result) and (not base_children(module) or stacks_weights(module)):
+        if has_tensor(result) and (is_whole(module, path) or stacks_weights(module)):
             self.collapse(start, path, args, kwargs, result)
         elif lists and ((path and self.keep_whole(path, args, kwargs, result, inside)) or routed):
             self.observation.experts.update(*lists.values())
@@ -205,7 +206,8 @@ class _Observer(LeftOnce, TorchFunctionMode):
         end = len(self.trail)
         inside = self.trail[start:end]
         names = {target_name(node) for node in inside}
-        weightless = not any(True for _ in self.modules[path].parameters())
+        module = self.modules[path]
+        weightless = not packs_weights(module) and not any(True for _ in module.parameters())
         if not names.isdisjoint(_ATTENTION_OPS) or (weightless and not names.isdisjoint(PRODUCTS)):
             return
         self.stand_for(path, args, kwargs, result)

@@ -1,7 +1,7 @@
 """Recognise a learned linear map of each token in a graph, however it is written.
 
-A projection is a childless module with one matrix (``nn.Linear``, a quantised layer, one with its
-own low-rank update), a product with a weight (``linear``, ``matmul``, ``addmm`` or ``einsum``), or
+A projection is a whole module with one matrix (``nn.Linear``, a quantised layer, one with its own
+low-rank update), a product with a weight (``linear``, ``matmul``, ``addmm`` or ``einsum``), or
 a convolution of one position, whose features are axis 1 instead of the last.
 Classes and names play no role. A module's matrix is recognised by its shape; whether the module
 computes ``x W + b`` and nothing else is checked on the example values (:func:`weight_of`).
@@ -26,6 +26,7 @@ from surgery.patterns.dataflow import (
     op_name,
     value,
 )
+from surgery.plugin import is_leaf
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def projection(node: fx.Node, root: nn.Module) -> Projection | None:
         if is_convolution(module):
             weight, stride = module.weight, module.stride
             return _of_convolution(node, source, weight, stride, str(caller.target))
-        if not _maps_last_axis(module, value(source).shape[-1], out.shape[-1]):
+        whole = is_whole(module, str(caller.target))
+        if not whole or not _maps_last_axis(module, value(source).shape[-1], out.shape[-1]):
             return None
         return _as_projection(node, source, str(caller.target))
     if op_name(node) in ("conv1d", "conv2d", "conv3d"):
@@ -214,7 +216,7 @@ def _einsum_axes(node: fx.Node, source: fx.Node) -> tuple[int, int]:
 
 
 def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
-    """Whether a childless module owns a matrix between two widths, and maps each token by itself.
+    """Whether a whole module owns a matrix between two widths, and maps each token by itself.
 
     Recurrent layers mix tokens; convolutions are told by :func:`_of_convolution`.
 
@@ -222,18 +224,29 @@ def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
     quantised matrix is an integer tensor packed in any shape, so its shape is not compared.
     """
     mixes = is_convolution(module) or isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-    if base_children(module) or mixes:
+    if mixes or stacks_weights(module):
         return False
-    if stacks_weights(module):
-        return False
-    own = [*module.parameters(), *module.buffers()]
-    if any(not t.is_floating_point() and t.dim() > 1 for t in own):
+    if packs_weights(module):
         return True
-    matrices = [t.shape for t in own if t.dim() == 2]
+    matrices = [t.shape for t in (*module.parameters(), *module.buffers()) if t.dim() == 2]
     if len(matrices) == 1:
         mine = [own_part(t).shape for t in own if t.dim() == 2]  # as a process computes with it
         return sorted((in_width, width)) in (sorted(matrices[0]), sorted(mine[0]))
     return any(in_width in m for m in matrices) and any(width in m for m in matrices)
+
+
+def is_whole(module: nn.Module, path: str) -> bool:
+    """Whether no node is looked for inside a module: it has no children, or is a packed layer.
+
+    A packed layer with children is known by the ``is_leaf`` hook.
+    """
+    return not base_children(module) or bool(is_leaf(module, path) and packs_weights(module))
+
+
+def packs_weights(module: nn.Module) -> bool:
+    """Whether a module or a child of it owns a matrix of whole numbers, as a quantised layer."""
+    own = (*module.parameters(), *module.buffers())
+    return any(not t.is_floating_point() and t.dtype != torch.bool and t.dim() > 1 for t in own)
 
 
 def stacks_weights(module: nn.Module) -> bool:

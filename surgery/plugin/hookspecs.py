@@ -47,7 +47,10 @@ def register_tasks(register: RegisterTask) -> None:
 def is_leaf(module: nn.Module, path: str) -> bool | None:
     """Say whether capture keeps ``module`` whole. pluggy stops at the first result but None.
 
-    :param module: a submodule of a host.
-    :param path: its path below the host.
+    A module with children that holds whole numbers, as packed weights are, is a projection if it is
+    kept whole. Layers without children need no hook.
+
+    :param module: a submodule of a host, or of the model while its sites are looked for.
+    :param path: its path below that one.
     :return: True to keep it whole, None for no opinion (for quantised or custom projections).
     """

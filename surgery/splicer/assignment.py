@@ -7,6 +7,11 @@ from torch import nn
 from surgery.errors import SiteError
 from surgery.plugin import Method, Site, Sites
 
+_HIDDEN = (
+    "; no module there is a projection: a layer of your own must hold its weights, packed or not, "
+    "in parameters or buffers, and the is_leaf hook must keep it whole if it has children"
+)
+
 
 def assign(
     model: nn.Module, methods: tuple[Method, ...], sites: Sites
@@ -99,6 +104,8 @@ def _nowhere(method: Method, sites: Sites) -> str:
         lacking = {"; there is no attention site": None}
     if method.needs:
         lacking = {f"; it needs {method.needs}": None}
+    if any(s.kind == "attention" and not _reads_weights(s) for s in sites):
+        lacking[_HIDDEN] = None
     if len(sites.linear):
         lacking[f"; there are {len(sites.linear)} linear sites, in locate(...).linear"] = None
     return (
@@ -106,6 +113,11 @@ def _nowhere(method: Method, sites: Sites) -> str:
         f"{''.join(lacking)}. They have the ports {', '.join(_ports(sites))}. "
         f"Choose other sites with at=, or other options than {method!r}."
     )
+
+
+def _reads_weights(site: Site) -> bool:
+    """Whether a site has a projection: a port whose weight is known to be one."""
+    return any(port.in_width is not None for port in site.ports.values())
 
 
 def _ports(sites: Sites) -> list[str]:

@@ -48,6 +48,18 @@ def base(name: str) -> Any:
     return tr.MixtralForCausalLM(config).eval()
 
 
+def bart(layers: int, encoder_layers: int | None = None) -> Any:
+    """A tiny encoder-decoder that numbers its tokens."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = tr.BartConfig(
+        vocab_size=VOCABULARY, encoder_layers=encoder_layers or layers, decoder_layers=layers,
+        max_position_embeddings=64, **sizes, **heads, **IDS,
+    )  # fmt: skip
+    return tr.BartForConditionalGeneration(config).eval()
+
+
 def lora(**options: Any) -> Callable[[str], Any]:
     def config(name: str) -> Any:
         own = {"target_modules": QV.get(name, ["q_proj", "v_proj"]), **options}

@@ -31,6 +31,8 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
             "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False,
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
+        # What transformers keeps has the address of the last test's server.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setenv("HF_TOKEN", web.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield web
@@ -184,3 +186,73 @@ def test_save_pretrained_pushes_the_adapter(web: Web, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="user/trained")
     assert "surgery.json" in web.repositories["user/trained"]
     assert "model.safetensors" not in web.repositories["user/trained"]
+
+
+def test_save_pretrained_hands_its_options_to_the_hub(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    model = adapted()
+    surgery.freeze_base(model)
+    options: dict[str, Any] = {"repo_id": "user/trained", "revision": "branch"}
+    options |= {"token": web.token, "commit_message": "By hand"}
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, **options)
+    assert "POST /api/models/user/trained/commit/branch" in web.asked
+    assert "surgery.json" in web.repositories["user/trained"]
+
+
+def test_a_model_pushes_itself_as_an_adapter(web: Web) -> None:
+    model = adapted()
+    surgery.freeze_base(model)
+    model.push_to_hub("user/trained")
+    assert "model.safetensors" not in web.repositories["user/trained"]
+    again = surgery.load(build("gpt2"), "user/trained")
+    assert torch.equal(logits(again, inputs("gpt2")), logits(model, inputs("gpt2")))
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+def test_trainer_pushes_whole_adapters(strategy: str, web: Web, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = adapted()
+    surgery.freeze_base(model)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=3, save_steps=1, report_to=[], use_cpu=True,
+        push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_token=web.token,
+        disable_tqdm=True, learning_rate=0.01,
+    )  # fmt: skip
+    ids = torch.arange(14).reshape(2, 7) + 3
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": r, "labels": r} for r in ids])
+    trainer.train()
+    if strategy == "end":
+        trainer.push_to_hub()
+    else:
+        trainer.push_in_progress.wait_until_done()
+    there = web.repositories["user/run"]
+    named = json.loads(there["surgery.json"])["tensors"]
+    assert named in there
+    assert "model.safetensors" not in there
+    assert len([*(tmp_path / "run").glob("surgery-*.safetensors")]) == 1
+    places = [n.rpartition("/")[0] for n in there if n.endswith("surgery.json")]
+    assert {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-1"}.get(
+        strategy, ""
+    ) in places
+    for place in places:
+        surgery.load(build("gpt2"), "user/run", subfolder=place)
+
+
+def test_trainer_pushes_a_model_without_splices_as_before(web: Web, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    surgery.freeze_base(adapted())
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, save_steps=1, report_to=[], use_cpu=True,
+        push_to_hub=True, hub_model_id="user/run", hub_token=web.token, disable_tqdm=True,
+    )  # fmt: skip
+    ids = torch.arange(14).reshape(2, 7) + 3
+    rows = [{"input_ids": r, "labels": r} for r in ids]
+    trainer = Trainer(build("gpt2"), arguments, train_dataset=rows)
+    trainer.train()
+    trainer.push_in_progress.wait_until_done()
+    assert "model.safetensors" in web.repositories["user/run"]
+    assert "surgery.json" not in web.repositories["user/run"]
