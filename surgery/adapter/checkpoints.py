@@ -111,9 +111,9 @@ class SavePretrained:
         if is_main_process and (is_first_process() or not joins):
             _name_to_trainer(model, Path(save_directory))
             if push_to_hub:
-                names = {"revision": "revision", "private": "private", "token": "token",
-                         "commit_message": "message"}  # fmt: skip
-                given = {own: options[n] for n, own in names.items() if options.get(n) is not None}
+                told = {"revision": "revision", "private": "private", "token": "token",
+                        "commit_message": "message"}  # fmt: skip
+                given = {own: options[n] for n, own in told.items() if options.get(n) is not None}
                 push(model, options.get("repo_id") or Path(save_directory).name, **given)
 
 

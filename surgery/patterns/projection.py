@@ -228,10 +228,11 @@ def _maps_last_axis(module: nn.Module, in_width: int, width: int) -> bool:
         return False
     if packs_weights(module):
         return True
-    matrices = [t.shape for t in (*module.parameters(), *module.buffers()) if t.dim() == 2]
-    if len(matrices) == 1:
-        mine = [own_part(t).shape for t in own if t.dim() == 2]  # as a process computes with it
-        return sorted((in_width, width)) in (sorted(matrices[0]), sorted(mine[0]))
+    own = [t for t in (*module.parameters(), *module.buffers()) if t.dim() == 2]
+    matrices = [t.shape for t in own]
+    if len(own) == 1:
+        mine = own_part(own[0]).shape  # as a process of tensor parallelism computes with it
+        return sorted((in_width, width)) in (sorted(matrices[0]), sorted(mine))
     return any(in_width in m for m in matrices) and any(width in m for m in matrices)
 
 
