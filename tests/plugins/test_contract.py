@@ -10,7 +10,7 @@ import torch
 
 import surgery
 from surgery.host.state import hosts
-from surgery.testing import check_method, make_model
+from surgery.testing import LAWS, check_method, make_model
 from tests.support.models import perturb
 
 IDS = torch.arange(14).reshape(2, 7) * 5 % 40 + 3
@@ -70,14 +70,14 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE + ONE_MODEL
 def test_every_method_keeps_the_contract(name: str, options: dict[str, Any]) -> None:
     contract = check_method(surgery.method(name, **options))
     assert set(contract.refused) == ({"grouped"} if name == "bitfit" else set())
-    assert all(len(laws) == 10 for laws in contract.held.values())
+    assert all(len(laws) == len(LAWS) for laws in contract.held.values())
 
 
 @pytest.mark.parametrize(("name", "options"), ONE_MODEL, ids=str)
 @pytest.mark.few(6)
 def test_further_methods_keep_the_contract_on_one_model(name: str, options: dict[str, Any]) -> None:
     contract = check_method(surgery.method(name, **options), shapes=("fused",))
-    assert len(contract.held["fused"]) == 9
+    assert len(contract.held["fused"]) == len(LAWS)
 
 
 def test_every_built_in_is_among_the_cases() -> None:
