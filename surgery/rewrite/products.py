@@ -41,7 +41,10 @@ def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1
     Example:
         ``surgery.add_product(y, F.linear(x, self.a), self.b, self.scale)``
     """
-    b = b if b.dtype == hidden.dtype else b.to(hidden.dtype)  # under autocast alone
+    if _autocast(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            return add_product(onto, hidden.to(dtype), b.to(dtype), scale)
     if onto is not None and onto.dtype != hidden.dtype:
         return onto + add_product(None, hidden, b, scale).to(onto.dtype)
     if torch.is_grad_enabled() and not _plain_alone():

@@ -162,6 +162,19 @@ def test_transforms_of_torch_pass_through() -> None:
     torch.testing.assert_close(compiled(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_multiplies_in_its_dtype_and_gradients_have_that_of_their_tensors(
+    dtype: torch.dtype,
+) -> None:
+    onto, hidden = torch.randn(2, 3, 5), torch.randn(2, 3, 4)
+    tensors = [t.requires_grad_() for t in (onto.to(dtype), hidden.to(dtype), torch.randn(4, 5))]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = add_product(*tensors, 0.5)  # type: ignore[arg-type]
+    out.float().square().sum().backward()
+    assert out.dtype == dtype
+    assert [t.grad.dtype for t in tensors if t.grad is not None] == [dtype, dtype, torch.float32]
+
+
 def test_a_module_with_hooks_runs_by_itself() -> None:
     model = build("llama")
     surgery.splice(model, surgery.method("lora", rank=2, ports=("all",)))
