@@ -72,7 +72,7 @@ def first_products(
             hidden, x = _ProductAndInput.apply(x, *different)  # type: ignore[no-untyped-call]
         else:
             hidden = _Product.apply(given, *different)  # type: ignore[no-untyped-call]
-    parts = _columns(hidden, [len(a) for a in different])
+    parts = _columns(hidden, [a.shape[0] for a in different])
     found = {id(a): part for a, part in zip(different, parts, strict=True)}
     return [None if a is None else found[id(a)] for a in factors], x
 
@@ -133,7 +133,7 @@ def lay_side_by_side(factors: Sequence[Tensor]) -> None:
         return
     with torch.no_grad(), torch.inference_mode(False):
         whole = torch.cat([a.detach() for a in factors])
-        for a, part in zip(factors, torch.split(whole, [len(a) for a in factors]), strict=True):
+        for a, part in zip(factors, torch.split(whole, [a.shape[0] for a in factors]), strict=True):
             a.data = part
 
 
@@ -203,7 +203,7 @@ def _product_gradients(ctx: Any, grad: Tensor, passed: Tensor | None) -> tuple[T
         dx = _added(passed, grad, stack.to(grad.dtype), 1.0)
     if any(ctx.needs_input_grad[1:]):
         whole = rows.T @ x.reshape(-1, x.shape[-1])
-        da = torch.split(whole.to(factors[0].dtype), [len(a) for a in factors])
+        da = torch.split(whole.to(factors[0].dtype), [a.shape[0] for a in factors])
     return dx, *da
 
 

@@ -26,7 +26,7 @@ from surgery.plugin import starts_with_product
 from surgery.rewrite.casts import cast
 from surgery.rewrite.nodes import added, after_inputs, has_hooks
 from surgery.rewrite.products import first_products, lay_side_by_side, split_columns
-from surgery.rewrite.written import may_be_written, name_of
+from surgery.rewrite.written import leaves, may_be_written, name_of
 
 # What reads no values has no gradient; conditions on shapes are tested before the graph runs.
 _SHAPES = {"getattr", "size", "dim", "ndimension", "numel", "stride", "is_contiguous", "len"}
@@ -131,7 +131,8 @@ def _share(graph: fx.Graph, root: nn.Module, x: fx.Node, readers: Sequence[fx.No
     """Compute the first products of modules that read ``x`` in one node behind it."""
     named = [name for node in readers for name, read in _reads(node) if read is x]
     names = [name for name in named if starts_with_product(root.get_submodule(name))]
-    others = [user for user in x.users if user not in readers and name_of(user) not in _SHAPES]
+    # What is returned must stay what it is: others may compare it, or write to it.
+    others = [] if leaves(x) else [u for u in x.users if name_of(u) not in _SHAPES]
     with graph.inserting_after(after_inputs(x)):
         both = graph.call_function(first_products_of, (x,))
     with graph.inserting_before(both):
@@ -141,7 +142,8 @@ def _share(graph: fx.Graph, root: nn.Module, x: fx.Node, readers: Sequence[fx.No
         passed = graph.call_function(operator.getitem, (both, 1))
     passed.meta.update(x.meta)
     for user in others:
-        user.replace_input_with(x, passed)
+        if user not in readers:
+            user.replace_input_with(x, passed)
     for node in readers:
         _let_read(node, x, products, names)
     factors = [_first_factor(root.get_submodule(name)) for name in names]

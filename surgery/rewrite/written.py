@@ -1,8 +1,9 @@
-"""Tell whether a graph may write to a value in place, directly or through a view of it."""
+"""Tell whether a graph may write to a value in place or return it, itself or a view of it."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 from torch import fx, nn
 
@@ -20,15 +21,23 @@ _AUGMENTED = {
 
 def may_be_written(x: fx.Node, root: nn.Module) -> bool:
     """Whether a node writes to the value of ``x``, or to a view of it."""
+    return any(_writes(user, root) for user in _readers(x))
+
+
+def leaves(x: fx.Node) -> bool:
+    """Whether the value of ``x``, or a view of it, is a part of what the graph returns."""
+    return any(user.op == "output" for user in _readers(x))
+
+
+def _readers(x: fx.Node) -> Iterator[fx.Node]:
+    """Yield the nodes that read the value of ``x`` or a view of it."""
     seen, todo = {x}, [x]
     while todo:
         for user in todo.pop().users:
-            if _writes(user, root):
-                return True
+            yield user
             if user not in seen and name_of(user) in _VIEWS:
                 seen.add(user)
                 todo.append(user)
-    return False
 
 
 def _writes(node: fx.Node, root: nn.Module) -> bool:

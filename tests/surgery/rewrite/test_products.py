@@ -24,7 +24,7 @@ from surgery.rewrite.products import (
     side_by_side,
     split_columns,
 )
-from surgery.rewrite.written import may_be_written
+from surgery.rewrite.written import leaves, may_be_written
 from tests.support.models import build, inputs, perturb
 
 KINDS = ("gpt2", "llama", "bert")
@@ -137,7 +137,6 @@ def test_gradients_of_gradients() -> None:
     assert torch.autograd.gradgradcheck(split, (y,))
 
 
-@pytest.mark.filterwarnings("ignore:Using len")
 def test_transforms_of_torch_pass_through() -> None:
     """``torch.func``, forward mode, ``torch.compile`` and tracing see torch's own operators."""
     x, a, b = torch.randn(4, 6), torch.randn(2, 6, requires_grad=True), torch.randn(2, 5)
@@ -280,6 +279,29 @@ def test_a_value_that_is_written_to_is_not_shared(
     graph = fx.symbolic_trace(Model()).graph
     y = next(node for node in graph.nodes if node.target is operator.add)
     assert may_be_written(y, Model()) is written
+
+
+class ReturnsInput(nn.Module):
+    """An attention that gives back what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
+        return self.o(y), x
+
+
+def test_a_host_that_returns_its_input_returns_that_object() -> None:
+    model, x = ReturnsInput(), torch.randn(2, 5, 8, requires_grad=True)
+    surgery.splice(model, surgery.method("lora", rank=2), example_inputs=x)
+    assert model(x)[1] is x
+    seen = nn.Sequential(nn.Linear(2, 2), nn.Flatten())
+    graph = fx.symbolic_trace(seen).graph
+    x_node, y, _, _ = graph.nodes
+    assert leaves(y) is False  # a module may copy
+    assert not leaves(x_node)
 
 
 def test_a_layer_that_writes_to_its_input_is_known() -> None:
