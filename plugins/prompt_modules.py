@@ -191,6 +191,13 @@ class Attend(Part):
             return lse
         return surgery.virtual_lse(query, lse, **self.tokens(run, query))
 
+    def leading_keys(self) -> tuple[Tensor, Tensor] | None:
+        """The keys and values of the prompt, where every token sees all of them."""
+        run = self.call()
+        if run is None or run.contains_prompt or self.window is not None:
+            return None
+        return run.seen[self.path]
+
     def tokens(self, run: Run, query: Tensor) -> dict[str, Any]:
         """The arguments of ``surgery.virtual_tokens`` that describe the prompt here."""
         keys, values = run.keys_and_values(self.path)

@@ -106,18 +106,18 @@ def _weights(query: Tensor, lse: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """Lay together what belongs to one head of keys, (B, H, n, d) -> (G, N, d)."""
-    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(0, 1).flatten(1, 3)
+    return torch.unflatten(x, 1, (groups, x.shape[1] // groups)).transpose(0, 1).flatten(1, 3)
 
 
 def _of_heads(x: Tensor, query: Tensor) -> Tensor:
     """Return a view of what :func:`_by_group` laid together, (G, N, d) -> (B, G, H/G, n, d)."""
     batch, heads, n = query.shape[:3]
-    return x.unflatten(1, (batch, heads // len(x), n)).transpose(0, 1)
+    return torch.unflatten(x, 1, (batch, heads // len(x), n)).transpose(0, 1)
 
 
 def _split(x: Tensor, keys: Tensor) -> Tensor:
     """Split the heads of queries by the heads of keys, (B, H, n, d) -> (B, G, H/G, n, d)."""
-    return x.unflatten(1, (len(keys), x.shape[1] // len(keys)))
+    return torch.unflatten(x, 1, (len(keys), x.shape[1] // len(keys)))
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -124,6 +124,24 @@ def save_config(model: nn.Module, folder: Path, instead: str) -> None:
     (folder / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
+def growing_layer(cache: Any, index: int) -> Any:
+    """Return a layer of a KV cache, if it holds tokens and grows by concatenation; else None.
+
+    Its ``update`` then sets ``keys`` and ``values`` (B, G, m, d) to longer ones, and does no more.
+    """
+    if not _loaded():
+        return None
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    kind = type(cache)
+    if getattr(kind, "update", None) is not Cache.update or getattr(cache, "offloading", True):
+        return None
+    if index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    return layer if type(layer) is DynamicLayer and layer.get_seq_length() > 0 else None
+
+
 def let_train(model: nn.Module, adapted: bool) -> None:
     """Tell ``Trainer`` that a quantised model has something to train, or no longer has.
 

@@ -24,7 +24,9 @@ def few(*given: Tensor) -> Tensor:
     return virtual_tokens(*given, scale=SCALE)
 
 
-def by_definition(merged: Tensor, query: Tensor, lse: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def by_definition(
+    merged: Tensor, query: Tensor, lse: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     """One softmax over the virtual scores and over one key for all others, head by head."""
     heads = []
     for head, f in enumerate(merged.split(WIDTH, -1)):
@@ -43,7 +45,9 @@ def test_values_and_gradients_are_those_of_one_softmax(batch: int, n: int) -> No
     assert torch.allclose(ours, plain, rtol=0, atol=1e-12)
     weight = torch.randn_like(ours)
     found, expected = (torch.autograd.grad((y * weight).sum(), given) for y in (ours, plain))
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def test_a_second_derivative_goes_through_the_weights() -> None:
