@@ -51,7 +51,7 @@ from surgery.errors import (
     SurgeryError,
     suggest,
 )
-from surgery.host import Variant
+from surgery.host import Remembered, Variant
 from surgery.interop import (
     CallValue,
     every_module,
@@ -151,6 +151,7 @@ __all__ = [
     "RefusedError",
     "Register",
     "RegisterTask",
+    "Remembered",
     "Reparametrised",
     "Report",
     "RunsGrouped",

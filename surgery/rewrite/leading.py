@@ -49,6 +49,11 @@ def forget_leading() -> None:
     _epoch = next(_epochs)
 
 
+def leading_epoch() -> int:
+    """Return a number that :func:`forget_leading` changes."""
+    return _epoch
+
+
 @dataclass(frozen=True)
 class Led:
     """What ``layer.keys`` remembers: the whole that it is a view of, and whose keys come first."""
