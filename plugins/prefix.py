@@ -24,83 +24,14 @@ A saved adapter always holds plain keys and values, not the parameters they were
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import surgery
-
-Share = Literal["none", "simple", "linear", "layer", "global"]
-
-
-class Rows(nn.Module):
-    """Rows p (P, D); with ``hidden`` (``layer``, ``global``) they become tanh(p Wa + ba) (P, m).
-
-    Parameters: rows N(0, std); inward D m + m: weight N(0, std), bias 0
-    """
-
-    def __init__(self, length: int, width: int, hidden: int, std: float) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(length, width) * std)
-        self.inward = _linear(width, hidden, std) if hidden else None
-
-    def forward(self) -> Tensor:
-        return self.rows if self.inward is None else torch.tanh(self.inward(self.rows))
-
-
-class Reparametrised(nn.Module):
-    """Compute the keys and values of one layer from rows.
-
-    () -> keys (G, P, d), values (G, P, d_v). Arguments and cost: see :class:`PrefixTuning`."""
-
-    def __init__(
-        self, site: surgery.OpenSite, share: Share, length: int, hidden: int, std: float
-    ) -> None:
-        super().__init__()
-        self.share, self.groups = share, site.kv_heads
-        self.widths = [site.kv_heads * site.head_width, site.kv_heads * site.value_width]
-        inner = hidden if share in ("layer", "global") else 0
-        sizes, shared = (length, site.width, inner, std), share == "global"
-        self.rows: Any = site.share("rows", lambda: Rows(*sizes)) if shared else Rows(*sizes)
-        if share == "simple":
-            self.norm = site.frozen_norm()
-            self.projections = [site.port(name).frozen() for name in ("key", "value")]
-        else:
-            self.outward = _linear(inner or site.width, sum(self.widths), std)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        kind = next(self.parameters()).device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):  # what is kept serves plain forwards, too
-                return self.forward()
-        rows = self.rows()  # (P, D), or (P, m) after the first half of an MLP
-        if self.share == "simple":
-            rows = self.norm(rows)
-            made = [project(rows) for project in self.projections]
-        else:
-            both = self.outward(rows)
-            both = torch.tanh(both) if self.share == "linear" else both
-            made = list(both.split(self.widths, -1))
-        keys, values = (x.unflatten(-1, (self.groups, -1)).transpose(0, 1) for x in made)
-        return keys, values
-
-    def sources(self) -> Iterable[Tensor]:
-        """All tensors that keys and values depend on, also those registered elsewhere."""
-        own = [*self.parameters(), *getattr(self.rows, "module", self.rows).parameters()]
-        if self.share != "simple":
-            return own
-        tensors = (x for projection in self.projections for x in projection.tensors())
-        return [*own, *getattr(self.norm, "module", self.norm).parameters(), *tensors]
-
-
-def _linear(width: int, out: int, std: float) -> nn.Linear:
-    linear = nn.Linear(width, out)
-    nn.init.normal_(linear.weight, std=std)
-    nn.init.zeros_(linear.bias)
-    return linear
+from surgery_plugins.prefix_tables import Reparametrised, Share
 
 
 class Prefix(nn.Module):
@@ -127,6 +58,7 @@ class Prefix(nn.Module):
         self.gate = nn.Parameter(torch.zeros(site.heads)) if method.gate else None
         self.tau = nn.Parameter(torch.ones(2)) if method.residual else None
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._leading: tuple[Tensor, Tensor] | None = None
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Keys (G, P, d), values (G, P, d_v); without gradient recomputed only after a change."""
@@ -144,7 +76,7 @@ class Prefix(nn.Module):
         return self._cached[1]
 
     def train(self, mode: bool = True) -> Prefix:
-        self._cached = None
+        self._cached = self._leading = None
         return super().train(mode)
 
     def plain_state(self) -> dict[str, Tensor]:
@@ -162,6 +94,19 @@ class Prefix(nn.Module):
     def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
         """The logsumexp of all keys, the prefix's included, for methods later in the list."""
         return surgery.virtual_lse(query, lse, **self.tokens())
+
+    def leading_keys(self) -> tuple[Tensor, Tensor] | None:
+        """The keys and values, unless a gate or NoRGa's residual changes how they are attended to.
+
+        The tuple is a new one after ``train()`` and ``eval()``, and where tables are new tensors.
+        """
+        if self.gate is not None or self.tau is not None:
+            return None
+        keys, values = self.tables()
+        known = self._leading
+        if known is None or known[0] is not keys or known[1] is not values:
+            known = self._leading = keys, values
+        return known
 
     def tokens(self) -> dict[str, Any]:
         """The arguments of ``surgery.virtual_tokens`` that describe this prefix."""

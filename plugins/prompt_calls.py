@@ -60,7 +60,7 @@ class Alone(Call):
         if not self.shared.mark.checked and not torch.is_grad_enabled():  # as a splice verifies it
             self.check(forward, ids)
         run = Run(past=so_far(arguments, None))
-        run.seen = self.kept(arguments) or self.alone(forward, ids, run)
+        run.seen = self.kept(arguments) or self.shared.seen(self, forward, ids, run)
         with self.shared.run.set(run):
             out = forward(**arguments)
         if not torch.is_grad_enabled():

@@ -97,10 +97,34 @@ class Prompt(nn.Module):
         self.rows, self.encoder = nn.Parameter(rows), encoder
         self.run = surgery.CallValue[Run]()
         self.mark = Mark()
+        self.remembered = surgery.Remembered[tuple[dict[str, Tensor], Seen]]()
 
     @property
     def length(self) -> int:
         return int(self.rows.shape[0])
+
+    def train(self, mode: bool = True) -> Prompt:
+        self.remembered.forget()
+        return super().train(mode)
+
+    def seen(self, call: Any, *given: Any) -> Seen:
+        """Return the keys and values of a run by itself, ``call.alone(*given)``.
+
+        Without gradients those of an earlier run serve while nothing has changed in ``call.trunk``.
+        The prompt's own parameters are compared by value, as a write to their ``data`` leaves no
+        other trace.
+        """
+        if torch.is_grad_enabled():
+            self.remembered.forget()
+            made: Seen = call.alone(*given)
+            return made
+        trunk = call.trunk.module
+        own, seen = self.remembered.get(trunk) or ({}, {})
+        if not seen or not all(torch.equal(x, own[n]) for n, x in self.named_parameters()):
+            own = {n: x.detach().clone() for n, x in self.named_parameters()}
+            seen = call.alone(*given)
+            self.remembered.set(trunk, (own, seen))
+        return seen
 
     def start_from(self, vocabulary: Tensor) -> None:
         """Start from random rows of the vocabulary (V, D); rows without values stay so."""
@@ -190,6 +214,13 @@ class Attend(Part):
         if run is None or run.contains_prompt:
             return lse
         return surgery.virtual_lse(query, lse, **self.tokens(run, query))
+
+    def leading_keys(self) -> tuple[Tensor, Tensor] | None:
+        """The keys and values of the prompt, where every token sees all of them."""
+        run = self.call()
+        if run is None or run.contains_prompt or self.window is not None:
+            return None
+        return run.seen[self.path]
 
     def tokens(self, run: Run, query: Tensor) -> dict[str, Any]:
         """The arguments of ``surgery.virtual_tokens`` that describe the prompt here."""

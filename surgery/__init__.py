@@ -51,7 +51,7 @@ from surgery.errors import (
     SurgeryError,
     suggest,
 )
-from surgery.host import Variant
+from surgery.host import Remembered, Variant
 from surgery.interop import (
     CallValue,
     every_module,
@@ -72,6 +72,7 @@ from surgery.plugin import (
     Features,
     Foldable,
     FoldableInput,
+    LeadsCache,
     Method,
     NamesFast,
     NamesUndecayed,
@@ -133,6 +134,7 @@ __all__ = [
     "ForwardError",
     "Frozen",
     "Inserted",
+    "LeadsCache",
     "Merged",
     "Method",
     "MethodError",
@@ -149,6 +151,7 @@ __all__ = [
     "RefusedError",
     "Register",
     "RegisterTask",
+    "Remembered",
     "Reparametrised",
     "Report",
     "RunsGrouped",

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from surgery.attention import few_keys
 from surgery.attention.math_path import normalised
 from surgery.attention.sdpa import attention
 
@@ -47,11 +48,14 @@ def virtual_tokens(
 
     Cost: 2 n P (d + d_v) operations per head.
     """
+    f = _split(merged, query.shape[1])
+    plain = scores is None and gate is None and softcap is None
+    if plain and few_keys.serves(query, lse, f, keys, values):
+        return _merge(few_keys.add_few_keys(f, query, lse, keys, values, scale))
     context, lse_p = _attend_virtual(query, keys, values, lse, scale, scores, softcap)
     g = torch.sigmoid(lse_p - lse).unsqueeze(-1)  # (B, H, n, 1)
     if gate is not None:
         g = g * gate.view(-1, 1, 1)
-    f = _split(merged, query.shape[1])
     if not context.dtype == g.dtype == f.dtype:
         context, g = context.to(f.dtype), g.to(f.dtype)
     return _merge(torch.lerp(f, context, g))
@@ -108,7 +112,7 @@ def _few_keys(query: Tensor, keys: Tensor, lse: Tensor) -> bool:
     little memory, so keeping them is faster.
     """
     exact = query.dtype == lse.dtype and not torch.is_autocast_enabled("cpu")
-    return torch.is_grad_enabled() and query.is_cpu and exact and keys.shape[-2] <= 128
+    return torch.is_grad_enabled() and query.is_cpu and exact and keys.shape[-2] <= few_keys.FEW
 
 
 def _split(merged: Tensor, heads: int) -> Tensor:

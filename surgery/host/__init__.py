@@ -6,6 +6,7 @@ from surgery.host.execution import capture_host, run, run_graph
 from surgery.host.foreign_forward import own_forward
 from surgery.host.installation import install, subclass, uninstall
 from surgery.host.operation import Operation
+from surgery.host.remembered import Remembered
 from surgery.host.state import HostState, hosts, is_host, state_of
 from surgery.host.variant import FlippedTooLate, GuardFlipped, Variant
 
@@ -16,6 +17,7 @@ __all__ = [
     "GuardFlipped",
     "HostState",
     "Operation",
+    "Remembered",
     "Switches",
     "Variant",
     "capture_host",

@@ -39,7 +39,7 @@ from surgery.host.variant import GuardFlipped, Variant
 from surgery.interop import exclusively, huggingface, named_arguments, unspliced_forward
 from surgery.patterns import Match, find_matches, module_match, uses_of
 from surgery.plugin import Edit, is_leaf
-from surgery.rewrite import apply_edit, dtype_reads, share_products
+from surgery.rewrite import apply_edit, dtype_reads, lead_caches, share_products
 
 _compiling = torch.compiler.is_dynamo_compiling
 
@@ -191,6 +191,7 @@ def _edited(module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Sel
         for edit, child, partly in on.steps:
             if not apply_edit(matches, edit, child, module, partly):
                 _require_absent(state, edit, child, captured, matches)
+        lead_caches(captured.graph, module)
         share_products(captured.graph, module)
         for _, child in on.edits:
             captured.reads += dtype_reads(module.get_submodule(child))

@@ -158,6 +158,24 @@ def _prepares(callback: Any) -> Any:
     return getattr(callback, "prepares", None)
 
 
+def growing_layer(cache: Any, index: int) -> Any:
+    """Return a layer of a KV cache, if it holds tokens and grows by concatenation; else None.
+
+    Its ``update`` then sets ``keys`` and ``values`` (B, G, m, d) to longer ones, and does no more.
+    """
+    if not _loaded():
+        return None
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    kind = type(cache)
+    if getattr(kind, "update", None) is not Cache.update or getattr(cache, "offloading", True):
+        return None
+    if index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    return layer if type(layer) is DynamicLayer and layer.get_seq_length() > 0 else None
+
+
 def let_train(model: nn.Module, adapted: bool) -> None:
     """Tell ``Trainer`` that a quantised model has something to train, or no longer has.
 

@@ -10,6 +10,7 @@ them when the module is inserted.
     first_factor,      the graph                          modules that read one value share a
     after_product                                         product
     total_lse          later methods that read ``lse``    virtual keys are counted
+    leading_keys       the graph, while it decodes        virtual keys stand first in the cache
     fold, fold_input   surgery.merge                      the update goes into the weights
     forward_grouped  surgery.route                    many adapters of a batch run as one
     rest, needs_bias   surgery.merge                      what stays, and what a fold needs
@@ -76,6 +77,24 @@ class CountsVirtualKeys(Protocol):
 
     def total_lse(self, *reads: Tensor) -> Tensor:
         """Return the logsumexp (B, H, n) over real and virtual keys; same reads as ``forward``."""
+
+
+@runtime_checkable
+class LeadsCache(Protocol):
+    """A module that replaces ``merged`` and attends to keys of its own, as to any other key.
+
+        forward(merged, query, lse, ...) = the context of one softmax over [P_k ; K]
+
+    A graph that decodes without gradients then puts them in front of the keys of the KV cache,
+    where it can (surgery/rewrite/leading.py). It calls forward elsewhere.
+    """
+
+    def leading_keys(self) -> tuple[Tensor, Tensor] | None:
+        """Return P_k (G, P, d) and P_v (G, P, d_v); None if forward does something else now.
+
+        The very same tuple is returned while its tensors hold what forward uses, apart from writes
+        that their version counters show.
+        """
 
 
 @runtime_checkable
@@ -223,6 +242,7 @@ PROTOCOLS: tuple[type, ...] = (
     AddsOnto,
     StartsWithProduct,
     CountsVirtualKeys,
+    LeadsCache,
     Foldable,
     FoldableInput,
     PartlyFoldable,
@@ -240,6 +260,7 @@ METHODS: dict[str, tuple[object, ...] | None] = {
     "first_factor": (),
     "after_product": (None,),
     "total_lse": None,  # as many arguments as ``reads``
+    "leading_keys": (),
     "fold": (None, None),
     "fold_input": (None,),
     "rest": (),

@@ -19,7 +19,7 @@ from torch import nn
 
 from surgery.errors import SpliceError, shown, suggest
 from surgery.host import ALL_ON, Choice, chosen, state_of
-from surgery.rewrite import Rows
+from surgery.rewrite import Rows, forget_leading
 from surgery.splicer.record import look_up, reports, spliced_model
 
 Names = str | Sequence[str] | Mapping[str, float]
@@ -50,6 +50,7 @@ def use(model: nn.Module, names: Names | None = None) -> nn.Module:
     choice = ALL_ON if names is None else choice_of(whole, names)
     with _chosen(whole, choice):  # a choice that cannot be made raises here
         look_up(whole).switches.default = choice
+    forget_leading()
     return model
 
 

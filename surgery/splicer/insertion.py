@@ -37,6 +37,7 @@ from surgery.plugin import CALLS, Edit, HostPlan, Method, Site, draw_by_name
 from surgery.rewrite import (
     apply_edit,
     dtype_reads,
+    lead_caches,
     port_values,
     require_applied,
     share_products,
@@ -86,6 +87,7 @@ def _rewrite(
     for i in inserted:
         results.append(Result(_child(i), i.edit, port_values(matches, i.edit)))
         require_applied(apply_edit(matches, i.edit, _child(i), module), i.edit, path)
+    lead_caches(captured.graph, module)
     share_products(captured.graph, module)
     for _, child in state.all_on().edits:
         captured.reads += dtype_reads(module.get_submodule(child))
