@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,16 @@ import pytest
 import surgery
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_prefix_costs_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    operators = importlib.import_module("operators")
+    prefix = surgery.method("prefix", length=20)
+    token, step = operators.BARS["llama", "prefix 20"]
+    added = operators.token(operators.spliced("llama", prefix))
+    assert added - operators.token(operators.base("llama")) <= token
+    assert operators.step(operators.spliced("llama", prefix))[0] <= step
 
 
 @pytest.mark.slow
