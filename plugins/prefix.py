@@ -6,6 +6,7 @@
 
 Li and Liang 2021, arXiv:2101.00190. The second line equals the first (Chen et al. 2022,
 arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no position shifts.
+Without gradients a decoded token attends to [P_k ; K] in one call (``surgery.LeadsCache``).
 Prefix keys are always visible and never rotated. ``gate`` multiplies g by tanh of a trained scalar
 per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
 

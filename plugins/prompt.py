@@ -13,7 +13,8 @@ In a causal model the prompt sees none of the tokens after it, so its keys and v
 for every sequence. If positions are numbers it runs through the model once, by itself, and the
 real tokens attend to its keys and values at each layer as to a prefix (prefix.py: no key is
 concatenated, no mask or cache grows). They get the positions P, P + 1, .... A KV cache keeps the
-prompt's keys and values, too.
+prompt's keys and values, too, and they serve the next generation if nothing has changed by then
+(``surgery.Remembered``).
 
 In every other model the sequence itself is made longer at the trunk's call, and cut again after
 the last layer: in an encoder, where every token sees every other; in a decoder that attends to an

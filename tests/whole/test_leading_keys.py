@@ -121,7 +121,7 @@ def next_logits(model: Any, cache: Any) -> Tensor:
 def test_a_cache_goes_on_with_the_keys_of_now(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned(kind, "prefix")
     surgery.splice(model, surgery.method("prefix", length=2), name="other")
-    surgery.use(model, "prefix")
+    surgery.use(model, "default")
     with torch.no_grad():
         cache = model(input_ids=IDS).past_key_values
         model(input_ids=IDS[:, :1], past_key_values=cache)
@@ -144,7 +144,7 @@ def test_a_cache_goes_on_with_the_keys_of_now(kind: str, monkeypatch: pytest.Mon
     change(model, 3.0, hidden=True)
     surgery.use(model, "other")
     logits = check(logits)
-    surgery.use(model, "prefix")
+    surgery.use(model, "default")
     logits = check(logits)
     with surgery.disabled(model):
         check(logits)
@@ -191,6 +191,18 @@ def test_a_prompt_runs_once_for_many_generations(monkeypatch: pytest.MonkeyPatch
     assert runs >= 2
 
 
+def test_a_prompt_runs_again_after_another_attention_was_chosen() -> None:
+    model = tuned("llama", "prompt")
+    generated(model)
+    (prompt,) = (m for m in model.modules() if type(m).__name__ == "Prompt")
+    assert prompt.remembered.get(model.model) is not None
+    model.set_attn_implementation("eager")
+    assert prompt.remembered.get(model.model) is None
+    model.set_attn_implementation("sdpa")
+    assert prompt.remembered.get(model.model) is not None
+    assert copy.deepcopy(prompt).remembered.get(model.model) is None
+
+
 @pytest.mark.parametrize("method", [{"method": "prefix", "gate": True}, {"method": "norga"}])
 def test_what_is_no_plain_key_stays_as_it_was(method: dict[str, Any]) -> None:
     assert not leads(generated(tuned("llama", **method)).past_key_values)
@@ -198,7 +210,7 @@ def test_what_is_no_plain_key_stays_as_it_was(method: dict[str, Any]) -> None:
 
 def test_a_later_method_that_reads_the_lse_keeps_keys_out_of_the_cache() -> None:
     model = tuned("llama", "prefix")
-    surgery.splice(model, surgery.method("inducer"))
+    surgery.splice(model, surgery.method("inducer"), name="inducer")
     assert not leads(generated(model).past_key_values)
     with surgery.disabled(model, "inducer"):
         assert leads(generated(model).past_key_values)
