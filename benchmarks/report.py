@@ -14,6 +14,7 @@ import matplotlib as mpl
 import methods
 import overhead
 import scaling
+import serving
 import torch
 from timing import BARS, LINES, REPORT
 
@@ -67,6 +68,7 @@ def main() -> None:
         (inducer_core, ["--repeats", "5"]),
         (methods, ["--repeats", "4"]),
         (scaling, []),
+        (serving, []),
     ]
     for script, arguments in scripts:
         name = Path(script.__file__).name
