@@ -15,6 +15,7 @@ import methods
 import operators
 import overhead
 import scaling
+import serving
 import torch
 from timing import BARS, LINES, REPORT
 
@@ -69,6 +70,7 @@ def main() -> None:
         (inducer_core, ["--repeats", "5"]),
         (methods, ["--repeats", "4"]),
         (scaling, []),
+        (serving, []),
     ]
     for script, arguments in scripts:
         name = Path(script.__file__).name

@@ -9,6 +9,7 @@ Bar: a mixed batch takes no longer than PEFT's.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,7 +69,7 @@ def candidates(
 ) -> dict[str, Callable[[], object]]:
     """Return what is timed: ``call(model, **options)`` of a mixed batch in each way."""
     spliced, wrapped = ours(base, adapters), theirs(base, adapters)
-    merged = ours(base, 1)
+    merged = ours(copy.deepcopy(base), 1)  # a merge writes into weights that the others would share
     surgery.merge(merged)
     for_us, for_them = routes(adapters), routes(adapters)
 
@@ -83,8 +84,11 @@ def candidates(
     }
 
 
-def largest_difference(base: Any, adapters: int, ids: Tensor) -> float:
-    """Return how far a routed batch is from each row run with its own adapter alone."""
+def largest_differences(base: Any, adapters: int, ids: Tensor) -> tuple[float, float]:
+    """Return how far a routed batch is from each row run with its adapter alone, and from the base.
+
+    The second number shows that the first compares outputs that the adapters have changed.
+    """
     model, names = ours(base, adapters), next(routes(adapters))
     with torch.no_grad():
         with surgery.route(names, model):
@@ -93,7 +97,13 @@ def largest_difference(base: Any, adapters: int, ids: Tensor) -> float:
         for row, name in zip(ids, names, strict=True):
             with surgery.using(model, name):
                 alone.append(model(input_ids=row[None]).logits)
-    return float((together - torch.cat(alone)).abs().max())
+        plain = base(input_ids=ids).logits
+    return float((together - torch.cat(alone)).abs().max()), float((together - plain).abs().max())
+
+
+def unchanged(base: Any, before: list[Tensor]) -> bool:
+    """Whether no candidate has written into the weights that all of them share."""
+    return all(torch.equal(x, y) for x, y in zip(base.parameters(), before, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     line(machine())
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": args.layers})).eval()
+    before = [parameter.detach().clone() for parameter in base.parameters()]
     ids = torch.randint(3, SHAPE["vocab_size"], (BATCH, 32))
 
     def prefill(model: Any, **given: Any) -> None:
@@ -143,8 +154,12 @@ def main(arguments: list[str] | None = None) -> None:
             line(f"{row[0]}: {ratio:.3f} of PEFT's, bar <= 1: {verdict(ratio, NEVER_SLOWER)}")
         plot_bars(f"{what}: time relative to a merged model", bars)
     for adapters in args.adapters:
-        gap = largest_difference(base, adapters, ids)
-        line(f"{adapters} adapters: largest difference from each row alone {gap:.1e}")
+        gap, effect = largest_differences(base, adapters, ids)
+        line(
+            f"{adapters} adapters: largest difference from each row alone {gap:.1e}, from the base "
+            f"{effect:.1e}"
+        )
+    line(f"the weights of the base are as they were: {unchanged(base, before)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,10 @@ def test_serving_runs_and_a_route_gives_what_each_adapter_gives_alone() -> None:
     command = [sys.executable, "benchmarks/serving.py", *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "ours / PEFT" in done.stdout
-    gap = float(done.stdout.split("from each row alone ")[1].split()[0])
-    assert gap < 1e-5
+    gap, effect = re.findall(r"each row alone (\S+), from the base (\S+)", done.stdout)[0]
+    assert float(gap) < 1e-5
+    assert float(effect) > 0.1
+    assert "the weights of the base are as they were: True" in done.stdout
 
 
 @pytest.mark.slow
