@@ -23,8 +23,8 @@ NOT_REACHED = [("t5", "lora_embedding")]  # PEFT wraps T5's table at a path that
 ALL = [(m, c) for m in TASKS for c in CONFIGS if (m, c) not in DISTANCES + NOT_REACHED]
 
 
-def close(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+def close(a: Any, b: Any) -> None:  # PEFT adds other products, in another order
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
