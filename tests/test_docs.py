@@ -119,3 +119,11 @@ def test_the_page_for_users_of_peft_runs(tmp_path: Path, monkeypatch: pytest.Mon
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_no_file_has_marks_of_an_unfinished_merge() -> None:
+    root = Path(__file__).parents[1]
+    pattern = r"^(<<<<<<<|>>>>>>>) "
+    command = ["git", "grep", "-nE", pattern, "--", "."]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert found.stdout == ""
