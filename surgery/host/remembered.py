@@ -48,6 +48,8 @@ class Remembered(Generic[Value]):
 
     def get(self, module: nn.Module) -> Value | None:
         """Return the value if the module is as it was when the value was set, else None."""
+        if torch.compiler.is_compiling():  # a graph would be guarded on what is held
+            return None
         held = self._held
         now = None if held is None else _now(module)
         if held is None or now is None:
@@ -61,6 +63,8 @@ class Remembered(Generic[Value]):
 
     def set(self, module: nn.Module, value: Value) -> None:
         """Keep a value that the module has just computed, if the module can be watched."""
+        if torch.compiler.is_compiling():
+            return
         now = _now(module)
         self._held = None if now is None else ([weakref.ref(x) for x in now[0]], now[1], value)
 
@@ -74,7 +78,7 @@ def _now(module: nn.Module) -> tuple[list[Any], list[Any]] | None:
 
     A storage is an object, too: its address may be another's once it is gone.
     """
-    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
     objects: list[Any] = []
     facts: list[Any] = [leading_epoch(), _autocast()]
