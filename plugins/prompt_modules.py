@@ -104,7 +104,8 @@ class Prompt(nn.Module):
         return int(self.rows.shape[0])
 
     def train(self, mode: bool = True) -> Prompt:
-        self.remembered.forget()
+        if mode or self.training:  # eval() of a model that is in eval mode changes nothing
+            self.remembered.forget()
         return super().train(mode)
 
     def seen(self, call: Any, *given: Any) -> Seen:

@@ -165,6 +165,7 @@ def with_lse(function: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor]]:
 
     name = getattr(function, "__name__", "attention")
     call_with_lse.calls_sdpa = rebound_function is not None  # type: ignore[attr-defined]
+    call_with_lse.plain = function  # type: ignore[attr-defined]
     call_with_lse.__name__ = f"{name}_with_lse"
     return call_with_lse
 

@@ -11,7 +11,7 @@ function; and autocast. Nothing is remembered of a module in training, or of one
 cannot be watched.
 
 A write through ``parameter.data`` into the same storage moves no counter. It goes unnoticed here,
-so an owner calls ``forget`` at each ``train()`` and ``eval()``.
+so an owner calls ``forget`` at each ``train()``.
 
 Cost of ``get``: about a microsecond for each module and parameter.
 """

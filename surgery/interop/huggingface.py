@@ -163,17 +163,29 @@ def growing_layer(cache: Any, index: int) -> Any:
 
     Its ``update`` then sets ``keys`` and ``values`` (B, G, m, d) to longer ones, and does no more.
     """
-    if not _loaded():
-        return None
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    kind = type(cache)
-    if getattr(kind, "update", None) is not Cache.update or getattr(cache, "offloading", True):
-        return None
-    if index >= len(cache.layers):
+    kind: Any = type(cache)
+    if not _updates_layers(kind) or cache.offloading or index >= len(cache.layers):
         return None
     layer = cache.layers[index]
-    return layer if type(layer) is DynamicLayer and layer.get_seq_length() > 0 else None
+    kind = type(layer)
+    return layer if _grows(kind) and layer.get_seq_length() > 0 else None
+
+
+@functools.cache
+def _updates_layers(kind: Any) -> bool:
+    """Whether ``update`` of a cache is that of its layer, if nothing is offloaded."""
+    if not _loaded():
+        return False
+    from transformers.cache_utils import Cache
+
+    return getattr(kind, "update", None) is Cache.update
+
+
+@functools.cache
+def _grows(kind: Any) -> bool:
+    from transformers.cache_utils import DynamicLayer
+
+    return kind is DynamicLayer
 
 
 def let_train(model: nn.Module, adapted: bool) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from surgery.interop import checkpointed_region, every_module, in_backward
 
 _salts = itertools.count(1)
+_counting: WeakSet[Dropout] = WeakSet()  # those that have drawn masks in a forward that goes on
 
 
 class Dropout(nn.Dropout):
@@ -66,6 +68,7 @@ class Dropout(nn.Dropout):
         """Return how many masks were drawn under this state before, and count this one."""
         self._times = self._times + 1 if state == self._state else 0
         self._state = state
+        _counting.add(self)
         return self._times
 
     def _in_region(self, region: dict[str, Any], state: int) -> int:
@@ -80,6 +83,7 @@ class Dropout(nn.Dropout):
     def forget(self) -> None:
         """Begin to count anew: a forward has ended."""
         self._state = -1
+        _counting.discard(self)
 
 
 def advance(model: nn.Module, *_: Any) -> None:
@@ -87,8 +91,8 @@ def advance(model: nn.Module, *_: Any) -> None:
 
     A forward hook of a model with adapter dropout. Nothing is drawn where no mask was.
     """
-    if torch.compiler.is_compiling() or in_backward():
-        return
+    if torch.compiler.is_compiling() or not _counting or in_backward():
+        return  # looking through all modules costs as much as some operators of a decoded token
     devices: dict[str, torch.device] = {}
     for module in every_module(model):
         if isinstance(module, Dropout) and module._state != -1:

@@ -5,7 +5,7 @@
               module(merged, q, lse)                     a second attention, and a merge
 
     after     K, V, mask, led = update_led_(cache, k, v, i, module, q, mask)
-              context, lse = attention(q, K, V, mask)    over [virtual keys ; cache], if led
+              context, lse = attend(led, q, K, V, mask)  over [virtual keys ; cache], if led
               unless_led(led, module, merged, q, lse)    merged itself, if led
 
 A pass over a graph whose edits are all made (apply.py), for a module that is a ``LeadsCache``. A
@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,8 +54,7 @@ def leading_epoch() -> int:
     return _epoch
 
 
-@dataclass(frozen=True)
-class Led:
+class Led(NamedTuple):
     """What ``layer.keys`` remembers: the whole that it is a view of, and whose keys come first."""
 
     keys: Tensor
@@ -79,24 +78,37 @@ def update_led_(
     Shape: k, v (B, G, 1, d), query (B, H, 1, d), mask (B or 1, 1 or H, 1, m) or None
         -> (B, G, P + m, d) twice and (..., 1, P + m), if led
     """
-    front = _front(k, v, module, query)
+    front = _front(k, module, query)
     layer = None if front is None else huggingface.growing_layer(cache, index)
-    if front is None or layer is None or not _fits(mask, layer.keys.shape[-2] + 1):
+    if front is None or layer is None:
         return *cache.update(k, v, index), mask, False
-    length = front[0].shape[1]
-    led, state = getattr(layer.keys, "_surgery_led", None), _state(front)
-    if led is not None and led.front is front and led.state == state:
-        first = [led.keys], [led.values]
-        known = getattr(layer.values, "_surgery_led", None) is led
+    before, length, state = layer.keys, front[0].shape[1], _state(front)
+    led: Any = getattr(before, "_surgery_led", None)
+    known = led is not None and led.front is front and led.state == state
+    known = known and getattr(layer.values, "_surgery_led", None) is led
+    if not _fits(mask, before.shape[-2] + 1) or not (known or _alike(front, k, v)):
+        return *cache.update(k, v, index), mask, False
+    if known:
+        keys, values = torch.cat((led.keys, k), -2), torch.cat((led.values, v), -2)
     else:
-        known = False
-    if not known:
         keys, values = (x.expand(len(k), -1, -1, -1) for x in front)
-        first = [keys, layer.keys], [values, layer.values]
-    keys, values = torch.cat([*first[0], k], -2), torch.cat([*first[1], v], -2)
-    layer.keys, layer.values = keys[:, :, length:], values[:, :, length:]
+        keys = torch.cat((keys, before, k), -2)
+        values = torch.cat((values, layer.values, v), -2)
+    m = keys.shape[-2] - length
+    layer.keys, layer.values = keys.narrow(-2, length, m), values.narrow(-2, length, m)
     layer.keys._surgery_led = layer.values._surgery_led = Led(keys, values, front, state)
     return keys, values, _longer(mask, length), True
+
+
+def plainly_if_led(function: Any) -> Callable[..., tuple[Any, Any]]:
+    """Return a function that calls the library's own attention function where no lse is needed."""
+
+    def attend(led: bool, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return (plain(*args, **kwargs), None) if led else function(*args, **kwargs)
+
+    plain = function.plain
+    attend.__name__ = f"{function.__name__}_unless_led"
+    return attend
 
 
 def unless_led(led: bool, module: Any, merged: Tensor, *reads: Tensor) -> Tensor:
@@ -107,26 +119,33 @@ def unless_led(led: bool, module: Any, merged: Tensor, *reads: Tensor) -> Tensor
     return made
 
 
-def _front(k: Tensor, v: Tensor, module: Any, query: Tensor) -> Pair | None:
+def _front(k: Tensor, module: Any, query: Tensor) -> Pair | None:
     """Return the virtual keys and values that may lead this call's cache."""
     if torch.is_grad_enabled() or k.shape[-2] != 1 or query.shape[-2] != 1 or module.training:
         return None
     if torch.compiler.is_compiling() or transformed() or has_hooks(module):
         return None
     found: Pair | None = module.leading_keys()
-    for x, own in zip(found or (), (k, v), strict=bool(found)):
-        shape = (own.shape[1], own.shape[3])
-        if (x.shape[0], x.shape[2]) != shape or x.dtype != own.dtype or x.device != own.device:
-            return None
-        if x.is_inference() and isinstance(x, nn.Parameter):  # a write to it leaves no trace
-            return None
     return found
+
+
+def _alike(front: Pair, *own: Tensor) -> bool:
+    """Whether virtual keys and values can be concatenated with the model's own."""
+    for x, y in zip(front, own, strict=True):
+        shape = (y.shape[1], y.shape[3])
+        if (x.shape[0], x.shape[2]) != shape or x.dtype != y.dtype or x.device != y.device:
+            return False
+        if x.is_inference() and isinstance(x, nn.Parameter):  # a write to it leaves no trace
+            return False
+    return True
 
 
 def _state(front: Pair) -> tuple[int, ...]:
     """Return what changes with each write to the virtual keys that torch counts."""
-    versions = (0 if x.is_inference() else x._version for x in front)
-    return (_epoch, front[0].data_ptr(), front[1].data_ptr(), *versions)
+    keys, values = front
+    if keys.is_inference() or values.is_inference():
+        return _epoch, keys.data_ptr(), values.data_ptr()
+    return _epoch, keys.data_ptr(), values.data_ptr(), keys._version, values._version
 
 
 def _fits(mask: Any, m: int) -> bool:
@@ -179,6 +198,11 @@ def _lead(graph: fx.Graph, node: fx.Node) -> None:
             call.args = (*call.args[:4], longer, *call.args[5:])
         else:
             call.kwargs = {**call.kwargs, "attention_mask": longer}
+    with graph.inserting_before(call):
+        attend = graph.call_function(plainly_if_led(call.target), (led, *call.args), call.kwargs)
+    attend.meta.update(call.meta)
+    call.replace_all_uses_with(attend)
+    graph.erase_node(call)
     with graph.inserting_before(node):
         made = graph.call_function(unless_led, (led, module, merged, *reads))
     made.meta.update(node.meta)
