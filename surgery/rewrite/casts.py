@@ -8,6 +8,7 @@ none under autocast, which casts by itself. The lse is float32 in every dtype an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def dtype_parameter(module: nn.Module) -> nn.Parameter | None:
 
     A module without parameters of its own may use those of another one that it refers to.
     """
-    for each in (module, *referred(module)):
+    for each in chain([module], referred(module)):  # the second is looked for at need
         for parameter in each.parameters():
             if parameter.is_floating_point():
                 return parameter

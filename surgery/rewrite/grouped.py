@@ -31,6 +31,24 @@ class Picks(Rows):
 
     names: tuple[str, ...] = ()
 
+    def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return how the rows that are taken divide among the splices, and come back in order.
+
+        Returns:
+            The numbers of the rows in x of each different splice, in the order of their first
+            entries; and the order in which these rows, one part after the other, are x's again.
+        """
+        each = len(x) // len(self.names)
+        return self.once(("parts", each, x.device), x, lambda: self._parts(each, x.device))
+
+    def _parts(self, each: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        numbers = torch.arange(each * len(self.names), device=device).view(-1, each)
+        parts = [
+            numbers[[i for i, other in enumerate(self.names) if other == name]].flatten()
+            for name in dict.fromkeys(self.names)
+        ]
+        return parts, torch.cat(parts).argsort()
+
 
 class Grouped:
     """Modules that act as one: the i-th runs for the i-th of as many equal parts of the rows.
@@ -38,10 +56,11 @@ class Grouped:
     Attributes:
         modules: one for each entry of a route; one alone if there is no entry, for no rows.
         different: the same, each once.
+        picks: which rows have which of them.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Sequence[nn.Module], picks: Picks) -> None:
+        self.modules, self.picks = modules, picks
         self.different = list(dict.fromkeys(modules))
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -74,15 +93,16 @@ class Grouped:
 
     def _one_by_one(self, x: Tensor, onto: Tensor | None) -> Tensor:
         """Run each module for all of its rows, and put the rows back in their order."""
-        numbers = torch.arange(len(x), device=x.device).view(len(self.modules), -1)
-        made, order = list[Tensor](), list[Tensor]()
-        for module in self.different:
-            entries = [i for i, each in enumerate(self.modules) if each is module]
-            rows = numbers[entries].flatten()
-            given = None if onto is None else onto.index_select(0, rows)
-            made.append(_run(module, x.index_select(0, rows), given))
-            order.append(rows)
-        return torch.cat(made).index_select(0, torch.cat(order).argsort())
+        parts, order = self.picks.parts(x)
+        made = [
+            _run(
+                module,
+                x.index_select(0, rows),
+                onto if onto is None else onto.index_select(0, rows),
+            )
+            for module, rows in zip(self.different, parts, strict=True)
+        ]
+        return torch.cat(made).index_select(0, order)
 
 
 def _run(module: nn.Module, x: Tensor, onto: Tensor | None) -> Tensor:
@@ -96,4 +116,4 @@ def _run(module: nn.Module, x: Tensor, onto: Tensor | None) -> Tensor:
 def grouped(host: Any, picks: Picks, children: Mapping[str, str]) -> Grouped:
     """Return the modules of a host that these picks name; ``children`` are theirs by splice."""
     names = picks.names or tuple(children)[:1]
-    return Grouped([getattr(host, children[name]) for name in names])
+    return Grouped([getattr(host, children[name]) for name in names], picks)

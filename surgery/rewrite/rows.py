@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from surgery.errors import ForwardError
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Rows:
     entries: tuple[int, ...]
     of: int
     factors: tuple[float, ...] = ()
-    _known: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def whole(self) -> bool:
@@ -41,13 +44,20 @@ class Rows:
             ForwardError: the rows of x are no multiple of the entries.
         """
         each = self.each(x)
-        if torch.compiler.is_compiling() or type(x) is not Tensor:  # a fake one is kept nowhere
-            return self._index(each, x.device)
-        key = (each, x.device)
+        return self.once((each, x.device), x, lambda: self._index(each, x.device))
+
+    def once(self, key: Hashable, x: Tensor, make: Callable[[], Made]) -> Made:
+        """Return what ``make`` gives, made once for all calls; ``key`` tells it from others.
+
+        Under a compiler, or for a fake x, it is made anew: a fake tensor is kept nowhere.
+        """
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
+            return make()
         if key not in self._known:
             with torch.inference_mode(False):  # the index outlives this call
-                self._known[key] = self._index(each, x.device)
-        return self._known[key]
+                self._known[key] = make()
+        made: Made = self._known[key]
+        return made
 
     def each(self, x: Tensor) -> int:
         """Return how many rows of x belong to each entry of the route.
