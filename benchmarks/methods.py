@@ -3,7 +3,7 @@
 Every model is GPT-2 small with random weights and gets the same inputs. PEFT runs with its default
 targets for GPT-2: its LoRA and (IA)^3 act on the whole fused projection.
 
-Run: python benchmarks/methods.py [--threads N] [--repeats 7]
+Run: python benchmarks/methods.py [--threads N] [--repeats 7] [--only decode] [--methods prefix]
 Bars: never slower than PEFT for the same method; decoding takes with LoRA at most 1.03 times, and
 with merged LoRA at most 1.02 times, as long as the base.
 """
@@ -213,6 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--only", choices=("train", "decode"), help="measure this part alone")
+    options.add_argument("--methods", nargs="+", choices=OURS, default=list(OURS))
     args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
@@ -227,16 +229,22 @@ def main(arguments: list[str] | None = None) -> None:
     def decode(model: Any) -> Callable[[], None]:
         return decoding(model, ids[:1, :32], 16)
 
-    title = "A training step, GPT-2 small, batch 4 x 128, float32"
-    compare(title, train, base, "full fine-tuning", args.repeats)
-    title = "Greedy decoding of 16 tokens behind 32, batch 1, KV cache"
-    ratios = compare(title, decode, base, "base", 2 * args.repeats)
-    for name, bar in (("lora", LORA), ("lora, merged", MERGED)):
-        line(f"{name}: {ratios[name]:.3f} of base, bar <= {bar}: {verdict(ratios[name], bar)}")
-    several = torch.randint(0, 50257, (8, 128), generator=torch.Generator().manual_seed(2))
-    title = "Greedy decoding of 16 tokens, a batch of 8 behind up to 128, padded on the left"
-    compare(title, lambda m: decoding(m, several, 16), base, "base", args.repeats, THEIRS)
-    long_prefix(args.repeats)
+    if args.only != "decode":
+        title = "A training step, GPT-2 small, batch 4 x 128, float32"
+        compare(title, train, base, "full fine-tuning", args.repeats, args.methods)
+    if args.only != "train":
+        title = "Greedy decoding of 16 tokens behind 32, batch 1, KV cache"
+        ratios = compare(title, decode, base, "base", 2 * args.repeats, args.methods)
+        for name, bar in (("lora", LORA), ("lora, merged", MERGED)):
+            if name in ratios:
+                ratio = ratios[name]
+                line(f"{name}: {ratio:.3f} of base, bar <= {bar}: {verdict(ratio, bar)}")
+        several = torch.randint(0, 50257, (8, 128), generator=torch.Generator().manual_seed(2))
+        title = "Greedy decoding of 16 tokens, a batch of 8 behind up to 128, padded on the left"
+        both = [name for name in args.methods if name in THEIRS]
+        compare(title, lambda m: decoding(m, several, 16), base, "base", args.repeats, both)
+    if args.only is None:
+        long_prefix(args.repeats)
 
 
 if __name__ == "__main__":
