@@ -278,7 +278,12 @@ METHODS: dict[str, tuple[object, ...] | None] = {
 def adds_onto(module: nn.Module) -> bool:
     """Whether ``module`` is an :class:`AddsOnto`: its forward has a parameter ``onto``."""
     forward = getattr(type(module), "forward", None)
-    return callable(forward) and "onto" in inspect.signature(forward).parameters
+    return callable(forward) and _takes_onto(forward)
+
+
+@functools.lru_cache(maxsize=1024)  # asked for at each call of a module
+def _takes_onto(forward: Any) -> bool:
+    return "onto" in inspect.signature(forward).parameters
 
 
 def starts_with_product(module: nn.Module) -> bool:
