@@ -95,6 +95,7 @@ from surgery.plugin import (
     hookimpl,
     method,
     methods,
+    register,
     task,
     tasks,
 )
@@ -190,6 +191,7 @@ __all__ = [
     "prefix",
     "push",
     "refresh",
+    "register",
     "remove",
     "rename",
     "restore",
