@@ -153,7 +153,7 @@ def test_a_class_of_a_notebook_is_registered_and_replaced(
         "surgery.register was given Taken, but plugin 'x' offers a method 'taken'. Give the class "
         "another name."
     )
-    with pytest.raises(surgery.MethodError, match="was given .*an object, which is not a"):
+    with pytest.raises(surgery.MethodError, match=r"was given .*an object, which is not a"):
         surgery.register(again())  # type: ignore[type-var]
     with pytest.raises(surgery.MethodError, match=r"Write class int\(surgery.Method\)"):
         surgery.register(int)
