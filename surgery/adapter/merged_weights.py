@@ -212,8 +212,8 @@ class MergePlan:
         if not isinstance(module, protocol_of(edit)):
             what = "fold_input(weight)" if edit.verb == "feed" else "fold(weight, bias)"
             return (
-                f"its module {type(module).__name__} has no {what}, so it is not known to be a "
-                "linear map of the projection's input"
+                f"its module {type(module).__name__} has no {what}, so as far as is known it is "
+                "not a linear map of the projection's input"
             )
         if isinstance(module, PartlyFoldable) and not self.partial:
             return "only a part of its module is linear"
