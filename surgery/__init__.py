@@ -96,6 +96,7 @@ from surgery.plugin import (
     hookimpl,
     method,
     methods,
+    register,
     task,
     tasks,
 )
@@ -193,6 +194,7 @@ __all__ = [
     "prefix",
     "push",
     "refresh",
+    "register",
     "remove",
     "rename",
     "restore",

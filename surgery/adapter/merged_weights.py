@@ -210,7 +210,11 @@ class MergePlan:
         module, edit = self.model.get_submodule(inserted.path), inserted.edit
         port = self.port_of(inserted)
         if not isinstance(module, protocol_of(edit)):
-            return "its module is not a linear map of the projection's input"
+            what = "fold_input(weight)" if edit.verb == "feed" else "fold(weight, bias)"
+            return (
+                f"its module {type(module).__name__} has no {what}, so as far as is known it is "
+                "not a linear map of the projection's input"
+            )
         if isinstance(module, PartlyFoldable) and not self.partial:
             return "only a part of its module is linear"
         if not port.weight and not (inserted.site.kind == "norm" and port.bias):

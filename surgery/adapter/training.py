@@ -69,6 +69,8 @@ def freeze_base(
 ) -> Frozen:
     """Freeze the base: train only the inserted parameters, and those that are kept.
 
+    An inserted parameter to which its author has given ``requires_grad=False`` stays frozen.
+
     From then on ``save_pretrained`` of a transformers model writes the adapter, with all that is
     needed to continue training, so the checkpoints of ``Trainer`` hold no base. It writes the whole
     model, with a warning, if more of the base is trained than this function chose.
@@ -96,6 +98,7 @@ def freeze_base(
     forget_rows(model)
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     chosen = {id(p) for name in trained for _, p in spliced_parameters(model, name)}
+    chosen -= _frozen_by_their_authors(model)
     base = [name for name, p in model.named_parameters() if id(p) not in inserted]
     kept: dict[str, None] = {}
     for wish in keep:
@@ -118,6 +121,17 @@ def freeze_base(
     if new or rows:
         _log.warning("surgery: %r", result)
     return result
+
+
+def _frozen_by_their_authors(model: nn.Module) -> set[int]:
+    """Return the ids of inserted parameters that came with ``requires_grad=False``."""
+    every = [inserted for report in reports(model).values() for inserted in report.inserted]
+    return {
+        id(parameter)
+        for inserted in every
+        for name, parameter in model.get_submodule(inserted.path).named_parameters()
+        if name in inserted.frozen
+    }
 
 
 def _buffers_beside(model: nn.Module, kept: Iterable[str], modules: Sequence[str]) -> list[str]:

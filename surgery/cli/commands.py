@@ -1,6 +1,7 @@
 """Join the commands of all files to one program: ``surgery COMMAND``.
 
     models.py      methods, locate
+    plugins.py     new, check
     runs.py        recipes, train, compare, eval
     adapters.py    inspect, merge, convert, generate, push
 
@@ -14,14 +15,14 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import adapters, models, runs
+from surgery.cli import adapters, models, plugins, runs
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (models, runs, adapters):
+for part in (models, plugins, runs, adapters):
     app.add_typer(part.commands)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import surgery
 from surgery.cli.console import console, fail, import_transformers, no_traceback
+from surgery.plugin import plugin_problems
 
 commands = typer.Typer()
 
@@ -25,6 +26,8 @@ def methods() -> None:
         options = ", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(cls))
         table.add_row(name, first, options)
     console.print(table)
+    for problem in plugin_problems():
+        console.print(problem, highlight=False)
 
 
 @commands.command()

@@ -27,7 +27,15 @@ from surgery.plugin.module_protocols import (
 from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.quick_patterns import are_quick_patterns
-from surgery.plugin.registry import is_leaf, method, methods, task, tasks
+from surgery.plugin.registry import (
+    is_leaf,
+    method,
+    methods,
+    plugin_problems,
+    register,
+    task,
+    tasks,
+)
 from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
 
@@ -78,7 +86,9 @@ __all__ = [
     "methods",
     "opened",
     "overlooked_lines",
+    "plugin_problems",
     "referred",
+    "register",
     "settle_advance",
     "starts_with_product",
     "task",

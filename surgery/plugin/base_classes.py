@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, get_args
 from surgery.errors import MethodError, RecipeError, shown, suggest
 from surgery.plugin.edit import Kind
 from surgery.plugin.open_site import OpenSite
-from surgery.plugin.option_types import check_option_types
+from surgery.plugin.option_types import check_option_types, undecorated
 from surgery.plugin.site import Site
 
 KINDS = get_args(Kind)
@@ -60,6 +60,14 @@ class Method:
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     needs: ClassVar[str] = ""
     together: ClassVar[bool] = False
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        if names := undecorated(cls, Method):
+            raise MethodError(
+                f"{cls.__name__} is not a dataclass: its option {names[0]!r} could not be set or "
+                "saved. Write @dataclass(frozen=True) above the class."
+            )
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

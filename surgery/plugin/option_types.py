@@ -13,9 +13,12 @@ Floats must be finite: JSON has no infinity, and no method has a use for one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -41,19 +44,39 @@ def check_option_types(method: Any) -> None:
         except TypeError:
             raise MethodError(
                 f"method {method.name!r}: {field.name}={shown(value)} is not possible. "
-                f"It must be {_words(wanted)}."
+                f"It must be {_words(wanted)}{_hint(value, wanted)}."
             ) from None
         if accepted is not value:
             object.__setattr__(method, field.name, accepted)
 
 
+def undecorated(cls: type[Any], base: type[Any]) -> list[str]:
+    """Return the options of a class that ``@dataclass`` has not seen.
+
+    A class without it still has the ``__init__`` of its parent, which knows none of its options.
+    """
+    return [
+        name
+        for part in cls.__mro__
+        if part is not base and issubclass(part, base) and "__dataclass_params__" not in vars(part)
+        for name, kind in inspect.get_annotations(part).items()
+        if "ClassVar" not in str(kind)
+    ]
+
+
 @functools.cache
 def _types_of(cls: Any) -> dict[str, Any]:
-    """Return the types of a class's fields; none where an annotation cannot be evaluated."""
+    """Return the types of a class's fields, but those that cannot be evaluated."""
     try:
         return typing.get_type_hints(cls)
     except Exception:  # names of a function's inside, or of type-checking alone
-        return {}
+        found: dict[str, Any] = {}
+        for part in reversed(cls.__mro__):
+            for name, kind in inspect.get_annotations(part).items():
+                with contextlib.suppress(Exception):
+                    known = vars(sys.modules[part.__module__])
+                    found[name] = eval(kind, known) if isinstance(kind, str) else kind
+        return found
 
 
 def _accepted(value: Any, wanted: Any) -> Any:
@@ -117,3 +140,12 @@ def _words(wanted: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Mapping):
         return f"a mapping from {_words(inner[0])} to {_words(inner[1])}"
     return _WORDS.get(wanted, "None")
+
+
+def _hint(value: Any, wanted: Any) -> str:
+    """Say how to write a number that was given as text; '' where that is not the matter."""
+    with contextlib.suppress(TypeError, ValueError):
+        if isinstance(value, str) and wanted in (int, float):
+            wanted(value)
+            return f": {value.strip()}, without quotes"
+    return ""

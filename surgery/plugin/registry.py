@@ -1,63 +1,33 @@
 """Find plugins under the entry-point group ``surgery``, and make their methods and tasks by name.
 
     entry points -> Registry.load -> Registry.add, per plugin -> methods() and tasks() by name
+    a class of a notebook -> register(cls) -----------------------^
 
-The plugins that come with the package are entry points too; there is no other way in. Entry points
-load one by one: one that fails, or repeats a name, is reported, and the others still load. The
-registry of the process is filled on first use and lives as long as the process.
+The plugins that come with the package are entry points too. Entry points load one by one: one that
+fails, or repeats a name, is reported, and the others still load. The registry of the process is
+filled on first use and lives as long as the process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 from torch import nn
 
-from surgery.errors import MethodError, RecipeError, SurgeryError, shown, suggest
+from surgery.errors import MethodError, shown, suggest
 from surgery.plugin import hookspecs
 from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.offers import METHODS, OFFERS, TASKS, Offer
+from surgery.plugin.plugin_errors import GROUP, place_of, under_other_groups
 
-
-@dataclasses.dataclass(frozen=True)
-class _Offer:
-    """A kind of thing that plugins offer: its hook, its base class, and its words in errors."""
-
-    what: str
-    option: str
-    hook: str
-    base: type[Any]
-    error: type[SurgeryError]
-
-    def check(self, cls: Any, plugin: str) -> None:
-        if not isinstance(cls, type):
-            raise self.error(
-                f"plugin {plugin!r} offers {cls!r}, which is not a class. Call register(MyClass)."
-            )
-        new = {n for n, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
-        plain = new and "__dataclass_params__" not in vars(cls)
-        if plain or not (issubclass(cls, self.base) and dataclasses.is_dataclass(cls)):
-            raise self.error(
-                f"plugin {plugin!r} offers {cls!r}, which is not a dataclass deriving from "
-                f"surgery.{self.base.__name__}. Decorate it with @dataclass(frozen=True)."
-            )
-        if not getattr(cls, "name", ""):
-            raise self.error(f'plugin {plugin!r}: {cls.__name__} has no name. Set `name = "..."`.')
-
-
-_METHODS = _Offer("method", "option", "register_methods", Method, MethodError)
-
-
-_TASKS = _Offer("task", "data option", "register_tasks", Task, RecipeError)
-
-
-_OFFERS = (_METHODS, _TASKS)
+Offered = TypeVar("Offered", bound=type[Any])
+_HERE = "surgery.register"  # stands for the plugin of a class that was registered by a call
 
 
 class Registry:
@@ -67,7 +37,7 @@ class Registry:
         self.manager = pluggy.PluginManager("surgery")
         self.manager.add_hookspecs(hookspecs)
         self.failures: dict[str, str] = {}
-        self._offered: dict[str, dict[str, tuple[type[Any], str]]] = {k.what: {} for k in _OFFERS}
+        self._offered: dict[str, dict[str, tuple[type[Any], str]]] = {k.what: {} for k in OFFERS}
 
     def load(self, found: list[EntryPoint]) -> None:
         """Load entry points one by one."""
@@ -86,10 +56,12 @@ class Registry:
             try:
                 self.add(point.load(), point.name)
             except Exception as error:
+                place = place_of(error, point.value.partition(":")[0])
                 self._fail(
                     point.name,
                     f"plugin {point.name!r} ({point.value}) could not be loaded: "
-                    f"{type(error).__name__}: {error}. The other plugins are there.",
+                    f"{type(error).__name__}: {str(error).rstrip('.')}"
+                    f"{f' ({place})' if place else ''}. The other plugins are there.",
                 )
 
     def _fail(self, name: str, message: str) -> None:
@@ -103,14 +75,20 @@ class Registry:
             MethodError, RecipeError: one of its methods or tasks has no name, or the name of
                 another plugin's. Nothing of the plugin is registered then.
         """
+        if isinstance(plugin, type) and issubclass(plugin, (Method, Task)):
+            raise MethodError(
+                f"plugin {name!r} is the class {plugin.__name__}, but an entry point names a "
+                "module. Leave out what follows the colon, and offer the class in that module's "
+                "register_methods(register)."
+            )
         accepted: dict[str, dict[str, tuple[type[Any], str]]] = {}
-        for kind in _OFFERS:
+        for kind in OFFERS:
             offered: list[type[Any]] = []
             implementation = getattr(plugin, kind.hook, None)
             if implementation is not None:
                 implementation(register=offered.append)
             for cls in offered:
-                kind.check(cls, name)
+                kind.check(cls, f"plugin {name!r} offers")
             for cls in offered:
                 own = [other for other in offered if other.name == cls.name]
                 if len(own) > 1:
@@ -125,7 +103,7 @@ class Registry:
                         f"{cls.name!r}. Rename one of them; the first is used."
                     )
             accepted[kind.what] = {cls.name: (cls, name) for cls in offered}
-        hooks = [kind.hook for kind in _OFFERS] + ["is_leaf"]
+        hooks = [kind.hook for kind in OFFERS] + ["is_leaf"]
         meant = [n for n in dir(plugin) if self.manager.parse_hookimpl_opts(plugin, n) is not None]
         for hook in meant:
             if hook not in hooks:
@@ -142,6 +120,19 @@ class Registry:
         for what, new in accepted.items():
             self._offered[what].update(new)
 
+    def register(self, cls: type[Any]) -> None:
+        """Offer one class by its name, in the place of one that a call has registered before."""
+        kind = TASKS if isinstance(cls, type) and issubclass(cls, Task) else METHODS
+        kind.check(cls, f"{_HERE} was given")
+        offered = self._offered[kind.what]
+        _, owner = offered.get(cls.name, (cls, _HERE))
+        if owner != _HERE:
+            raise kind.error(
+                f"{_HERE} was given {cls.__name__}, but plugin {owner!r} offers a {kind.what} "
+                f"{cls.name!r}. Give the class another name."
+            )
+        offered[cls.name] = (cls, _HERE)
+
     def methods(self) -> dict[str, type[Method]]:
         """Return every method, by name."""
         return {name: cls for name, (cls, _) in sorted(self._offered["method"].items())}
@@ -152,20 +143,20 @@ class Registry:
 
     def method(self, name: str, options: dict[str, Any]) -> Method:
         """Return an instance of the method of that name."""
-        made: Method = self._make(_METHODS, name, options)
+        made: Method = self._make(METHODS, name, options)
         return made
 
     def task(self, name: str, options: dict[str, Any]) -> Task:
         """Return an instance of the task of that name."""
-        made: Task = self._make(_TASKS, name, options)
+        made: Task = self._make(TASKS, name, options)
         return made
 
-    def _make(self, kind: _Offer, name: str, options: dict[str, Any]) -> Any:
+    def _make(self, kind: Offer, name: str, options: dict[str, Any]) -> Any:
         offered = self._offered[kind.what]
         if not isinstance(name, str):
             raise kind.error(f"the name of a {kind.what} is a text, not {shown(name)}.")
         if name not in offered:
-            hint = "".join(f"\n  {text}" for text in self.failures.values())
+            hint = "".join(f"\n  {text}" for text in self.problems())
             raise kind.error(
                 f"no {kind.what} {shown(name)}. {suggest(name, offered)}"
                 f"{kind.what.capitalize()}s here: {', '.join(sorted(offered)) or 'none'}.{hint}"
@@ -181,7 +172,7 @@ class Registry:
             value, wanted = options[option], known[option]
             if wanted in (bool, "bool") and isinstance(value, str):
                 raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be True or False.")
-            number = kind is _TASKS and wanted in (int, "int", float, "float")
+            number = kind is TASKS and wanted in (int, "int", float, "float")
             if number and isinstance(value, (str, list, dict)):
                 raise kind.error(f"{kind.what} {name!r}: {option}={value!r} must be a number.")
             if number and wanted in (int, "int") and isinstance(value, float):
@@ -195,6 +186,10 @@ class Registry:
                 f"{kind.what} {name!r}: {error}. Options: {', '.join(known)}."
             ) from error
 
+    def problems(self) -> list[str]:
+        """Return why plugins are not there: one line for each."""
+        return [*self.failures.values(), *under_other_groups()]
+
     def is_leaf(self, module: nn.Module, path: str) -> bool | None:
         """Return the plugins' answer whether to keep a module whole."""
         answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)
@@ -205,7 +200,7 @@ class Registry:
 def registry() -> Registry:
     """Return the registry of this process, filled on first use."""
     made = Registry()
-    made.load(in_order(entry_points(group="surgery")))
+    made.load(in_order(entry_points(group=GROUP)))
     return made
 
 
@@ -222,6 +217,27 @@ def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
 def is_leaf(module: nn.Module, path: str) -> bool | None:
     """Return the installed plugins' answer whether to keep a module whole (hookspecs.is_leaf)."""
     return registry().is_leaf(module, path)
+
+
+def register(cls: Offered) -> Offered:
+    """Offer a method or task in this process, as an installed plugin would: for notebooks.
+
+    From then on ``surgery.method``, ``splice``, ``load`` and ``check_method`` know the class by its
+    name. A class of the same name that was registered by a call before is replaced, so a cell can
+    run again.
+
+    Args:
+        cls: a frozen dataclass that derives from :class:`surgery.Method` or :class:`surgery.Task`.
+
+    Returns:
+        the class, so that ``@surgery.register`` may stand above ``@dataclass(frozen=True)``.
+
+    Raises:
+        MethodError, RecipeError: the class cannot be offered, or a plugin has a method or task of
+            that name. Nothing has changed.
+    """
+    registry().register(cls)
+    return cls
 
 
 def method(name: str, /, **options: Any) -> Method:
@@ -250,3 +266,8 @@ def task(name: str, /, **options: Any) -> Task:
 def tasks() -> dict[str, type[Task]]:
     """Return every installed task, by name."""
     return registry().tasks()
+
+
+def plugin_problems() -> list[str]:
+    """Return why installed plugins could not be loaded, or are not read: one line for each."""
+    return registry().problems()

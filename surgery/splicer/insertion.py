@@ -150,7 +150,8 @@ def _insert(
             seen.update(fresh)
             count = sum(p.numel() for p in fresh.values())
             full = f"{plan.path}.{child}" if plan.path else child
-            inserted.append(Inserted(_lean(site), method, edit, full, count))
+            frozen = tuple(n for n, p in new.named_parameters() if not p.requires_grad)
+            inserted.append(Inserted(_lean(site), method, edit, full, count, frozen))
     children = [child for child, _ in made]
     state = install(module, plan)
     state.switches = record_of(transaction.model).switches

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,7 @@ from surgery.interop import (
     shard_like,
 )
 from surgery.locator import locate
-from surgery.plugin import Method, Site, Sites, settle_advance
+from surgery.plugin import Method, Site, Sites, method, settle_advance
 from surgery.splicer.activation import require_spliced
 from surgery.splicer.all_or_nothing import Before, atomically
 from surgery.splicer.assignment import assign, left_out, without_attention
@@ -58,7 +58,7 @@ from surgery.splicer.verification import verify_together
 @outside_inference_mode
 def splice(
     model: nn.Module,
-    methods: Method | Sequence[Method],
+    methods: Method | str | Sequence[Method | str],
     at: Sites | Site | Sequence[Site] | None = None,
     example_inputs: Any = None,
     name: str = "default",
@@ -68,7 +68,7 @@ def splice(
     Args:
         model: any ``nn.Module``; it may have other splices, under other names.
         methods: one method or a list; a later method sees each port as the earlier ones left it,
-            the lse of virtual tokens included.
+            the lse of virtual tokens included. A name stands for that method with its defaults.
         at: the sites; by default every site that a method suits.
         example_inputs: as for :func:`surgery.locate`; not needed if ``at`` is given.
         name: the name of this splice, for ``remove``, ``disabled`` and ``save``.
@@ -86,9 +86,11 @@ def splice(
         ``surgery.splice(model, surgery.method("lora", rank=8), at=sites.attention)``
     """
 
+    given = _made(methods)
+
     def operate_on(_: Before) -> Report:
         report: Report
-        report, todo = _splice(model, methods, at, example_inputs, name)
+        report, todo = _splice(model, given, at, example_inputs, name)
         divide(model, report, todo)
         return report
 
@@ -100,10 +102,9 @@ def splice(
 
 @explained_out_of_reach
 def _splice(
-    model: nn.Module, methods: Method | Sequence[Method], at: Any, example_inputs: Any, name: str
+    model: nn.Module, given: tuple[Method, ...], at: Any, example_inputs: Any, name: str
 ) -> tuple[Report, Todo]:
     """Do what :func:`splice` says, in a model whose parameters are whole; return what was done."""
-    given = (methods,) if isinstance(methods, Method) else tuple(methods)
     _check(model, given, name)
     _check_below(model, name)
     notes: list[str] = []
@@ -144,14 +145,26 @@ def _warn_of_untrained(report: Report) -> None:
         )
 
 
+def _made(methods: Any) -> tuple[Any, ...]:
+    """Return the methods as a tuple, those that were given by name made with their defaults."""
+    several = isinstance(methods, Iterable) and not isinstance(methods, (str, type))
+    given = tuple(methods) if several else (methods,)
+    return tuple(method(each) if isinstance(each, str) else each for each in given)
+
+
 def _check(model: nn.Module, methods: tuple[Method, ...], name: str) -> None:
     """Raise unless these are methods that declare themselves properly, and the name is free."""
-    for method in methods:
-        if not isinstance(method, Method):
+    for each in methods:
+        if isinstance(each, type) and issubclass(each, Method):
             raise SpliceError(
-                f"{method!r} is not a method. Make one with surgery.method('lora', rank=8)."
+                f"{each.__name__} is a class, not a method with its options. Pass an object of "
+                f"it: {each.__name__}(), or {each.name!r}. Nothing has changed."
             )
-        method.check_declared()
+        if not isinstance(each, Method):
+            raise SpliceError(
+                f"{each!r} is not a method. Make one with surgery.method('lora', rank=8)."
+            )
+        each.check_declared()
     if not methods:
         raise SpliceError("no method was given. Pass one, or a list of them.")
     require_free(model, name)

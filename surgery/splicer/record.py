@@ -38,6 +38,7 @@ class Inserted:
         site, method, edit: where the module was inserted, by which method, and how.
         path: the path of the module in the model.
         parameters: how many numbers it trains; those shared with an earlier module count there.
+        frozen: its parameters that its author has given ``requires_grad=False``; they stay so.
     """
 
     site: Site
@@ -45,6 +46,7 @@ class Inserted:
     edit: Edit
     path: str
     parameters: int
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass

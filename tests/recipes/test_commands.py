@@ -42,6 +42,12 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_inspect_shows_what_an_adapter_holds",
     "surgery --install-completion": "tests/surgery/cli/test_adapters.py::"
     "test_every_command_has_help_and_the_shell_completes",
+    "surgery new": "tests/surgery/cli/test_scaffold.py::"
+    "test_each_start_keeps_the_contract_as_it_stands",
+    "surgery check": "tests/surgery/cli/test_scaffold.py::"
+    "test_from_a_clone_to_a_method_that_passes_in_ten_minutes_and_40_lines",
+    "pip install -e surgery-my-method": "tests/surgery/cli/test_scaffold.py::"
+    "test_from_a_clone_to_a_method_that_passes_in_ten_minutes_and_40_lines",
     "surgery train quickstart": f"{TESTS}run/test_quickstart.py::"
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"

@@ -41,7 +41,8 @@ class Typed(surgery.Method):
     ("option", "value", "wish"),
     [
         ("whole", 2.5, "a whole number"),
-        ("whole", "4", "a whole number"),
+        ("whole", "4", r"a whole number: 4, without quotes\."),
+        ("number", "1e-3", r"a finite number: 1e-3, without quotes\."),
         ("whole", True, "a whole number"),
         ("whole", 5, "less than 5"),
         ("number", "x", "a finite number"),

@@ -110,7 +110,7 @@ def test_two_tasks_of_one_name_are_told_and_a_failing_plugin_stops_no_other() ->
         )
     texts = [str(warning.message) for warning in told]
     assert "plugins 'one' and 'two' both offer a task 'same'" in texts[0]
-    assert "not a dataclass deriving from surgery.Task" in texts[1]
+    assert "does not derive from surgery.Task" in texts[1]
     assert set(made.tasks()) == {"same", "other"}
 
 
