@@ -38,6 +38,7 @@ from surgery.adapter import (
     unmerge,
 )
 from surgery.attention import virtual_lse, virtual_tokens
+from surgery.direct import Seen, ablate, insert, read, replace, transplant, watch
 from surgery.errors import (
     CaptureError,
     ForwardError,
@@ -153,6 +154,7 @@ __all__ = [
     "Report",
     "RunsGrouped",
     "SavedAdapter",
+    "Seen",
     "Site",
     "SiteError",
     "Sites",
@@ -165,6 +167,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Variant",
+    "ablate",
     "add_product",
     "are_quick_patterns",
     "combine",
@@ -177,6 +180,7 @@ __all__ = [
     "hotswap",
     "in_backward",
     "inducer",
+    "insert",
     "inspect",
     "load",
     "load_loralib",
@@ -189,9 +193,11 @@ __all__ = [
     "parameter_groups",
     "prefix",
     "push",
+    "read",
     "refresh",
     "remove",
     "rename",
+    "replace",
     "restore",
     "route",
     "save",
@@ -204,6 +210,7 @@ __all__ = [
     "tasks",
     "train_rows",
     "trained_rows",
+    "transplant",
     "unmerge",
     "use",
     "using",
@@ -211,5 +218,6 @@ __all__ = [
     "view",
     "virtual_lse",
     "virtual_tokens",
+    "watch",
     "without_checkpointing",
 ]
