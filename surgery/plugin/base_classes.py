@@ -46,7 +46,7 @@ class Method:
         together: whether its modules work only all together; their effect is then verified in one
             run of the trunk, not host by host.
         learns: whether its modules are there to learn; a gradient must then reach each parameter.
-        unsaved: why no file can hold the method, for the error of ``surgery.save``; empty if one can.
+        unsaved: why no file can hold the method, for the error of ``surgery.save``; else empty.
 
     Example:
         >>> @dataclass(frozen=True)
