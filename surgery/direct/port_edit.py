@@ -1,6 +1,6 @@
 """The method behind a direct edit: one verb at one port of each site.
 
-    insert, replace, read, watch  ->  PortEdit  ->  surgery.splice  ->  awake()
+    insert, replace, read, watch  ->  PortEdit  ->  surgery.splice
 
 It takes the way of every method, so a direct edit is all or nothing, and is switched, removed and
 compiled as any splice is.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.direct.port_modules import Around, AtPort, Changing, Constant, Reading
 from surgery.errors import PortError, SiteError, SpliceError, shown
 from surgery.plugin import Method, OpenPort, OpenSite, Port, Site, Sites, Start
-from surgery.splicer import Report, remove, splice
+from surgery.splicer import Report, splice
 
 HEADS = ("query_unrotated", "query_heads", "lse", "merged")  # read as they are, and put back
 
@@ -72,16 +72,16 @@ class PortEdit(Method):
         where = f"{self.verb} at port {port.name!r} of {site.path or 'the model'}"
         if port.name == "lse" and self.start == "none":
             raise PortError(f"{where}: 'lse' can only be read. Edit another port.")
-        awake = isinstance(what, nn.Module) and self.start == "none"
+        tried = isinstance(what, nn.Module) and self.start == "none"
         if isinstance(what, Tensor):
             what = Constant(what, where)
         elif isinstance(what, nn.Module):
             what = site.share(str(id(what)), lambda: what)
         reads = self._reads(site, port, what)
         if self.verb == "read" or (self.verb == "watch" and reads):
-            made: AtPort = Reading(what, where, awake)
+            made: AtPort = Reading(what, where, tried)
         else:
-            made = Changing(what, where, awake, any(read in HEADS for read in reads))
+            made = Changing(what, where, tried, any(read in HEADS for read in reads))
         self.made.append(made)
         if port.name == "call":
             around = Around(made, whole=self.verb == "replace" and not isinstance(what, Constant))
@@ -158,16 +158,10 @@ def one_for_each(verb: str, sites: list[Site], port: str, what: Any) -> dict[Any
 
 
 def apply(model: nn.Module, sites: list[Site], edit: PortEdit, name: str) -> Report:
-    """Splice a direct edit, and wake what must not run before."""
+    """Splice a direct edit; note that a change which no trial runs was not measured."""
     report: Report = splice(model, edit, at=sites, name=name)
-    try:
-        if not all(made.awake for made in edit.made) and edit.start == "none":
-            report.change.update(dict.fromkeys(report.change))
-        for made in edit.made:
-            made.awake = True
-    except BaseException:
-        remove(model, name)
-        raise
+    if edit.start == "none" and not all(made.tried for made in edit.made):
+        report.change.update(dict.fromkeys(report.change))
     return report
 
 

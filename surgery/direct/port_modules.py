@@ -4,8 +4,9 @@
     Reading      what(y); y stays                    inside a graph
     Around       the same two for ``call``           around a whole module
 
-A module of the user's runs from the start. A function or a tensor sleeps until the splice is done,
-since it may fit the user's inputs alone, and not the example that the splice is tried with.
+A module of the user's runs in every forward. A function or a tensor sits out the forwards in which
+the library tries something with an example: it may fit the user's inputs alone, and must not note
+values that the user has not asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import ForwardError
-from surgery.interop import in_backward
+from surgery.interop import in_backward, on_trial
 
 
 class AtPort(nn.Module):
@@ -26,12 +27,17 @@ class AtPort(nn.Module):
     Attributes:
         what: a module, or a function.
         where: the verb, the port and the site, for errors.
-        awake: whether ``what`` runs; the port keeps its value if not.
+        tried: whether ``what`` runs in trials, too; if not, the port keeps its value there.
     """
 
-    def __init__(self, what: Callable[..., Any], where: str, awake: bool) -> None:
+    def __init__(self, what: Callable[..., Any], where: str, tried: bool) -> None:
         super().__init__()
-        self.what, self.where, self.awake = what, where, awake
+        self.what, self.where, self.tried = what, where, tried
+
+    @property
+    def awake(self) -> bool:
+        """Whether ``what`` runs in this forward."""
+        return self.tried or not on_trial()
 
 
 class Changing(AtPort):
@@ -42,9 +48,9 @@ class Changing(AtPort):
     """
 
     def __init__(
-        self, what: Callable[..., Any], where: str, awake: bool, heads: bool = False
+        self, what: Callable[..., Any], where: str, tried: bool, heads: bool = False
     ) -> None:
-        super().__init__(what, where, awake)
+        super().__init__(what, where, tried)
         self.heads = heads
 
     def forward(self, y: Tensor, *reads: Any) -> Tensor:
@@ -73,7 +79,7 @@ class Around(AtPort):
     """
 
     def __init__(self, inner: AtPort, whole: bool = False) -> None:
-        super().__init__(inner, inner.where, inner.awake)
+        super().__init__(inner, inner.where, inner.tried)
         self.whole = whole
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(surgery.SiteError, match=f"^{re.escape(text)}$"):
         surgery.transplant(build("gpt2", head_width=16), model, sites.attention[0])
     text = (
-        "transplant: LlamaForCausalLM has no transformer.h.0.mlp.c_proj.weight, which is (64, 32) "
+        "transplant: LlamaForCausalLM has no transformer.h.0.mlp.c_proj.weight, which is (128, 32) "
     )
     with pytest.raises(surgery.SiteError, match=f"^{re.escape(text)}"):
         surgery.transplant(build("llama"), model, sites.ffn[0])
