@@ -102,10 +102,13 @@ class _Recorder:
         if torch.is_grad_enabled() and value.is_floating_point():
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
-            gradients = self.seen.gradients
-            value.register_hook(lambda g: gradients._put(self.key, g.detach()))  # type: ignore[no-untyped-call]
+            value.register_hook(self._keep_gradient)  # type: ignore[no-untyped-call]
         self.seen._put(self.key, value)
         return value
+
+    def _keep_gradient(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # the result does not depend on it
+            self.seen.gradients._put(self.key, gradient.detach())
 
 
 def _require_ports(
