@@ -50,6 +50,7 @@ class Ablate(surgery.Method):
     """
 
     name = "ablate"
+    learns = False
     needs = "heads side by side, the port 'merged'"
 
     heads: tuple[int, ...] = (0,)
