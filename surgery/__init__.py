@@ -38,6 +38,7 @@ from surgery.adapter import (
     unmerge,
 )
 from surgery.attention import virtual_lse, virtual_tokens
+from surgery.direct import Seen, ablate, insert, read, replace, transplant, watch
 from surgery.errors import (
     CaptureError,
     ForwardError,
@@ -157,6 +158,7 @@ __all__ = [
     "Report",
     "RunsGrouped",
     "SavedAdapter",
+    "Seen",
     "Site",
     "SiteError",
     "Sites",
@@ -169,6 +171,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "Variant",
+    "ablate",
     "add_product",
     "are_quick_patterns",
     "combine",
@@ -181,6 +184,7 @@ __all__ = [
     "hotswap",
     "in_backward",
     "inducer",
+    "insert",
     "inspect",
     "load",
     "load_loralib",
@@ -193,10 +197,12 @@ __all__ = [
     "parameter_groups",
     "prefix",
     "push",
+    "read",
     "refresh",
     "register",
     "remove",
     "rename",
+    "replace",
     "restore",
     "route",
     "save",
@@ -209,6 +215,7 @@ __all__ = [
     "tasks",
     "train_rows",
     "trained_rows",
+    "transplant",
     "unmerge",
     "use",
     "using",
@@ -216,5 +223,6 @@ __all__ = [
     "view",
     "virtual_lse",
     "virtual_tokens",
+    "watch",
     "without_checkpointing",
 ]

@@ -127,3 +127,19 @@ def test_no_file_has_marks_of_an_unfinished_merge() -> None:
     command = ["git", "grep", "-nE", pattern, "--", "."]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert found.stdout == ""
+
+
+def test_the_page_on_surgery_without_a_plugin_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/surgery_without_a_plugin.md").read_text()
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    for shape in ("fused", "grouped", "encoder"):
+        assert len(names["effects"][shape]) == 4  # two attentions, two FFNs
+        assert len(names["heads"][shape]) == 8
+        assert all(moved > 0 for moved in names["heads"][shape].values())
+    assert len(names["features"]) == 2
+    assert [r.name for r in surgery.summary(names["model"]).reports] == ["transplant", "ablate"]

@@ -22,7 +22,7 @@ FLOORS = [
     {"locator", "rewrite"},
     {"host"},
     {"splicer"},
-    {"formats"},
+    {"formats", "direct"},
     {"adapter"},
     {"surgery"},
     {"testing"},

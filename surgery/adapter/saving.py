@@ -93,8 +93,8 @@ def save(
 
     Raises:
         SpliceError: nothing is spliced in, under a name in ``only``, a splice is partly merged,
-            numbers are offloaded, a tensor of ``state_dict`` is a part, or something has no place
-            in the format.
+            numbers are offloaded, a tensor of ``state_dict`` is a part, a splice has code that no
+            file can hold, or something has no place in the format.
         StoreError: the folder cannot be written to; the adapter in it is as it was.
     """
     model = spliced_model(model)
@@ -110,6 +110,7 @@ def save(
             f"splice {merged[0]!r} is partly merged into the base, so an adapter would lack the "
             "part that the base's weights hold. Save before merging, or save the whole model."
         )
+    _require_storable(chosen)
     if format not in get_args(Format):
         raise SpliceError(f"format={format!r} must be one of {', '.join(get_args(Format))}.")
     modules = [model.get_submodule(i.path) for report in chosen for i in report.inserted]
@@ -220,6 +221,17 @@ def _trained(model: nn.Module) -> set[str]:
     inserted = {id(parameter) for _, parameter in spliced_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in inserted}
     return names | set(kept_tensors(model)) | set(trained_rows(model))
+
+
+def _require_storable(chosen: Iterable[Report]) -> None:
+    """Raise if a splice has what no file can hold, such as a function of the user's."""
+    for report in chosen:
+        why = next((m.unsaved for m in report.methods if m.unsaved), "")
+        if why:
+            raise SpliceError(
+                f"splice {report.name!r} cannot be saved: {why}. Name the others in only=, or "
+                f"surgery.remove(model, {report.name!r}) first."
+            )
 
 
 def _warn_of_methods_not_offered(chosen: Iterable[Report]) -> None:

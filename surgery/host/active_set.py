@@ -14,6 +14,7 @@ in a thread-local variable, whose attributes Dynamo guards.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -109,18 +110,26 @@ class Switches:
         token: by which contexts know the model; a copy of the model has another.
         names: the splices of the model.
         default: what holds where a context has chosen nothing for this model.
+        always: splices that are on whatever is chosen, such as those that only watch.
     """
 
     def __init__(self, names: frozenset[str] = frozenset(), default: Choice = ALL_ON) -> None:
         self.token = f"model {next(_numbers)}"
         self.names = names
         self.default = default
+        self.always: frozenset[str] = frozenset()
 
     def __reduce__(self) -> Any:
         return Switches, (self.names, self.default)
 
     def now(self) -> Choice:
         """Return what is on in this context, or was in the forward that is being repeated."""
+        choice = self._chosen()
+        if not self.always or choice.on is None:
+            return choice
+        return dataclasses.replace(choice, on=choice.on | self.always)
+
+    def _chosen(self) -> Choice:
         if _compiling():
             return _of(_mirror.choices, self)
         choices = _context.get()

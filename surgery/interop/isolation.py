@@ -43,10 +43,12 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # children, parameters, buffers, hooks
 
 class _Thread(threading.local):
     capturing = False
+    trying = False
 
 
 _current = _Thread()
 kept_for_threads(lambda: _current.capturing, lambda value: setattr(_current, "capturing", value))
+kept_for_threads(lambda: _current.trying, lambda value: setattr(_current, "trying", value))
 
 
 @contextmanager
@@ -87,15 +89,22 @@ def hookless(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def on_trial() -> bool:
+    """Whether this thread runs a model for the library: on an example, to be left untouched."""
+    return _current.trying
+
+
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Restore random states, buffers and attributes at the end; hide the run from modes."""
     with unobserved(), _untraced(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(t, t.clone()) for t in _state_tensors(module) if not t.is_meta]
+        before_it, _current.trying = on_trial(), True
         try:
             yield
         finally:
+            _current.trying = before_it
             with real_tensors(), torch.no_grad():
                 for tensor, before in kept:  # such as running statistics
                     if not torch.equal(tensor, before):

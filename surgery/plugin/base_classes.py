@@ -45,6 +45,8 @@ class Method:
         needs: for the error where the method suits no site: what a site must have.
         together: whether its modules work only all together; their effect is then verified in one
             run of the trunk, not host by host.
+        learns: whether its modules are there to learn; a gradient must then reach each parameter.
+        unsaved: why no file can hold the method, for the error of ``surgery.save``; else empty.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Method:
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     needs: ClassVar[str] = ""
     together: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
+    unsaved: ClassVar[str] = ""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         if names := undecorated(cls, Method):

@@ -90,6 +90,11 @@ class Sites:
         return self._other("norm")
 
     @property
+    def block(self) -> Sites:
+        """The smallest modules with one attention and one FFN; not iterated over."""
+        return self._other("block")
+
+    @property
     def position(self) -> Sites:
         """Modules that encode the positions of tokens; not iterated over."""
         return self._other("position")

@@ -28,6 +28,7 @@ from surgery.splicer.record import (
     reports,
     require_free,
     spliced_model,
+    unused_name,
 )
 from surgery.splicer.rehearsal import rehearse
 from surgery.splicer.reinsertion import Spliced
@@ -60,6 +61,7 @@ __all__ = [
     "route",
     "splice",
     "spliced_model",
+    "unused_name",
     "use",
     "using",
     "variants",

@@ -98,7 +98,9 @@ def _rewrite(
         with checked(module, path, results):
             report.change[path] = verify_start(module, variant, plan.args, plan.kwargs, base)
         alone = [
-            i for i in inserted if _shows_in_example(i.edit, one_key) and not transaction.waits(i)
+            i
+            for i in inserted
+            if i.method.learns and _shows_in_example(i.edit, one_key) and not transaction.waits(i)
         ]
         others = transaction.referred(inserted)
         children = list(map(_child, alone))
@@ -117,7 +119,8 @@ def _wrap(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(module, state, args, kwargs)
 
-    children, others = list(map(_child, inserted)), transaction.referred(inserted)
+    learning = [i for i in inserted if i.method.learns]
+    children, others = list(map(_child, learning)), transaction.referred(inserted)
     changes = transaction.report.change
     with _named(_failing(plan.path, transaction.report)):
         change = difference(base, outputs(module, forward, plan.args, plan.kwargs))

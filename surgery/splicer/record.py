@@ -185,7 +185,7 @@ def spliced_model(model: nn.Module) -> nn.Module:
     while found is not None and RECORD not in vars(found):
         wrapped = getattr(found, "module", None) or getattr(found, "_orig_mod", None)
         found = wrapped if isinstance(wrapped, nn.Module) else None
-    return found or model
+    return model if found is None else found
 
 
 def record_of(model: nn.Module) -> Record:

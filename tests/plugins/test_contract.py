@@ -56,6 +56,8 @@ ONE_MODEL: list[tuple[str, dict[str, Any]]] = [
     ("full", {}),
     ("tokens", {"tokens": tuple(range(3, 20))}),
     ("ssb", {"ports": ("query", "value", "up", "output")}),
+    ("transplant", {}),
+    ("ablate", {"heads": (0, 2)}),
 ]
 # Of methods that are above: the slow tier.
 COMBINED: list[tuple[str, dict[str, Any]]] = [
