@@ -3,6 +3,7 @@
 from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
+from surgery.plugin.forwards import adds_onto, starts_with_product
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
@@ -21,8 +22,6 @@ from surgery.plugin.module_protocols import (
     Reparametrised,
     RunsGrouped,
     StartsWithProduct,
-    adds_onto,
-    starts_with_product,
 )
 from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened

@@ -24,10 +24,8 @@ them when the module is inserted.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -273,33 +271,3 @@ METHODS: dict[str, tuple[object, ...] | None] = {
     "no_weight_decay": (),
     "fast_parameters": (),
 }
-
-
-def adds_onto(module: nn.Module) -> bool:
-    """Whether ``module`` is an :class:`AddsOnto`: its forward has a parameter ``onto``."""
-    forward = getattr(type(module), "forward", None)
-    return callable(forward) and _takes_onto(forward)
-
-
-@functools.lru_cache(maxsize=1024)  # asked for at each call of a module
-def _takes_onto(forward: Any) -> bool:
-    return "onto" in inspect.signature(forward).parameters
-
-
-def starts_with_product(module: nn.Module) -> bool:
-    """Whether ``module`` is a :class:`StartsWithProduct`.
-
-    A subclass that overrides ``forward`` alone is none: what it inherits describes another forward.
-    """
-    return adds_onto(module) and _describes_forward(type(module))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _describes_forward(kind: Any) -> bool:
-    order = kind.__mro__
-
-    def depth(name: str) -> int:
-        return next((i for i, each in enumerate(order) if name in vars(each)), len(order))
-
-    offered = depth("after_product") < len(order)
-    return offered and depth("first_factor") <= depth("forward") < len(order)
