@@ -50,8 +50,9 @@ check: lint test
 recipes-smoke: .venv/dev
 	$(BIN)/python -m tests.recipes.smoke
 
+# An hour on two cores. BENCH=serving renews that part alone.
 bench: .venv/dev
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report.py $(BENCH)
 
 # With the Python that has torch for the GPU, and its packages as they are. No network is needed:
 # pip only writes the entry points by which methods are found. OUT is the folder of the report.

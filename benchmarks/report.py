@@ -1,10 +1,16 @@
-"""Run every benchmark and write the results to RESULTS.md and RESULTS.png beside this file.
+"""Run the benchmarks and write the results to RESULTS.md and RESULTS.png beside this file.
 
-Run: python benchmarks/report.py        (about 35 minutes on two cores)
+Run: python benchmarks/report.py              (all of them; about an hour on two cores)
+     python benchmarks/report.py serving      (these alone; the others stand as they were measured)
+
+A benchmark is one run: its candidates take turns. What it found is kept in measured/NAME.json, with
+the commit; RESULTS.md shows all that are there.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,26 +22,74 @@ import operators
 import overhead
 import scaling
 import serving
-import torch
 from timing import BARS, LINES, REPORT
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
+MEASURED = HERE / "measured"
+SCRIPTS: dict[str, tuple[Any, list[str]]] = {
+    "operators": (operators, []),
+    "overhead": (overhead, ["--repeats", "12"]),
+    "inducer_core": (inducer_core, ["--repeats", "5"]),
+    "methods": (methods, ["--repeats", "4"]),
+    "scaling": (scaling, []),
+    "serving": (serving, []),
+}
 HEAD = """# Measured
 
-Written by `make bench`, on one machine in one run: candidates take turns, medians and paired
-ratios, nothing is carried over from another run. {gpu}
+Written by `make bench`. Each part is one run on one machine: candidates take turns, medians and
+paired ratios, nothing is carried over from another run. The commit of a part stands below its
+title. All of it is on the CPU; `make gpu` measures on a GPU.
+
+![curves and bars of the tables below](RESULTS.png)
 """
 
 
-def picture(path: Path) -> None:
+def measure(name: str) -> None:
+    """Run one benchmark, and keep what it found."""
+    script, arguments = SCRIPTS[name]
+    for found in (REPORT, LINES, BARS):
+        found.clear()
+    script.main(arguments)
+    told = {"commit": commit(), "text": REPORT, "lines": LINES, "bars": BARS}
+    MEASURED.mkdir(exist_ok=True)
+    (MEASURED / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Return the commit that is checked out, and whether the library differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "--", "../surgery", "../plugins")
+    return git("rev-parse", "--short", "HEAD").strip() + (" with changes" if changed else "")
+
+
+def write() -> None:
+    """Write RESULTS.md and RESULTS.png from all that is kept."""
+    text, lines, bars = HEAD, dict[str, Any](), dict[str, Any]()
+    for name, (script, _) in SCRIPTS.items():
+        if not (MEASURED / f"{name}.json").exists():
+            continue
+        kept = json.loads((MEASURED / f"{name}.json").read_text())
+        title = (script.__doc__ or "").splitlines()[0]
+        text += f"\n## {title} (`{name}.py`)\n\nCommit {kept['commit']}.  \n"
+        text += "\n".join(kept["text"]) + "\n"
+        lines |= kept["lines"]
+        bars |= kept["bars"]
+    (HERE / "RESULTS.md").write_text(text)
+    picture(HERE / "RESULTS.png", lines, bars)
+
+
+def picture(path: Path, lines: dict[str, Any], bars: dict[str, Any]) -> None:
     """Draw the curves of the attention core and the bars of the methods on one page."""
-    panels = len(LINES) + len(BARS)
+    panels = max(1, len(lines) + len(bars))
     figure, axes = plt.subplots((panels + 1) // 2, 2, figsize=(13, 3.6 * ((panels + 1) // 2)))
     places = iter(axes.flat)
-    for title, curves in LINES.items():
+    for title, curves in lines.items():
         place = next(places)
         for name, points in curves.items():
             place.loglog(*zip(*points, strict=True), marker="o", label=name)
@@ -45,7 +99,7 @@ def picture(path: Path) -> None:
         place.xaxis.set_minor_formatter("")
         place.grid(alpha=0.3)
         place.legend()
-    for title, values in BARS.items():
+    for title, values in bars.items():
         place = next(places)
         names = list(dict.fromkeys(name for group in values.values() for name in group))
         for number, name in enumerate(names):
@@ -64,27 +118,11 @@ def picture(path: Path) -> None:
 
 
 def main() -> None:
-    scripts: list[tuple[Any, list[str]]] = [
-        (operators, []),
-        (overhead, ["--repeats", "12"]),
-        (inducer_core, ["--repeats", "5"]),
-        (methods, ["--repeats", "4"]),
-        (scaling, []),
-        (serving, []),
-    ]
-    for script, arguments in scripts:
-        name = Path(script.__file__).name
-        REPORT.append(f"\n## {(script.__doc__ or '').splitlines()[0]} (`{name}`)\n")
-        script.main(arguments)
-    gpu = "" if torch.cuda.is_available() else "No GPU was at hand; `make gpu` measures on one."
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    head = HEAD.format(gpu=gpu) + (f"\nCommit {commit}.\n" if commit else "")
-    body = "\n".join(REPORT)
-    text = f"{head}\n![curves and bars of the tables below](RESULTS.png)\n{body}\n"
-    (HERE / "RESULTS.md").write_text(text)
-    picture(HERE / "RESULTS.png")
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("names", nargs="*", choices=[*SCRIPTS, []], metavar="NAME")
+    for name in options.parse_args().names or SCRIPTS:
+        measure(name)
+        write()
 
 
 if __name__ == "__main__":
