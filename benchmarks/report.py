@@ -1,6 +1,6 @@
 """Run every benchmark and write the results to RESULTS.md and RESULTS.png beside this file.
 
-Run: python benchmarks/report.py        (about 35 minutes on two cores)
+Run: python benchmarks/report.py        (about an hour on two cores)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import compiled
 import inducer_core
 import matplotlib as mpl
 import methods
@@ -67,6 +68,7 @@ def main() -> None:
         (inducer_core, ["--repeats", "5"]),
         (methods, ["--repeats", "4"]),
         (scaling, []),
+        (compiled, ["--processes", "3"]),
     ]
     for script, arguments in scripts:
         name = Path(script.__file__).name
