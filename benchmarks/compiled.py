@@ -44,7 +44,7 @@ SHAPE = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-TASKS = {"train": "a training step", "decode": f"{DECODED} decoded tokens"}
+TASKS = {"train": "A training step", "decode": f"{DECODED} decoded tokens"}
 
 
 def base(dtype: torch.dtype) -> Any:
@@ -159,13 +159,13 @@ def report(task: str, args: Any) -> None:
         for name, t in times.items()
     ]  # fmt: skip
     title = f"{TASKS[task]}, {args.dtype}, LoRA {RANK} on every projection, compiled"
-    show(title.capitalize(), ["", "ms", "of the base", "s to compile", "spread"], rows)
+    show(title, ["", "ms", "of the base", "s to compile", "spread"], rows)
     line(f"floor of the arithmetic: {floors(dtype)[task]:.3f} of the base")
     line(f"ours: {of_base['ours']:.3f} of the base, bar <= {OF_BASE}: "
          f"{verdict(of_base['ours'], OF_BASE)}")  # fmt: skip
     ratio = compiling["ours"] / compiling["PEFT"]
     line(f"compiling: {ratio:.3f} of PEFT's, bar <= {OF_PEFT}: {verdict(ratio, OF_PEFT)}")
-    plot_bars(f"Compiled, {TASKS[task]}: time relative to the base", {
+    plot_bars(f"{TASKS[task]}, compiled: time relative to the base", {
         "LoRA on all": {name: of_base[name] for name in ("ours", "PEFT")}
     })  # fmt: skip
 
