@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import compiled
 import inducer_core
 import matplotlib as mpl
 import methods
@@ -36,6 +37,7 @@ SCRIPTS: dict[str, tuple[Any, list[str]]] = {
     "methods": (methods, ["--repeats", "4"]),
     "scaling": (scaling, []),
     "serving": (serving, []),
+    "compiled": (compiled, ["--processes", "3"]),
 }
 HEAD = """# Measured
 

@@ -12,6 +12,10 @@ them is a view, and always holds what they hold. Where they do not, they are cop
 The scale is a factor of the products themselves (``addmm``), which autograd alone would multiply
 in steps of their own. Inside ``torch.func``, forward-mode differentiation, ``torch.compile`` and
 tracing, which see no further than torch's operators, torch's own gradients are used.
+
+Under ``torch.compile`` each module has a product of its own, and in training the scale multiplies
+h. To concatenate factors, and to scale the gradients of ``addmm``, needs kernels that a compiler
+spends seconds on, and they save no time later.
 """
 
 from __future__ import annotations
@@ -66,6 +70,9 @@ def first_products(
         return [None] * len(factors), x
     given = x.to(torch.get_autocast_dtype(x.device.type)) if _autocast(x) else x
     with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
+        if torch.compiler.is_compiling():
+            alone = {id(a): F.linear(given, a.to(given.dtype)) for a in different}
+            return [None if a is None else alone[id(a)] for a in factors], x
         if not torch.is_grad_enabled() or _plain_alone():
             hidden = F.linear(given, side_by_side(different, 0).to(given.dtype))
         elif given is x and x.requires_grad:
@@ -141,6 +148,8 @@ def _added(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tens
     """Return ``onto + scale * hidden @ b``, whose scale is a part of the product."""
     shape = (*hidden.shape[:-1], b.shape[-1])
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if scale != 1 and torch.is_grad_enabled() and torch.compiler.is_compiling():
+        rows, scale = scale * rows, 1.0
     if onto is not None:
         return torch.addmm(onto.reshape(-1, shape[-1]), rows, b, alpha=scale).view(shape)
     return _scaled_product(rows, b, scale).view(shape)

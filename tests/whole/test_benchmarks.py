@@ -45,6 +45,15 @@ def test_serving_runs_and_a_route_gives_what_each_adapter_gives_alone() -> None:
 
 
 @pytest.mark.slow
+def test_compiled_models_are_timed_and_compiled_in_fresh_processes() -> None:
+    sizes = ["--layers", "1", "--repeats", "2", "--processes", "1", "--tasks", "decode"]
+    command = [sys.executable, "benchmarks/compiled.py", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "s to compile" in done.stdout
+    assert "of PEFT's, bar <= 1.0" in done.stdout
+
+
+@pytest.mark.slow
 def test_every_section_for_a_gpu_runs_on_small_shapes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

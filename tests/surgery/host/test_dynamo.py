@@ -237,7 +237,7 @@ def test_a_decoder_with_a_mask_and_its_own_cache_is_one_graph(name: str) -> None
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         cache, expected = compiled(**given).past_key_values, model(**given).past_key_values
-        assert torch.equal(cache.layers[1].keys, expected.layers[1].keys)
+        assert torch.allclose(cache.layers[1].keys, expected.layers[1].keys, atol=1e-6)
         after = compiled(**more, past_key_values=cache).logits
         assert torch.allclose(after, model(**more, past_key_values=expected).logits, atol=1e-6)
 
@@ -273,8 +273,8 @@ def test_a_function_that_is_replaced_after_the_compilation_is_followed(
         with monkeypatch.context() as patch:
             patch.setattr(llama, "apply_rotary_pos_emb", lambda q, k, *_, **__: (2 * q, k))
             changed = call(compiled, "llama")
-            assert not torch.equal(changed, before)
-            assert torch.equal(changed, call(model, "llama"))
+            assert not torch.allclose(changed, before, atol=1e-3)
+            assert torch.allclose(changed, call(model, "llama"), atol=1e-6)
         assert torch.equal(call(compiled, "llama"), before)
 
 
