@@ -2,8 +2,10 @@
 
 from surgery.adapter.combining import combine
 from surgery.adapter.counts import Summary, summary
+from surgery.adapter.fitting import fit
 from surgery.adapter.hot_swap import hotswap
 from surgery.adapter.inspection import SavedAdapter, inspect
+from surgery.adapter.life_cycle import LifeCycle, life_cycle
 from surgery.adapter.loading import load, restore
 from surgery.adapter.loralib_loading import load_loralib
 from surgery.adapter.merging import Merged, merge, unmerge
@@ -18,15 +20,18 @@ from surgery.adapter.training import Frozen, freeze_base
 
 __all__ = [
     "Frozen",
+    "LifeCycle",
     "Merged",
     "SavedAdapter",
     "Summary",
     "combine",
+    "fit",
     "freeze_base",
     "from_peft",
     "hotswap",
     "inducer",
     "inspect",
+    "life_cycle",
     "load",
     "load_loralib",
     "lora",

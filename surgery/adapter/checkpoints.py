@@ -47,7 +47,7 @@ def save_adapter_alone(model: nn.Module) -> None:
     """Let ``save_pretrained`` of a transformers model write the adapter from now on."""
     if huggingface.is_pretrained(model) and "save_pretrained" not in vars(model):
         record_of(model).saver = SavePretrained(model)
-        huggingface.before_a_push(complete_push)
+        huggingface.follow_trainers(PUSHES)
 
 
 def complete_push(model: nn.Module, checkpoint: Path, run: Path) -> None:
@@ -61,6 +61,14 @@ def complete_push(model: nn.Module, checkpoint: Path, run: Path) -> None:
         return
     file = parse(text, checkpoint / JSON)["tensors"]
     write(run, file, (checkpoint / file).read_bytes(), text)
+
+
+def _complete(model: nn.Module, args: Any, state: Any, optimizer: Any) -> None:
+    run = Path(args.output_dir)
+    complete_push(model, run / f"checkpoint-{state.global_step}", run)
+
+
+PUSHES = {"on_push_begin": _complete}
 
 
 class SavePretrained:

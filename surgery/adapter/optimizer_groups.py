@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.adapter.row_training import trained_rows
 from surgery.errors import SpliceError
-from surgery.plugin import NamesFast, NamesUndecayed
+from surgery.plugin import NamesFast, NamesRates, NamesUndecayed
 
 
 def parameter_groups(
@@ -18,6 +18,8 @@ def parameter_groups(
     """Return the trained parameters of a model in the groups that a torch optimizer takes.
 
         rate of B = b_ratio * lr          LoRA+ (Hayou et al. 2024, arXiv:2402.12354): 16, say
+
+    A parameter that a module's ``learning_rates()`` names learns at so many times the rate.
 
     Weight decay leaves alone what a module's ``no_weight_decay()`` names, every parameter of fewer
     than two dimensions, such as a bias, a scale or the weight of a norm, and parameters of which
@@ -42,12 +44,14 @@ def parameter_groups(
             "above 0, the last 0 or more."
         )
     fast = set(_named(model, NamesFast, "fast_parameters"))
+    times = own_rates(model)
     spared = {*_named(model, NamesUndecayed, "no_weight_decay"), *trained_rows(model)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() > 1 and name not in spared
-            key = (lr * b_ratio if name in fast else lr, weight_decay if decays else 0.0)
+            rate = (lr * b_ratio if name in fast else lr) * times.get(name, 1.0)
+            key = (rate, weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise SpliceError(f"no parameter of this {type(model).__name__} requires a gradient.")
@@ -63,3 +67,19 @@ def _named(model: nn.Module, protocol: type, offer: str) -> Iterator[str]:
         if isinstance(module, protocol):
             for name in getattr(module, offer)():
                 yield f"{path}.{name}" if path else name
+
+
+def own_rates(model: nn.Module) -> dict[str, float]:
+    """Return by parameter how many times as large its rate is, where a module says so."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, times in (
+            module.learning_rates().items() if isinstance(module, NamesRates) else ()
+        ):
+            if name not in dict(module.named_parameters()) or not 0 < times < float("inf"):
+                raise SpliceError(
+                    f"{path}: learning_rates() gives {name!r} {times} times the rate. It must name "
+                    "parameters of this module, and numbers above 0."
+                )
+            found[f"{path}.{name}" if path else name] = float(times)
+    return found

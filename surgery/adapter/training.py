@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from surgery.adapter.checkpoints import save_adapter_alone
 from surgery.adapter.parameters import kept_tensors, spliced_parameters
 from surgery.adapter.row_training import trained_rows
+from surgery.adapter.trainer_events import follow_trainers
 from surgery.errors import SpliceError, suggest
 from surgery.interop import huggingface
 from surgery.splicer import forget_rows, record_of, reports, require_spliced, spliced_model
@@ -117,6 +118,7 @@ def freeze_base(
         frozen += 0 if parameter.requires_grad or id(parameter) in inserted else parameter.numel()
     record_of(model).kept = [*kept, *_buffers_beside(model, kept, keep)]
     save_adapter_alone(model)
+    follow_trainers(model)
     result = Frozen(tuple(kept), tuple(new), frozen, rows)
     if new or rows:
         _log.warning("surgery: %r", result)

@@ -7,9 +7,10 @@ no transformers model to ask about.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,33 +130,30 @@ def save_config(model: nn.Module, folder: Path, instead: str) -> None:
     (folder / "config.json").write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
 
 
-def before_a_push(prepare: Callable[[nn.Module, Path, Path], None]) -> None:
-    """Let every ``Trainer`` that is made from now on call a function before it pushes a checkpoint.
+def follow_trainers(events: Mapping[str, Callable[..., None]], load: bool = False) -> None:
+    """Let every ``Trainer`` that is made from now on call functions at its events.
 
-    Its arguments are the model, the folder of the checkpoint, and the folder that is pushed, into
-    which ``Trainer`` copies those files of the checkpoint that it knows. Nothing is noted where
-    ``Trainer`` has not been imported.
+    Args:
+        events: by the name of the event, ``act(model, args, state, optimizer)``. The same object
+            is followed once.
+        load: import ``Trainer``; else nothing is noted where it has not been imported.
     """
+    if load and _loaded():
+        importlib.import_module("transformers.trainer")
     trainer = sys.modules.get("transformers.trainer")
-    if trainer is None or prepare in map(_prepares, trainer.DEFAULT_CALLBACKS):
+    if trainer is None or any(getattr(c, "events", 0) is events for c in trainer.DEFAULT_CALLBACKS):
         return
     from transformers import TrainerCallback
 
-    class BeforePush(TrainerCallback):
-        """Completes the folder that is pushed."""
+    def calling(act: Callable[..., None]) -> Callable[..., None]:
+        def event(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
+            act(given["model"], args, state, given.get("optimizer"))
 
-        prepares = staticmethod(prepare)
+        return event
 
-        def on_push_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            run = Path(args.output_dir)
-            prepare(given["model"], run / f"checkpoint-{state.global_step}", run)
-
-    trainer.DEFAULT_CALLBACKS.append(BeforePush)
-
-
-def _prepares(callback: Any) -> Any:
-    """Return the function that a callback of :func:`before_a_push` calls; None for any other."""
-    return getattr(callback, "prepares", None)
+    body = {name: calling(act) for name, act in events.items()}
+    made = type("FollowedBySurgery", (TrainerCallback,), {**body, "events": events})
+    trainer.DEFAULT_CALLBACKS.append(made)
 
 
 def growing_layer(cache: Any, index: int) -> Any:

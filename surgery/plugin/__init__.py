@@ -16,6 +16,7 @@ from surgery.plugin.module_protocols import (
     FoldableInput,
     LeadsCache,
     NamesFast,
+    NamesRates,
     NamesUndecayed,
     NeedsBias,
     PartlyFoldable,
@@ -37,6 +38,7 @@ from surgery.plugin.registry import (
 )
 from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
+from surgery.plugin.training_hooks import bound, overridden
 
 __all__ = [
     "CALLS",
@@ -56,6 +58,7 @@ __all__ = [
     "LeadsCache",
     "Method",
     "NamesFast",
+    "NamesRates",
     "NamesUndecayed",
     "NeedsBias",
     "OpenPort",
@@ -76,6 +79,7 @@ __all__ = [
     "adds_onto",
     "are_quick_patterns",
     "as_matrix",
+    "bound",
     "draw_by_name",
     "frozen_inside",
     "hookimpl",
@@ -85,6 +89,7 @@ __all__ = [
     "methods",
     "opened",
     "overlooked_lines",
+    "overridden",
     "plugin_problems",
     "referred",
     "register",

@@ -8,7 +8,8 @@ What ``surgery.splice`` calls on a method, in this order:
     splice(site)        insert modules at ports of the open site        each chosen site
     start               the declared effect, which is then verified     once
 
-``surgery.save`` calls ``plain()`` and ``options()``.
+``surgery.save`` calls ``plain()`` and ``options()``. While a model trains, the hooks of
+surgery/plugin/training_hooks.py are called.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from surgery.plugin.edit import Kind
 from surgery.plugin.open_site import OpenSite
 from surgery.plugin.option_types import check_option_types, undecorated
 from surgery.plugin.site import Site
+from surgery.plugin.training_hooks import TrainingHooks
 
 KINDS = get_args(Kind)
 
@@ -32,7 +34,7 @@ Start = Literal["exact", "gated", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class Method(TrainingHooks):
     """A parameter-efficient method: a frozen dataclass of its hyperparameters.
 
     A subclass sets ``name``, chooses sites by ``kinds`` or :meth:`suits`, and writes

@@ -12,19 +12,20 @@ them when the module is inserted.
     total_lse          later methods that read ``lse``    virtual keys are counted
     leading_keys       the graph, while it decodes        virtual keys stand first in the cache
     fold, fold_input   surgery.merge                      the update goes into the weights
-    forward_grouped  surgery.route                    many adapters of a batch run as one
+    forward_grouped    surgery.route                      many adapters of a batch run as one
     rest, needs_bias   surgery.merge                      what stays, and what a fold needs
     low_rank_factors   surgery.combine                    the update is a low-rank product
     divided_axes       surgery.splice                     tensor parallelism divides the module
-    trial_tokens         surgery.splice               ids that show a module's effect
+    trial_tokens       surgery.splice                     ids that show a module's effect
     plain_state        surgery.save                       what inference needs, instead of all
     no_weight_decay    surgery.parameter_groups           parameters that do not decay
     fast_parameters    surgery.parameter_groups           parameters that LoRA+ trains faster
+    learning_rates     surgery.parameter_groups           rates of single parameters
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -236,6 +237,14 @@ class NamesFast(Protocol):
         """Return names of own parameters, as in ``named_parameters()`` of this module."""
 
 
+@runtime_checkable
+class NamesRates(Protocol):
+    """A module with parameters that learn at rates of their own."""
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Return by own parameter how many times as large its learning rate is."""
+
+
 PROTOCOLS: tuple[type, ...] = (
     AddsOnto,
     StartsWithProduct,
@@ -252,6 +261,7 @@ PROTOCOLS: tuple[type, ...] = (
     ActsOnTokens,
     NamesUndecayed,
     NamesFast,
+    NamesRates,
 )
 
 METHODS: dict[str, tuple[object, ...] | None] = {
@@ -270,4 +280,5 @@ METHODS: dict[str, tuple[object, ...] | None] = {
     "plain_state": (),
     "no_weight_decay": (),
     "fast_parameters": (),
+    "learning_rates": (),
 }
