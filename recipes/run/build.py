@@ -164,6 +164,12 @@ def embedding_names(model: Any) -> list[str]:
     return [name for name, p in model.named_parameters() if id(p) in weights]
 
 
+def fits_to_data(model: Any) -> bool:
+    """Whether a method of this model initialises itself from data."""
+    methods = [m for report in surgery.summary(model).reports for m in report.methods]
+    return any(type(method).fit is not surgery.Method.fit for method in methods)
+
+
 def trainable(model: nn.Module) -> int:
     """How many numbers training may change, counting only the trained rows of an embedding."""
     return surgery.summary(model).trainable

@@ -30,6 +30,7 @@ from surgery_recipes.recipe_files import Recipe, read_recipe
 from surgery_recipes.run import results
 from surgery_recipes.run.answers import answers
 from surgery_recipes.run.build import (
+    fits_to_data,
     freeze_all_but_head,
     load_base,
     planned_methods,
@@ -182,6 +183,9 @@ def _fit(
     trainer = make_trainer(model, prepared, made)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if checkpoint is None and fits_to_data(model):
+        surgery.fit(model, trainer.get_train_dataloader())
+        set_seed(made.seed)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:

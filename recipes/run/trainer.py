@@ -88,6 +88,19 @@ class AdapterTrainer(Trainer):
             spared |= {f"{path}.{name}" if path else name for name in names}
         return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
+    def create_optimizer(self, *given: Any) -> Any:
+        """Let parameters that a module's ``learning_rates()`` names learn at their own rates."""
+        optimizer = super().create_optimizer(*given)
+        own = surgery.parameter_groups(self.model, lr=1.0)
+        times = {id(p): group["lr"] for group in own for p in group["params"]}
+        for group in list(optimizer.param_groups):
+            for rate in sorted({times[id(p)] for p in group["params"]} - {1.0}):
+                apart = [p for p in group["params"] if times[id(p)] == rate]
+                group["params"] = [p for p in group["params"] if times[id(p)] != rate]
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**options, "params": apart, "lr": rate * group["lr"]})
+        return optimizer
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Batches of similar length: their order follows from the seed and the epoch alone.
 

@@ -5,7 +5,6 @@ from surgery.adapter.counts import Summary, summary
 from surgery.adapter.fitting import fit
 from surgery.adapter.hot_swap import hotswap
 from surgery.adapter.inspection import SavedAdapter, inspect
-from surgery.adapter.life_cycle import LifeCycle, life_cycle
 from surgery.adapter.loading import load, restore
 from surgery.adapter.loralib_loading import load_loralib
 from surgery.adapter.merging import Merged, merge, unmerge
@@ -17,6 +16,7 @@ from surgery.adapter.pushing import push
 from surgery.adapter.row_training import train_rows, trained_rows
 from surgery.adapter.saving import save
 from surgery.adapter.training import Frozen, freeze_base
+from surgery.adapter.training_run import LifeCycle, life_cycle
 
 __all__ = [
     "Frozen",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter.life_cycle import trained
 from surgery.adapter.parameters import full_state
+from surgery.adapter.training_run import trained
 from surgery.errors import MethodError, SpliceError
 from surgery.interop import evaluating, tensors_in
 from surgery.plugin import Method

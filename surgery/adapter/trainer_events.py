@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.adapter.life_cycle import extra_loss, start, stepped, trained
 from surgery.adapter.optimizer_groups import own_rates
+from surgery.adapter.training_run import extra_loss, start, stepped, trained
 from surgery.errors import MethodError
 from surgery.interop import huggingface
 from surgery.plugin import overridden

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class TrainingHooks:
     The library calls them on a copy of the method for which :attr:`inserted` is set.
     """
 
+    _inserted: ClassVar[tuple[nn.Module, ...] | None] = None
+
     @property
     def inserted(self) -> tuple[nn.Module, ...]:
         """The modules of this method in the model that trains, in the order of their insertion.
@@ -36,13 +38,12 @@ class TrainingHooks:
         Raises:
             MethodError: asked for outside these hooks: a method is no part of one model.
         """
-        found: tuple[nn.Module, ...] | None = getattr(self, "_inserted", None)
-        if found is None:
+        if self._inserted is None:
             raise MethodError(
                 f"{type(self).__name__}.inserted is there in fit, on_train_start, on_step and "
                 "extra_loss alone, when the library calls them."
             )
-        return found
+        return self._inserted
 
     def fit(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Initialise the inserted modules from data (EVA, steering vectors). See ``surgery.fit``.

@@ -113,6 +113,16 @@ def test_an_example_trains_and_its_checkpoint_holds_no_base(title: str, tmp_path
         assert len(kept) == len(start)
 
 
+def test_the_example_of_a_loop_trains(tmp_path: Path) -> None:
+    names = names_for(tmp_path)
+    before = {n: p.detach().clone() for n, p in surgery.spliced_parameters(names["model"])}
+    names["batches"] = list(names["loader"])
+    names["optimizer"] = torch.optim.AdamW(surgery.parameter_groups(names["model"], lr=1e-2))
+    exec(example("A loop of one's own"), names)
+    assert names["life"].steps == len(names["batches"])
+    assert not any(torch.equal(p, before[n]) for n, p in surgery.spliced_parameters(names["model"]))
+
+
 def test_lightning_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     names = names_for(tmp_path)
     exec(example("Lightning"), names)
