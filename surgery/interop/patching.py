@@ -32,6 +32,7 @@ from surgery.interop.thread_state import keeping_thread_state
 
 T = TypeVar("T")
 _MISSING = object()
+_REPLACES = "_surgery_replaces"
 
 
 _lock = threading.RLock()
@@ -194,16 +195,17 @@ def _for_session(session: _Session, new: Callable[..., Any], old: Callable[..., 
         function = new if threading.get_ident() == session.thread else old
         return function(*args, **kwargs)
 
-    chosen.original = old  # type: ignore[attr-defined]
+    vars(chosen)[_REPLACES] = old
     return chosen
 
 
 def unpatched(function: Any) -> Any:
-    """Return the original of a replacement, and any other function itself.
+    """Return the original of a replacement, and anything else itself.
 
     torch looks some functions up by name and so hands a replacement to ``__torch_function__``.
     """
-    return getattr(function, "original", function)
+    known = type(function) is types.FunctionType  # others may answer to any name, as torch.ops does
+    return vars(function).get(_REPLACES, function) if known else function
 
 
 # Replaces a library's choice of attention function: takes ``wrap(function) -> function``, returns

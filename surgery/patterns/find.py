@@ -40,6 +40,7 @@ from torch import Tensor, fx, nn
 from surgery.interop import is_integer_tensor, real_tensors
 from surgery.patterns.attention import match_attention
 from surgery.patterns.attention_output import input_of
+from surgery.patterns.attention_ports import assemble
 from surgery.patterns.dataflow import is_activation, is_parameter, op_name, value
 from surgery.patterns.experts import match_experts
 from surgery.patterns.ffn import match_ffn
@@ -47,6 +48,7 @@ from surgery.patterns.match import Match, PortNode
 from surgery.patterns.projection import Projection, projection
 from surgery.patterns.rows import set_rows
 from surgery.patterns.scores import before_rotation
+from surgery.plugin import FoundAttention, find_sites
 
 
 def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
@@ -65,7 +67,10 @@ def find_matches(graph: fx.Graph, root: nn.Module) -> list[Match]:
 
 def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
     """Return the matches of a graph, unnumbered; a projection of an attention ends no FFN."""
-    attention = _join_parts([m for node in graph.nodes for m in match_attention(node, root)])
+    known = [m for node in graph.nodes for m in match_attention(node, root)]
+    cores = {match.core for match in known}
+    new = [found for found in find_sites(graph, root) if found.core not in cores]
+    attention = _join_parts(known + [m for found in new for m in _pointed_out(found, root)])
     taken = {p.projection.node for a in attention for p in a.ports.values() if p.projection}
     ffn = [
         match
@@ -82,6 +87,15 @@ def _attentions_and_ffns(graph: fx.Graph, root: nn.Module) -> list[Match]:
     if attention or ffn or not _calls_no_module(graph):
         return attention + ffn
     return linear_matches(graph, root, [])
+
+
+def _pointed_out(found: FoundAttention, root: nn.Module) -> list[Match]:
+    """Return the attention that a plugin has pointed out."""
+    heads = found.query, found.key, found.value
+    matches = assemble(found.core, root, *heads, found.context, {}, found.scale)
+    for each in matches:
+        each.missing["lse"] = "a plugin has pointed it out (find_sites), which knows no logsumexp"
+    return matches
 
 
 def linear_matches(graph: fx.Graph, root: nn.Module, others: list[Match]) -> list[Match]:

@@ -4,6 +4,7 @@ from surgery.plugin.base_classes import Example, Features, Method, Start, Task, 
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
 from surgery.plugin.forwards import adds_onto, starts_with_product
+from surgery.plugin.found_attention import FoundAttention
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.module_protocols import (
@@ -28,6 +29,7 @@ from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.quick_patterns import are_quick_patterns
 from surgery.plugin.registry import (
+    find_sites,
     is_leaf,
     method,
     methods,
@@ -53,6 +55,7 @@ __all__ = [
     "Features",
     "Foldable",
     "FoldableInput",
+    "FoundAttention",
     "HostPlan",
     "Kind",
     "LeadsCache",
@@ -81,6 +84,7 @@ __all__ = [
     "as_matrix",
     "bound",
     "draw_by_name",
+    "find_sites",
     "frozen_inside",
     "hookimpl",
     "html_table",

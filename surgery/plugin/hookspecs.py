@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pluggy
-from torch import nn
+from torch import fx, nn
 
 from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.found_attention import FoundAttention
 
 Register = Callable[[type[Method]], None]
 
@@ -53,4 +54,18 @@ def is_leaf(module: nn.Module, path: str) -> bool | None:
     :param module: a submodule of a host, or of the model while its sites are looked for.
     :param path: its path below that one.
     :return: True to keep it whole, None for no opinion (for quantised or custom projections).
+    """
+
+
+@hookspec
+def find_sites(graph: fx.Graph, root: nn.Module) -> list[FoundAttention] | None:
+    """Point out attentions that have no softmax over scores, or hide it in an operator.
+
+    They become sites with every port but ``lse``, ``weights`` and ``mask``, so methods that need
+    none of these, such as LoRA, can be spliced in. What is recognised anyway is left as it is.
+
+    :param graph: the graph of a whole model while its sites are looked for, and later that of each
+        host. Nodes have an example value in ``meta["value"]``. Read it, and change nothing.
+    :param root: the module that targets of the nodes refer to.
+    :return: one :class:`surgery.FoundAttention` for each; None or an empty list for none.
     """

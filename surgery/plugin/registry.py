@@ -18,15 +18,17 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import pluggy
-from torch import nn
+from torch import fx, nn
 
 from surgery.errors import MethodError, shown, suggest
 from surgery.plugin import hookspecs
 from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.found_attention import FoundAttention, checked
 from surgery.plugin.offers import METHODS, OFFERS, TASKS, Offer
 from surgery.plugin.plugin_errors import GROUP, place_of, under_other_groups
 
 Offered = TypeVar("Offered", bound=type[Any])
+OTHER_HOOKS = ("is_leaf", "find_sites")
 _HERE = "surgery.register"  # stands for the plugin of a class that was registered by a call
 
 
@@ -103,7 +105,7 @@ class Registry:
                         f"{cls.name!r}. Rename one of them; the first is used."
                     )
             accepted[kind.what] = {cls.name: (cls, name) for cls in offered}
-        hooks = [kind.hook for kind in OFFERS] + ["is_leaf"]
+        hooks = [*(kind.hook for kind in OFFERS), *OTHER_HOOKS]
         meant = [n for n in dir(plugin) if self.manager.parse_hookimpl_opts(plugin, n) is not None]
         for hook in meant:
             if hook not in hooks:
@@ -111,7 +113,7 @@ class Registry:
                     f"plugin {name!r}: there is no hook {hook!r}. {suggest(hook, hooks)}Hooks: "
                     f"{', '.join(hooks)}."
                 )
-        if not any(accepted.values()) and "is_leaf" not in meant:
+        if not any(accepted.values()) and not {*meant} & {*OTHER_HOOKS}:
             raise MethodError(
                 f"plugin {name!r} offers nothing. Write @surgery.hookimpl in front of "
                 "def register_methods(register), and call register(MyMethod) in it."
@@ -195,6 +197,11 @@ class Registry:
         answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)
         return answer
 
+    def find_sites(self, graph: fx.Graph, root: nn.Module) -> list[FoundAttention]:
+        """Return the attentions that plugins point out in a graph."""
+        answers = self.manager.hook.find_sites(graph=graph, root=root)
+        return [each for answer in answers for each in checked(answer, graph)]
+
 
 @functools.cache
 def registry() -> Registry:
@@ -217,6 +224,11 @@ def in_order(points: Iterable[EntryPoint]) -> list[EntryPoint]:
 def is_leaf(module: nn.Module, path: str) -> bool | None:
     """Return the installed plugins' answer whether to keep a module whole (hookspecs.is_leaf)."""
     return registry().is_leaf(module, path)
+
+
+def find_sites(graph: fx.Graph, root: nn.Module) -> list[FoundAttention]:
+    """Return the attentions that installed plugins point out (hookspecs.find_sites)."""
+    return registry().find_sites(graph, root)
 
 
 def register(cls: Offered) -> Offered:

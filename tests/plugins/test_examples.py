@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parents[2] / "plugins/examples/surgery-red"
+EXAMPLES = Path(__file__).parents[2] / "plugins/examples"
+EXAMPLE = EXAMPLES / "surgery-red"
+INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
 LIFE = """
 import sys
 import pytest, torch, surgery, surgery_red
@@ -52,8 +54,19 @@ def run(*command: str, cwd: Path, path: Path) -> str:
 @pytest.mark.slow
 def test_the_example_plugin_lives_a_whole_life(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*install, "--target", str(installed), str(EXAMPLE), cwd=tmp_path, path=installed)
+    run(*INSTALL, "--target", str(installed), str(EXAMPLE), cwd=tmp_path, path=installed)
     out = run("-c", LIFE, str(EXAMPLE / "test_red.py"), cwd=tmp_path, path=installed)
     assert "red" in out.partition("1 passed")[0]
     assert "1 passed" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["surgery-linear-attention", "surgery-brackets"])
+def test_an_example_of_another_hook_passes_its_tests_installed(name: str, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    example = EXAMPLES / name
+    run(*INSTALL, "--target", str(installed), str(example), cwd=tmp_path, path=installed)
+    tests = next(example.glob("test_*.py")).read_text()
+    (tmp_path / "test_installed.py").write_text(tests)  # away from the modules beside it
+    tests_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_installed.py")
+    assert "2 passed" in run(*tests_run, cwd=tmp_path, path=installed)

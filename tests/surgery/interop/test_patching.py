@@ -121,3 +121,17 @@ def test_a_splice_that_signals_interrupt_leaves_torch_as_it_was() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert came
+
+
+def test_a_forward_may_call_an_operator_by_its_name_in_torch_ops() -> None:
+    """``torch.ops`` answers to any name, such as one by which a replacement could be known."""
+
+    class Called(PlainBlock):
+        def forward(self, x: Any) -> Any:
+            return torch.ops.aten.neg(super().forward(torch.ops.aten.neg(x)))
+
+    torch.manual_seed(0)
+    model = Called(8, 2, prenorm=True, fused=True).eval()
+    before = model(X)
+    surgery.splice(model, surgery.method("lora", rank=2), at=surgery.locate(model, X))
+    assert torch.equal(model(X), before)

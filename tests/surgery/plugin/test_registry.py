@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import surgery
@@ -57,8 +58,6 @@ def test_hook_is_leaf_keeps_a_module_whole() -> None:
         def forward(self, x: Any) -> Any:
             return self.inner(x) * 2
 
-    import torch
-
     class Whole:
         @surgery.hookimpl
         def is_leaf(self, module: nn.Module, path: str) -> bool | None:
@@ -71,6 +70,31 @@ def test_hook_is_leaf_keeps_a_module_whole() -> None:
     made.add(Whole(), "whole")
     kept = capture(outer, Outer.forward, args, {}, {"inner"}, is_leaf=made.is_leaf)
     assert "call_module" in {n.op for n in kept.graph.nodes}
+
+
+def test_hook_find_sites_must_return_nodes_of_the_graph() -> None:
+    graph, other = torch.fx.Graph(), torch.fx.Graph()
+    node, stranger = graph.placeholder("x"), other.placeholder("x")
+    answers: list[Any] = []
+
+    class Finder:
+        @surgery.hookimpl
+        def find_sites(self, graph: Any, root: nn.Module) -> Any:
+            return answers[-1]
+
+    made = Registry()
+    made.add(Finder(), "finder")
+    whole = surgery.FoundAttention(node, node, node, node, context=node)
+    for answer in (None, [], [whole]):
+        answers.append(answer)
+        assert made.find_sites(graph, nn.Module()) == (answer or [])
+    for answer, told in (
+        ([node], "must return a list of surgery.FoundAttention"),
+        ([surgery.FoundAttention(node, node, stranger, node, context=node)], "with key="),
+    ):
+        answers.append(answer)
+        with pytest.raises(surgery.SiteError, match=told):
+            made.find_sites(graph, nn.Module())
 
 
 def test_the_registry_is_made_once() -> None:
