@@ -1,7 +1,7 @@
 """Join the commands of all files to one program: ``surgery COMMAND``.
 
-    models.py      methods, locate
-    plugins.py     new, check
+    models.py      locate
+    plugins.py     methods, new, check, doctor
     runs.py        recipes, train, compare, eval
     adapters.py    inspect, merge, convert, generate, push
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (models, plugins, runs, adapters):
+for part in (plugins, models, runs, adapters):
     app.add_typer(part.commands)
 
 

@@ -1,33 +1,16 @@
-"""Commands about methods and models: ``surgery methods``, ``surgery locate MODEL``."""
+"""Commands about models: ``surgery locate MODEL``."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 import surgery
 from surgery.cli.console import console, fail, import_transformers, no_traceback
-from surgery.plugin import plugin_problems
 
 commands = typer.Typer()
-
-
-@commands.command()
-@no_traceback()
-def methods() -> None:
-    """List the installed methods and their options."""
-    table = Table("method", "what it does", "options", title="methods")
-    for name, cls in surgery.methods().items():
-        first = (inspect.getdoc(cls) or "").split("\n", 1)[0]
-        options = ", ".join(f"{f.name}={_default(f)!r}" for f in dataclasses.fields(cls))
-        table.add_row(name, first, options)
-    console.print(table)
-    for problem in plugin_problems():
-        console.print(problem, highlight=False)
 
 
 @commands.command()
@@ -51,10 +34,3 @@ def locate(
         table.add_row(s.path, s.description, *map(str, numbers), str(s.width), " ".join(s.ports))
     console.print(table)
     console.print(f"{len(sites.attention)} attention and {len(sites.ffn)} FFN sites")
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    """Return the default of an option, also one that a factory makes."""
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default

@@ -7,6 +7,7 @@ from surgery.plugin.forwards import adds_onto, starts_with_product
 from surgery.plugin.found_attention import FoundAttention
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
+from surgery.plugin.installed_plugins import installed
 from surgery.plugin.module_protocols import (
     ActsOnTokens,
     AddsOnto,
@@ -88,6 +89,7 @@ __all__ = [
     "frozen_inside",
     "hookimpl",
     "html_table",
+    "installed",
     "is_leaf",
     "method",
     "methods",

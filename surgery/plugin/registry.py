@@ -192,6 +192,13 @@ class Registry:
         """Return why plugins are not there: one line for each."""
         return [*self.failures.values(), *under_other_groups()]
 
+    def offers_of(self, plugin: str) -> tuple[str, ...]:
+        """Return the names that a plugin offers, and its other hooks."""
+        every = [(n, owner) for own in self._offered.values() for n, (_, owner) in own.items()]
+        module = self.manager.get_plugin(plugin)
+        hooks = [hook for hook in OTHER_HOOKS if hasattr(module, hook)]
+        return tuple(n for n, owner in every if owner == plugin) + tuple(hooks)
+
     def is_leaf(self, module: nn.Module, path: str) -> bool | None:
         """Return the plugins' answer whether to keep a module whole."""
         answer: bool | None = self.manager.hook.is_leaf(module=module, path=path)

@@ -44,6 +44,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_every_command_has_help_and_the_shell_completes",
     "surgery new": "tests/surgery/cli/test_scaffold.py::"
     "test_each_start_keeps_the_contract_as_it_stands",
+    "surgery doctor": "tests/surgery/cli/test_commands.py::"
+    "test_doctor_shows_versions_and_the_health_of_plugins",
     "surgery check": "tests/surgery/cli/test_scaffold.py::"
     "test_from_a_clone_to_a_method_that_passes_in_ten_minutes_and_40_lines",
     "pip install -e surgery-my-method": "tests/surgery/cli/test_scaffold.py::"

@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app, runs
+from surgery.plugin.registry import Registry
 from surgery_recipes.comparison import grid as grids
 from surgery_recipes.comparison.compare import run_grid
 from tests.recipes.comparison.grids import finished, grid
+from tests.support.entry_points import point
 
 NAMES = ["[red]", "[/]", "[/a]", "[bold", ":smile:", "a[link=x]b", "\\[x]"]
 
@@ -23,6 +26,23 @@ def test_methods_are_listed_with_their_defaults() -> None:
     assert all(name in shown for name in surgery.methods())
     assert "ranks={}" in shown
     assert "MISSING" not in shown
+    assert f"surgery {surgery.__version__}" in shown
+
+
+def test_doctor_shows_versions_and_the_health_of_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
+    assert done.exit_code == 0
+    assert torch.__version__ in done.output
+    assert "does not load" not in done.output
+    broken = Registry()
+    with pytest.warns(RuntimeWarning, match="could not be loaded"):
+        broken.load([point("lora", "plugin_that_is_missing")])
+    monkeypatch.setattr("surgery.plugin.installed_plugins.registry", lambda: broken)
+    monkeypatch.setattr("surgery.cli.plugins.plugin_problems", broken.problems)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
+    assert done.exit_code == 1
+    assert "does not load" in next(x for x in done.output.splitlines() if "lora" in x)
+    assert "No module named 'plugin_that_is_missing'" in done.output
 
 
 @pytest.mark.parametrize("name", NAMES)
