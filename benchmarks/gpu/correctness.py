@@ -56,8 +56,13 @@ def start(name: str, shape: str, device: str) -> None:
 
 
 def gradients(name: str, shape: str, device: str) -> float:
-    """Return the largest relative error of a gradient against float64 on the CPU."""
+    """Return the largest relative error of a gradient against float64 on the CPU.
+
+    It is 0 for a method that inserts no parameter.
+    """
     model, ids = spliced(name, shape, device), ids_for(device)
+    if not any(True for _ in surgery.spliced_parameters(model)):
+        return 0.0
     reference = copy.deepcopy(model).cpu().double()
     for each in (model, reference):
         on = ids.to(each.device)
