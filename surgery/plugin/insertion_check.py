@@ -46,6 +46,8 @@ def require_insertable(
     if isinstance(reads, str):
         raise PortError(f"{where}: reads={reads!r} must be a tuple: ({reads!r},).")
     for read in reads:
+        if read == "mask" and site.kind == "attention":
+            continue  # None where a call has no mask
         name_of_port, _, part = read.partition(".")
         read_port = site.port(name_of_port)
         if part and (part not in ("source", "bias") or not (read_port.in_width or read_port.bias)):

@@ -199,7 +199,12 @@ def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
 
 
 def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
-    """Return the node for one name of ``reads``, in the shape that the legend of sites gives."""
+    """Return the node for one name of ``reads``, in the shape that the legend of sites gives.
+
+    None stands for a bias or a mask that there is not.
+    """
+    if name == "mask" and "mask" not in match.ports:
+        return None
     if name.endswith(".bias"):
         return _bias(match.ports[name.removesuffix(".bias")], root)
     if name == "lse" and "lse" not in match.ports:

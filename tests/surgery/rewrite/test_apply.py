@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.errors import SpliceError
+from surgery.testing import make_model
 from tests.support.custom_methods import WIDTH, Fed, Scaled, Shift, Times, Twice, insert, refused
 from tests.support.models import build, inputs, logits, perturb
 from tests.support.splices import built_with
@@ -136,3 +137,40 @@ def test_an_exact_splice_goes_inside_a_trained_one_around_its_block() -> None:
     before = logits(model, inputs("roberta"))
     surgery.splice(model, surgery.method("lora", ports=("up",), rank=2), name="b")
     assert torch.equal(logits(model, inputs("roberta")), before)
+
+
+class _SeesMask(nn.Module):
+    """Adds nothing, and notes what mask it was given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.zeros(width))
+        self.masks: list[Any] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self.masks.append(mask)
+        return x * self.factor
+
+
+def test_a_module_that_reads_the_mask_gets_none_where_a_call_has_none() -> None:
+    @dataclass(frozen=True)
+    class Watching(surgery.Method):
+        name = "watching"
+
+        def splice(self, site: surgery.OpenSite) -> None:
+            site.port("merged").add(_SeesMask(site.width), "seen", reads=("merged", "mask"))
+
+    model: Any = make_model("fused")
+    assert all("mask" not in site.ports for site in surgery.locate(model).attention)
+    surgery.splice(model, Watching())
+    ids = torch.arange(6)[None] + 3
+    model(input_ids=ids)
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    model(input_ids=ids, attention_mask=padded)
+    for module in model.modules():
+        if isinstance(module, _SeesMask):
+            without, given = module.masks[-2:]
+            assert without is None
+            assert given.shape[-2:] == (6, 6)
+            hidden = ~given if given.dtype == torch.bool else given < -1
+            assert hidden[0, 0, 5].tolist() == [True, True, False, False, False, False]
