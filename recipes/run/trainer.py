@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import surgery
-from surgery import RecipeError, suggest, trained_rows
+from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.checkpoints import CHECKPOINTS
@@ -74,19 +73,6 @@ class AdapterTrainer(Trainer):
         """How long training took, over all its interruptions."""
         clocks = (c for c in self.callback_handler.callbacks if isinstance(c, Clock))
         return next(clocks).seconds
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The parameters that decay.
-
-        Left out are those that a module's ``no_weight_decay()`` names, such as its biases, and
-        those of which only some rows are trained, because decay would move the other rows too.
-        """
-        spared = set(trained_rows(self.model))
-        for path, module in self.model.named_modules():
-            own = getattr(module, "no_weight_decay", None)
-            names = own() if callable(own) else ()
-            spared |= {f"{path}.{name}" if path else name for name in names}
-        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
 
     def create_optimizer(self, *given: Any) -> Any:
         """Let parameters that a module's ``learning_rates()`` names learn at their own rates."""

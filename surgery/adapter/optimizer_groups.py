@@ -45,7 +45,7 @@ def parameter_groups(
         )
     fast = set(_named(model, NamesFast, "fast_parameters"))
     times = own_rates(model)
-    spared = {*_named(model, NamesUndecayed, "no_weight_decay"), *trained_rows(model)}
+    spared = undecayed(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -59,6 +59,11 @@ def parameter_groups(
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Return the parameters that modules spare from weight decay, and those trained in rows."""
+    return {*_named(model, NamesUndecayed, "no_weight_decay"), *trained_rows(model)}
 
 
 def _named(model: nn.Module, protocol: type, offer: str) -> Iterator[str]:

@@ -8,6 +8,8 @@
 ``Trainer`` computes the loss itself, so the gradient of an extra loss is added to what it has
 accumulated and clipped, once an optimizer step. No autograd hook of DDP sees it: it is the same in
 each process.
+
+Weight decay spares what modules name (``no_weight_decay``), and rows of an embedding.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.adapter.optimizer_groups import own_rates
+from surgery.adapter.optimizer_groups import own_rates, undecayed
+from surgery.adapter.row_training import trained_rows
 from surgery.adapter.training_run import extra_loss, start, stepped, trained
 from surgery.errors import MethodError
-from surgery.interop import huggingface
+from surgery.interop import huggingface, spare_from_decay
 from surgery.plugin import overridden
 from surgery.splicer import reports, spliced_model
 
@@ -30,10 +33,20 @@ def follow_trainers(model: nn.Module) -> None:
 
     It imports ``Trainer`` where a method of this model has such a hook.
     """
+    spare_from_decay(_undecayed)
     hooks = {name for report in reports(model).values() for m in report.methods
              for name in overridden(m)}  # fmt: skip
     if hooks - {"fit"} or own_rates(model):
         huggingface.follow_trainers(TRAINER_EVENTS, load=True)
+
+
+def _undecayed(model: nn.Module) -> list[nn.Parameter]:
+    """Return what ``Trainer`` must not decay of a spliced model; nothing of any other."""
+    whole = spliced_model(model)
+    if not reports(whole) and not trained_rows(whole):
+        return []
+    own, names = dict(whole.named_parameters()), undecayed(whole)
+    return [p for name, p in own.items() if name in names]
 
 
 def _begun(model: nn.Module, args: Any, state: Any, optimizer: Any) -> None:

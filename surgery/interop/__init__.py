@@ -65,6 +65,7 @@ from surgery.interop.tensor_parallel import (
     undivided,
 )
 from surgery.interop.thread_state import LeftOnce, keeping_thread_state
+from surgery.interop.trainer_decay import spare_from_decay
 from surgery.interop.updated_weights import updated_weight
 
 __all__ = [
@@ -121,6 +122,7 @@ __all__ = [
     "shard_like",
     "silenced",
     "snapshot",
+    "spare_from_decay",
     "stored_parameters",
     "sum_between",
     "tensors_equal",

@@ -113,6 +113,46 @@ def test_an_example_trains_and_its_checkpoint_holds_no_base(title: str, tmp_path
         assert len(kept) == len(start)
 
 
+def test_weight_decay_of_the_stock_trainer_spares_what_modules_name(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = build("llama")
+    surgery.splice(model, [surgery.method("bitfit"), surgery.method("ia3")])
+    surgery.freeze_base(model)
+    told = TrainingArguments(str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True)
+    trainer = Trainer(torch.nn.Sequential(model), told, train_dataset=[])  # under another name
+    trainer.create_optimizer()
+    decayed = {
+        id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
+    named = [
+        module.get_parameter(name)
+        for module in model.modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    ]
+    assert named
+    assert not {id(p) for p in named} & decayed
+    plain = Trainer(build("llama"), told, train_dataset=[])
+    plain.create_optimizer()
+    assert any(group["weight_decay"] and group["params"] for group in plain.optimizer.param_groups)
+
+
+def test_weight_decay_of_the_stock_trainer_moves_no_other_rows(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model, names = spliced("lora"), names_for(tmp_path)
+    surgery.train_rows(model, "model.embed_tokens.weight", [5, 6])
+    table = model.model.embed_tokens.weight
+    before = table.detach().clone()
+    told = TrainingArguments(
+        str(tmp_path), max_steps=3, weight_decay=0.5, learning_rate=0.1, report_to=[], use_cpu=True
+    )
+    Trainer(model, told, train_dataset=names["rows"]).train()
+    moved = (table.detach() != before).any(-1).nonzero().flatten().tolist()
+    assert moved == [5, 6]
+
+
 def test_the_example_of_a_loop_trains(tmp_path: Path) -> None:
     names = names_for(tmp_path)
     before = {n: p.detach().clone() for n, p in surgery.spliced_parameters(names["model"])}
