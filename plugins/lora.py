@@ -78,10 +78,9 @@ class LowRank(nn.Module):
             bias = bias + self.scale * self.bias.to(bias)
         return weight + self.scale * (self.a.to(weight).T @ self.b.to(weight)), bias
 
-    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return the factors with the root of s in each; None beside a bias."""
-        root = math.sqrt(self.scale)
-        return None if self.bias is not None else (root * self.a, root * self.b)
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s; None beside a bias."""
+        return None if self.bias is not None else (self.a, self.b, self.scale)
 
     def set_low_rank_factors(self, a: Tensor, b: Tensor) -> None:
         with torch.no_grad():

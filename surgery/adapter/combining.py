@@ -169,33 +169,36 @@ def _combined(
 ) -> Pair:
     """Return A (r, in) and B (r, out) of the combination of some modules' updates."""
     factors: list[Pair] = []
-    for module in group:
+    scaled: list[float] = []
+    for module, weight in zip(group, weights, strict=True):
         found = module.low_rank_factors() if isinstance(module, Factored) else None
         if found is None:
             raise SpliceError(
                 f"{type(module).__name__} is no plain low-rank product, so how={how!r} does not "
                 "suit it. how='average' serves every method."
             )
-        if any(map(is_sharded, found)):
+        a, b, scale = found
+        if is_sharded(a) or is_sharded(b):
             raise SpliceError(
                 f"each process has a part of these splices, and how={how!r} needs them whole. "
                 "how='average' does not. Or save them, combine them in one process, save the new "
                 "splice there and load it here."
             )
-        factors.append((found[0].detach(), found[1].detach()))
+        factors.append((a.detach(), b.detach()))
+        scaled.append(weight * scale)
     if how == "cat":
-        a = torch.cat([w * a for w, (a, _) in zip(weights, factors, strict=True)])
+        a = torch.cat([w * a for w, (a, _) in zip(scaled, factors, strict=True)])
         return a, torch.cat([b for _, b in factors])
     if how == "svd":
-        update = sum(w * (a.T @ b).double() for w, (a, b) in zip(weights, factors, strict=True))
+        update = sum(w * (a.T @ b).double() for w, (a, b) in zip(scaled, factors, strict=True))
         r = min(rank or max(len(a) for a, _ in factors), *cast(Tensor, update).shape)
         u, s, v = torch.linalg.svd(cast(Tensor, update), full_matrices=False)
         a, b = u[:, :r].T, s[:r, None] * v[:r]
         return a.to(factors[0][0]), b.to(factors[0][1])
     if len({a.shape for a, _ in factors}) > 1:
         raise SpliceError(f"how={how!r} needs one rank for all splices. Use how='svd' or 'cat'.")
-    roots = [math.sqrt(abs(w)) for w in weights]
-    signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
+    roots = [math.sqrt(abs(w)) for w in scaled]
+    signed = [math.copysign(root, w) for root, w in zip(roots, scaled, strict=True)]
     a = _MERGED[how](torch.stack([a for a, _ in factors]), _column(signed), density)
     b = _MERGED[how](torch.stack([b for _, b in factors]), _column(roots), density)
     return a, b

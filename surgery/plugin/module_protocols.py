@@ -151,17 +151,17 @@ class Reparametrised(Protocol):
 
 @runtime_checkable
 class Factored(Protocol):
-    """A module whose whole update is a product ``x A^T B``, with A (r, in) and B (r, out).
+    """A module whose whole update is a product ``s x A^T B``, with A (r, in) and B (r, out).
 
     ``surgery.combine`` makes one of several. Its method has ``at_rank(r)``: the method that makes
     such modules of rank r whose factors are A and B as they are, with no scale.
     """
 
-    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return A and B with the scale inside, each by its root; None if there is more to it."""
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s; None if there is more to the update."""
 
     def set_low_rank_factors(self, a: Tensor, b: Tensor) -> None:
-        """Hold these factors from now on."""
+        """Hold these factors from now on; s is 1."""
 
 
 @runtime_checkable

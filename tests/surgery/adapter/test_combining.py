@@ -19,6 +19,7 @@ from tests.support.models import build, inputs, logits, perturb
 
 GIVEN = inputs("llama")
 PORTS = ("query", "value")
+ALPHAS = (3, 7, 2)  # the signs that ties elects are those of A and B without them
 HOWS: dict[str, dict[str, Any]] = {
     "linear": {}, "cat": {}, "svd": {"rank": 3}, "magnitude": {"density": 0.5},
     "ties": {"density": 0.5},
@@ -26,19 +27,23 @@ HOWS: dict[str, dict[str, Any]] = {
 THEIRS = {"magnitude": "magnitude_prune"}
 
 
-def three(ranks: tuple[int, ...] = (2, 2, 2), model: Any = None) -> Any:
+def three(
+    ranks: tuple[int, ...] = (2, 2, 2), model: Any = None, alphas: tuple[float, ...] = (3, 3, 3)
+) -> Any:
     model = model or build("llama")
-    for name, rank in zip("abc", ranks, strict=True):
-        surgery.splice(model, surgery.method("lora", rank=rank, ports=PORTS, alpha=3), name=name)
+    for name, rank, alpha in zip("abc", ranks, alphas, strict=True):
+        method = surgery.method("lora", rank=rank, ports=PORTS, alpha=alpha)
+        surgery.splice(model, method, name=name)
     perturb(model, 0.3)
     return model
 
 
 def of_peft(model: Any, ranks: tuple[int, ...]) -> Any:
     """The same adapters in a PEFT model."""
-    theirs = peft.get_peft_model(build("llama"), config(ranks[0]), adapter_name="a")
-    for name, rank in zip("bc", ranks[1:], strict=True):
-        theirs.add_adapter(name, config(rank))
+    first, *others = [config(rank, alpha) for rank, alpha in zip(ranks, ALPHAS, strict=True)]
+    theirs = peft.get_peft_model(build("llama"), first, adapter_name="a")
+    for name, other in zip("bc", others, strict=True):
+        theirs.add_adapter(name, other)
     for name in "abc":
         for layer in range(2):
             own = model.model.layers[layer].self_attn
@@ -50,8 +55,8 @@ def of_peft(model: Any, ranks: tuple[int, ...]) -> Any:
     return theirs
 
 
-def config(rank: int) -> Any:
-    return peft.LoraConfig(r=rank, lora_alpha=3, target_modules=["q_proj", "v_proj"])
+def config(rank: int, alpha: float) -> Any:
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -59,7 +64,7 @@ def config(rank: int) -> Any:
 @pytest.mark.few(3)
 def test_sums_are_those_of_peft(how: Any) -> None:
     ranks = (2, 3, 1) if how in ("cat", "svd") else (2, 2, 2)
-    model, weights = three(ranks), {"a": 0.7, "b": -0.4, "c": 1.1}
+    model, weights = three(ranks, alphas=ALPHAS), {"a": 0.7, "b": -0.4, "c": 1.1}
     theirs = of_peft(model, ranks)
     before = logits(model, GIVEN)
     surgery.combine(model, weights, "new", how=how, **HOWS[how])
