@@ -20,15 +20,18 @@ _BOUND = 0.1  # relative; a layer that rounds its input to 8 bits differs by abo
 _ROWS = 1024  # unit vectors at once
 
 
-def dequantized(layer: nn.Module, width: int, path: str) -> tuple[nn.Linear, float]:
+def dequantized(
+    layer: nn.Module, width: int, path: str, dtype: torch.dtype
+) -> tuple[nn.Linear, float]:
     """Return a linear layer that computes what ``layer`` does, and how far the two are apart.
 
     Args:
         width: the width of the input.
+        dtype: that of the input in the model. A layer may hold whole numbers alone.
 
     Returns:
-        the layer, in the dtype in which the quantised one computes, and |P(x) - x W - b| / |P(x)|
-        for random x.
+        the layer, in the dtype that the quantised one returns, and |P(x) - x W - b| / |P(x)| for
+        random x.
 
     Raises:
         SpliceError: the layer is not linear, or it rounds its inputs to a fixed range, which a
@@ -36,7 +39,6 @@ def dequantized(layer: nn.Module, width: int, path: str) -> tuple[nn.Linear, flo
     """
     held = [*layer.parameters(), *layer.buffers()]
     device = held[0].device if held else torch.device("cpu")
-    dtype = next((t.dtype for t in held if t.is_floating_point() and t.itemsize > 1), torch.float32)
     with torch.no_grad():
         shift = layer(torch.zeros(1, width, dtype=dtype, device=device))
         rows = [_matrix_rows(layer, range(at, min(at + _ROWS, width)), width, shift)

@@ -263,7 +263,8 @@ def _dequantize(
         if port.weight or not port.module or port.in_width is None or port.module in replaced:
             continue
         layer = model.get_submodule(port.module)
-        plain, errors[port.module] = dequantized(layer, port.in_width, port.module)
+        dtype = i.site.dtype
+        plain, errors[port.module] = dequantized(layer, port.in_width, port.module, dtype)
         replaced[port.module] = layer
         huggingface.call_loaded(plain.parameters())
         _put(model, port.module, plain)

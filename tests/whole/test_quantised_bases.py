@@ -90,9 +90,8 @@ def pretrained(folder: Path, **options: Any) -> Any:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         config = LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
         LlamaForCausalLM(config).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map="cpu", **options
-    )
+    options = {"dtype": torch.float32, "device_map": "cpu", **options}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model.eval()
 
 
@@ -178,6 +177,30 @@ def test_the_life_of_an_adapter_on_a_quantised_base(kind: str, tmp_path: Path) -
     assert torch.equal(model(IDS).logits, tuned)
     surgery.remove(model)
     assert torch.equal(model(IDS).logits, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_half_precision_runs_on_after_a_merge(
+    bits: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Its layers hold whole numbers alone, so the site says in which dtype they compute."""
+    from transformers import BitsAndBytesConfig
+
+    double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options: Any = {"load_in_4bit": True, **double} if bits == 4 else {"load_in_8bit": True}
+    model = pretrained(
+        tmp_path / "base", dtype=dtype, quantization_config=BitsAndBytesConfig(**options)
+    )
+    surgery.splice(model, surgery.method("lora", rank=4, ports=("all",)))
+    perturb(model, 0.1)
+    tuned = model(IDS).logits.detach().float()
+    merged = surgery.merge(model, dequantize=True)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    gap = model(IDS).logits.detach().float() - tuned
+    assert float(gap.norm() / tuned.norm()) < 0.05
+    surgery.unmerge(model, merged)
+    assert torch.equal(model(IDS).logits.float(), tuned)
 
 
 def test_inputs_rounded_to_a_fixed_range_are_no_linear_layer_and_merging_is_refused() -> None:
