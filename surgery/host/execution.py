@@ -36,7 +36,7 @@ from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
 from surgery.host.selection import KEPT, Selection
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
-from surgery.interop import exclusively, huggingface, named_arguments, unspliced_forward
+from surgery.interop import exclusively, huggingface, named_arguments, unspliced_forward, untraced
 from surgery.patterns import Match, find_matches, module_match, uses_of
 from surgery.plugin import Edit, is_leaf
 from surgery.rewrite import apply_edit, dtype_reads, lead_caches, share_products
@@ -83,6 +83,11 @@ def run_graph(
         prepare(module, args, kwargs, ensure_variant)
         return _find_and_run(module, state, args, kwargs, on)
     try:
+        if torch._C._get_tracing_state():
+            # A second trace checks the first: both must go one way, and neither see a capture.
+            with untraced():
+                ensure_variant(module, args, kwargs)
+            return _find_and_run(module, state, args, kwargs, on)
         for recognise, variant in on.recent:
             inputs = recognise(module, args, kwargs)
             if inputs is not None:

@@ -48,7 +48,7 @@ class Remembered(Generic[Value]):
 
     def get(self, module: nn.Module) -> Value | None:
         """Return the value if the module is as it was when the value was set, else None."""
-        if torch.compiler.is_compiling():  # a graph would be guarded on what is held
+        if _becomes_a_program():
             return None
         held = self._held
         now = None if held is None else _now(module)
@@ -63,7 +63,7 @@ class Remembered(Generic[Value]):
 
     def set(self, module: nn.Module, value: Value) -> None:
         """Keep a value that the module has just computed, if the module can be watched."""
-        if torch.compiler.is_compiling():
+        if _becomes_a_program():
             return
         now = _now(module)
         self._held = None if now is None else ([weakref.ref(x) for x in now[0]], now[1], value)
@@ -71,6 +71,11 @@ class Remembered(Generic[Value]):
     def forget(self) -> None:
         """Drop the value."""
         self._held = None
+
+
+def _becomes_a_program() -> bool:
+    """Whether this call is compiled, and would be guarded on what is held, or traced into it."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _now(module: nn.Module) -> tuple[list[Any], list[Any]] | None:

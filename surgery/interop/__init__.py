@@ -34,6 +34,7 @@ from surgery.interop.isolation import (
     unobserved,
     unspliced_forward,
     untouched,
+    untraced,
 )
 from surgery.interop.library_inputs import example_inputs
 from surgery.interop.offloading import (
@@ -132,6 +133,7 @@ __all__ = [
     "unpatched",
     "unspliced_forward",
     "untouched",
+    "untraced",
     "updated_weight",
     "wait_for_others",
     "whole",

@@ -97,7 +97,7 @@ def on_trial() -> bool:
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Restore random states, buffers and attributes at the end; hide the run from modes."""
-    with unobserved(), _untraced(), random_state_kept(module), attributes_kept(module):
+    with unobserved(), untraced(), random_state_kept(module), attributes_kept(module):
         with real_tensors(), torch.no_grad():
             kept = [(t, t.clone()) for t in _state_tensors(module) if not t.is_meta]
         before_it, _current.trying = on_trial(), True
@@ -162,7 +162,7 @@ def _same_items(now: Any, before: Any) -> bool:
 
 
 @contextmanager
-def _untraced() -> Iterator[None]:
+def untraced() -> Iterator[None]:
     """Keep ``torch.jit.trace`` from recording what runs inside; it turns sizes into tensors."""
     state = torch._C._get_tracing_state()
     if state is None:
