@@ -93,7 +93,8 @@ def freeze_base(
             ``keep``.
     """
     model = spliced_model(model)
-    trained = [train] if isinstance(train, str) else list(train or reports(model))
+    names = reports(model) if train is None else train
+    trained = [names] if isinstance(names, str) else list(names)
     require_spliced(model, *trained)
     rows = tuple(trained_rows(model))
     forget_rows(model)

@@ -114,8 +114,14 @@ class Sites:
         other, those projections are chosen whose modules' paths have one, and a method such as
         LoRA edits these ports, whatever its ``ports``: ``sites.matching("q_proj|v_proj")``. A
         linear site is iterated over if the match needs its own name, as in ``"lm_head"``.
+
+        Raises:
+            SiteError: it is no regular expression.
         """
-        search = re.compile(regex).search
+        try:
+            search = re.compile(regex).search
+        except (re.error, TypeError) as error:
+            raise SiteError(f"matching({regex!r}): no regular expression ({error}).") from error
         chosen = [_picked(site, search) for site in [*self, *self.linear]]
         others = [s for s in self.others if search(_own_path(s))]
         return Sites([s for s in chosen if s is not None], self._model, others, self.overlooked)

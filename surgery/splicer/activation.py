@@ -118,6 +118,11 @@ def route(
 
     Without ``model`` the forward raises all of them.
     """
+    if isinstance(names, str):
+        raise SpliceError(
+            f"route({names!r}): a route is a list with an entry for each example, as [{names!r}, "
+            f"None]. surgery.using(model, {names!r}) runs all of them with it."
+        )
     entries = [_factors(each) for each in names]
     if not entries:
         raise SpliceError("a route needs one entry for each example of the batch, and has none.")

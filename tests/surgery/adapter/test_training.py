@@ -38,6 +38,13 @@ def test_the_trainer_trains_only_what_was_inserted(tmp_path: Path) -> None:
     assert any(not torch.equal(p, before[k]) for k, p in inserted.items())
 
 
+def test_an_empty_choice_trains_nothing() -> None:
+    model = build("llama")
+    surgery.splice(model, surgery.method("lora"))
+    surgery.freeze_base(model, train=[])
+    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+
+
 def test_a_fresh_head_is_kept_and_said_so(tmp_path: Path) -> None:
     import transformers as tr
 

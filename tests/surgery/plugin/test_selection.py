@@ -58,3 +58,8 @@ def test_picked_ports_are_saved_and_loaded(tmp_path: Path) -> None:
     loaded = surgery.load(build("gpt2"), tmp_path)
     assert torch.equal(logits(loaded, case), expected)
     assert [i.edit.port for i in surgery.summary(loaded).reports[0].inserted] == ["output"] * 4
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(surgery.SiteError, match="no regular expression"):
+        surgery.locate(build("llama")).matching("(")

@@ -305,6 +305,14 @@ def test_a_wrong_choice_is_refused_and_changes_nothing(wrong: Any) -> None:
     assert torch.equal(logits(model, given), expected)
 
 
+def test_a_name_is_no_route() -> None:
+    with (
+        pytest.raises(surgery.SpliceError, match=r"route\('ab'\): a route is a list"),
+        surgery.route("ab"),
+    ):
+        pass
+
+
 def test_a_route_that_cannot_be_is_refused() -> None:
     model, given = adapted(names=["lora"])
     with pytest.raises(surgery.SpliceError, match="one entry for each example"):
