@@ -2,7 +2,8 @@
 
 from surgery.testing.check import Contract, check_method
 from surgery.testing.laws import LAWS, Law
-from surgery.testing.models import MORE_SHAPES, SHAPES, Shape, make_model
+from surgery.testing.shapes import MORE_SHAPES, SHAPES, Shape, make_model
+from surgery.testing.strategies import batches, models, sites
 
 __all__ = [
     "LAWS",
@@ -11,6 +12,9 @@ __all__ = [
     "Contract",
     "Law",
     "Shape",
+    "batches",
     "check_method",
     "make_model",
+    "models",
+    "sites",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import surgery
 from surgery.errors import suggest
 from surgery.testing.laws import LAWS, Law
-from surgery.testing.models import MORE_SHAPES, SHAPES, Shape, shape_of
+from surgery.testing.shapes import MORE_SHAPES, SHAPES, Shape, shape_of
 from surgery.testing.trials import fresh
 
 
@@ -66,7 +66,7 @@ def check_method(
 
     Args:
         method: the method, with any options; a name stands for the method with its defaults.
-        shapes: the models to check it on: names of ``surgery.testing.models``, or a ``Shape`` with
+        shapes: the models to check it on: names of ``surgery.testing.shapes``, or a ``Shape`` with
             a model and inputs of your own. By default ``fused``, ``grouped`` and ``encoder``; a
             method that suits none of them is tried on ``eager``, ``encoder_decoder`` and
             ``vision``.

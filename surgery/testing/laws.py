@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import surgery
 from surgery.testing import running_laws, storing_laws, training_laws
-from surgery.testing.models import Shape
+from surgery.testing.shapes import Shape
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import surgery
-from surgery.testing.models import PAD, Shape
+from surgery.testing.shapes import PAD, Shape
 from surgery.testing.trials import close, fresh, outputs, perturb, spliced
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.host import hosts
 from surgery.plugin import opened
-from surgery.testing.models import Shape
+from surgery.testing.shapes import Shape
 from surgery.testing.trials import close, fresh, inserted_modules, outputs, spliced
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery.testing.models import VOCABULARY, Shape
+from surgery.testing.shapes import VOCABULARY, Shape
 from surgery.testing.trials import fresh, inserted_modules, outputs, spliced
 
 _STEPS = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.testing.models import Shape
+from surgery.testing.shapes import Shape
 
 
 def spliced(method: surgery.Method, shape: Shape) -> Any:

@@ -13,7 +13,7 @@ import surgery
 from surgery.plugin.registry import registry
 from surgery.testing import Shape, check_method, make_model
 from surgery.testing.laws import LAWS
-from surgery.testing.models import shape_of, token_ids
+from surgery.testing.shapes import shape_of, token_ids
 from tests.support.models import build
 
 

@@ -76,33 +76,41 @@ def token_ids() -> Tensor:
     return torch.arange(18).reshape(2, 9) * 7 % (VOCABULARY - 3) + 3
 
 
-def make_model(shape: str) -> Any:
-    """Return a small model with random weights, in evaluation mode."""
+def make_model(shape: str, width: int = 32, heads: int = 4, layers: int = 2, seed: int = 0) -> Any:
+    """Return a small model with random weights, in evaluation mode.
+
+    Args:
+        shape: a name from the top of this file.
+        width: the model width D, a multiple of ``heads``; d is even.
+        heads: the number of heads H; ``grouped`` has half as many key heads, if there are several.
+    """
     import transformers as tr
 
     library: Any = tr
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     special: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+    ffn = width + width // 2
     if shape in ("fused", "eager"):
-        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads}
+        sizes["n_positions"] = 32
         if shape == "eager":
             sizes["attn_implementation"] = "eager"
         config = library.GPT2Config(vocab_size=VOCABULARY, **sizes, **special)
         return library.GPT2LMHeadModel(config).eval()
     if shape == "encoder_decoder":
-        sizes = {"d_model": 32, "max_position_embeddings": 40, "decoder_start_token_id": 1}
+        sizes = {"d_model": width, "max_position_embeddings": 40, "decoder_start_token_id": 1}
         for side in ("encoder", "decoder"):
-            own = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+            own = {"layers": layers, "attention_heads": heads, "ffn_dim": ffn}
             sizes |= {f"{side}_{name}": size for name, size in own.items()}
         config = library.BartConfig(vocab_size=VOCABULARY, **sizes, **special)
         return library.BartForConditionalGeneration(config).eval()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4}
+    sizes = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads}
     if shape == "vision":
         config = library.ViTConfig(image_size=16, patch_size=4, **sizes)
         return library.ViTForImageClassification(config).eval()
     sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 40}
     if shape == "grouped":
-        config = library.LlamaConfig(num_key_value_heads=2, **sizes, **special)
-        return library.LlamaForCausalLM(config).eval()
+        sizes["num_key_value_heads"] = max(1, heads // 2)
+        return library.LlamaForCausalLM(library.LlamaConfig(**sizes, **special)).eval()
     return library.RobertaForMaskedLM(library.RobertaConfig(**sizes, **special)).eval()
