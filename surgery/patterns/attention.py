@@ -99,7 +99,7 @@ def _from_call(node: fx.Node, root: nn.Module, first: int) -> list[Match]:
         parts = {u.args[1]: u for u in node.users if op_name(u) == "getitem"}
         context = parts.get(0, node)
         if isinstance(value(parts.get(1)), Tensor):
-            ports["weights"] = PortNode(parts[1])
+            ports |= {name: PortNode(parts[1]) for name in ("weights", "scores")}  # of one shape
     mask = given.get(names[3])
     if isinstance(mask, fx.Node) and isinstance(value(mask), Tensor):
         ports["mask"] = PortNode(mask)
@@ -142,7 +142,8 @@ def _from_softmax(node: fx.Node, root: nn.Module) -> list[Match]:
         return []
     order = _einsum_order(product, query)
     found = assemble(
-        node, root, query, key, values[0], weighted_sum, {"weights": PortNode(weights)},
+        node, root, query, key, values[0], weighted_sum,
+        {"weights": PortNode(weights), "scores": PortNode(scores)},
         scalars_between(flow(product, scores)), order,
     )  # fmt: skip
     caps = [n for n in flow(product, scores) if op_name(n) == "tanh"]

@@ -16,7 +16,9 @@ _VERBS = ("insert", "add", "replace", "feed", "wrap", "frozen")
 
 
 # Why a port that a site usually has can be missing, where the locator noted no reason.
-_USUALLY = {"weights": "one call computes its softmax; attn_implementation='eager' shows it"}
+_USUALLY = dict.fromkeys(
+    ("weights", "scores"), "one call computes its softmax; attn_implementation='eager' shows it"
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Site:
         query_unrotated                (B, H, n, d)  query heads before a rotary encoding, after
                                                      the norm of queries
         mask                           the attention mask as the call receives it
+        scores                         what the softmax is taken of, where it has weights
         weights                        the softmax output, if the model computes it
         context                        heads mixed, as the attention call returns them
         merged                         (B, n, H d)   the same heads side by side: the input of the

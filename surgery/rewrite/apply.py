@@ -43,7 +43,7 @@ from surgery.rewrite.casts import as_module_takes, cast, needed_cast
 from surgery.rewrite.channels import features_to_the_end, in_tokens, read_tokens
 from surgery.rewrite.feed import feed
 from surgery.rewrite.lse import expose_lse, key_heads, merged_tokens, split_heads
-from surgery.rewrite.mixing import let_weights_mix
+from surgery.rewrite.mixing import let_weights_mix, open_scores
 from surgery.rewrite.nodes import (
     add,
     add_sequence_first,
@@ -85,6 +85,8 @@ def apply_edit(
 def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly | None) -> None:
     """Insert, add or replace at a port, and let the match's ports name the new node."""
     features_to_the_end(match)
+    if "scores" in (edit.port, *edit.reads):
+        open_scores(match)
     if edit.port == "weights":
         let_weights_mix(match)
     port = match.ports[edit.port]
@@ -144,6 +146,8 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly 
     if edit.port == "merged" and isinstance(module, CountsVirtualKeys):
         match.uncounted_virtual.append((child, tuple(nodes), partly))
     old = port.node
+    if match.softmax_input is old:
+        match.softmax_input = new
     for other in match.ports.values():
         if other.node is old:
             other.node = new
