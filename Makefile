@@ -55,7 +55,7 @@ recipes-smoke: .venv/dev
 	$(BIN)/python -m tests.recipes.smoke
 
 dist: .venv/dev
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --no-isolation
 
 wheel-smoke: dist
@@ -63,7 +63,7 @@ wheel-smoke: dist
 
 # mkdocstrings reads docstrings from the source files, so torch need not be there.
 docs: .venv-docs/dev
-	.venv-docs/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
 # An hour on two cores. BENCH=serving renews that part alone.
 bench: .venv/dev
