@@ -96,6 +96,9 @@ def install(wheel: Path, home: Path, outside: Path, reuse: bool) -> None:
     if reuse:
         [packages] = home.glob("lib/python*/site-packages")
         others = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+        run(
+            *pip[:3], "uninstall", "--yes", "--quiet", "setuptools", cwd=outside
+        )  # hides the reused
         (packages / "reused.pth").write_text("\n".join(others))
         run(*pip, "--no-deps", "--force-reinstall", wheel, cwd=outside)
         return
