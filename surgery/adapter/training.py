@@ -40,6 +40,9 @@ class Frozen:
         fresh: those among them for which ``from_pretrained`` found no weights.
         frozen: how many numbers are frozen.
         rows: names of the parameters for which ``train_rows`` was reset.
+
+    Example:
+        ``print(surgery.freeze_base(model, keep=["transformer.ln_f"]).kept)``
     """
 
     kept: tuple[str, ...]
@@ -90,6 +93,9 @@ def freeze_base(
     Raises:
         SpliceError: nothing is spliced in, under a name in ``train``, or the base lacks a name in
             ``keep``.
+
+    Example:
+        ``surgery.freeze_base(model, keep=["transformer.ln_f"])``
     """
     model = spliced_model(model)
     trained = [train] if isinstance(train, str) else list(train or reports(model))

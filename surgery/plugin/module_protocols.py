@@ -39,6 +39,9 @@ class AddsOnto(Protocol):
     (``torch.add(y, update, alpha=scale)``). The result has the dtype of ``onto``. The graph passes
     ``onto`` only where the port is the whole output of a projection, token by token; elsewhere it
     adds the update itself, so ``onto`` must default to None.
+
+    Example:
+        ``def forward(self, x, onto=None): return self.up(x) + (0 if onto is None else onto)``
     """
 
     def forward(self, *reads: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -54,6 +57,9 @@ class StartsWithProduct(Protocol):
     Modules at several ports that read the same value, of whatever methods and splices, then share
     one product with their stacked factors. The module is an :class:`AddsOnto` with the verb ``add``
     and one read. Its forward is called as ever where it has hooks.
+
+    Example:
+        ``def first_factor(self): return None if self.dropping else self.a``
     """
 
     def first_factor(self) -> Tensor | None:
@@ -71,6 +77,9 @@ class CountsVirtualKeys(Protocol):
 
     Methods later in the list read this value as ``lse``, so their keys share one softmax with
     these. :func:`surgery.virtual_lse` computes it.
+
+    Example:
+        ``def total_lse(self, merged, lse): return torch.logaddexp(lse, self.score)``
     """
 
     def total_lse(self, *reads: Tensor) -> Tensor:
@@ -85,6 +94,9 @@ class LeadsCache(Protocol):
 
     A graph that decodes without gradients then puts them in front of the keys of the KV cache,
     where it can (surgery/rewrite/leading.py). It calls forward elsewhere.
+
+    Example:
+        ``def leading_keys(self): return self.keys, self.values``
     """
 
     def leading_keys(self) -> tuple[Tensor, Tensor] | None:
@@ -101,6 +113,9 @@ class Foldable(Protocol):
 
     ``surgery.merge`` calls ``fold`` in float64 and rounds once. Verbs: ``add``, ``insert`` and
     ``replace``.
+
+    Example:
+        ``def fold(self, weight, bias): return weight * self.scale, bias``
     """
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -109,7 +124,11 @@ class Foldable(Protocol):
 
 @runtime_checkable
 class FoldableInput(Protocol):
-    """A module in front of a projection, ``y = m(x) W + b``, linear in x (verb ``feed``)."""
+    """A module in front of a projection, ``y = m(x) W + b``, linear in x (verb ``feed``).
+
+    Example:
+        ``def fold_input(self, weight): return self.scale[:, None] * weight``
+    """
 
     def fold_input(self, weight: Tensor) -> Tensor:
         """Return ``W'`` (in, out) with ``x W' = m(x) W``."""
@@ -120,6 +139,9 @@ class PartlyFoldable(Protocol):
     """A :class:`Foldable` module of which a part is not linear and stays spliced.
 
     ``surgery.merge(model, partial=True)`` folds the linear part and then calls ``rest``.
+
+    Example:
+        ``def rest(self): torch.nn.init.zeros_(self.bias)``
     """
 
     def rest(self) -> None:
@@ -131,6 +153,9 @@ class NeedsBias(Protocol):
     """A :class:`Foldable` module that has a bias of its own to fold.
 
     Where ``needs_bias`` is true, ``surgery.merge`` refuses a projection without a bias.
+
+    Example:
+        ``needs_bias = True``
     """
 
     needs_bias: bool
@@ -142,6 +167,9 @@ class Reparametrised(Protocol):
 
     A prefix that an MLP makes is stored as plain keys and values: ``plain_state`` returns the
     ``state_dict`` of the module that ``Method.plain()`` would insert in its place.
+
+    Example:
+        ``def plain_state(self): return {"keys": self.mlp(self.table)}``
     """
 
     def plain_state(self) -> dict[str, Tensor]:
@@ -154,6 +182,9 @@ class Factored(Protocol):
 
     ``surgery.combine`` makes one of several. Its method has ``at_rank(r)``: the method that makes
     such modules of rank r whose factors are A and B as they are, with no scale.
+
+    Example:
+        ``def low_rank_factors(self): return self.a, self.b * self.scale``
     """
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
@@ -172,6 +203,9 @@ class Divisible(Protocol):
     sums between two factors by ``surgery.sum_between(hidden, a, b)``; both do nothing to a model
     that is not divided. ``surgery.splice`` compares output and gradients with those of a single
     process.
+
+    Example:
+        ``def divided_axes(self, side): return {"a": 1} if side == "input" else {"b": 0}``
     """
 
     def divided_axes(self, side: str) -> dict[str, int]:
@@ -189,6 +223,9 @@ class RunsGrouped(Protocol):
     ``surgery.route`` then runs all adapters of a batch in as many operators as one. It asks only
     for modules of one class, dtype and mode, of which none has hooks, and only where the module
     has one input (verbs ``add``, ``insert`` and ``feed``). Others run one after the other.
+
+    Example:
+        ``def forward_grouped(modules, x, onto=None): return None``
     """
 
     @staticmethod
@@ -208,6 +245,9 @@ class ActsOnTokens(Protocol):
 
     ``surgery.splice`` verifies that a module has an effect. Where the example has none of these
     tokens, it tries them.
+
+    Example:
+        ``def trial_tokens(self): return self.tokens[:4]``
     """
 
     def trial_tokens(self) -> Tensor:
@@ -219,6 +259,9 @@ class NamesUndecayed(Protocol):
     """A module with parameters that weight decay must leave alone, such as biases.
 
     ``surgery.parameter_groups`` and the recipes' trainer ask for it; other trainers may.
+
+    Example:
+        ``def no_weight_decay(self): return {"bias"}``
     """
 
     def no_weight_decay(self) -> set[str]:
@@ -230,6 +273,9 @@ class NamesFast(Protocol):
     """A module with parameters that LoRA+ trains at a multiple of the learning rate.
 
     They are the factor B of a product A B that starts at zero (arXiv:2402.12354).
+
+    Example:
+        ``def fast_parameters(self): return {"b"}``
     """
 
     def fast_parameters(self) -> set[str]:
@@ -237,37 +283,15 @@ class NamesFast(Protocol):
 
 
 PROTOCOLS: tuple[type, ...] = (
-    AddsOnto,
-    StartsWithProduct,
-    CountsVirtualKeys,
-    LeadsCache,
-    Foldable,
-    FoldableInput,
-    PartlyFoldable,
-    NeedsBias,
-    Reparametrised,
-    Factored,
-    Divisible,
-    RunsGrouped,
-    ActsOnTokens,
-    NamesUndecayed,
-    NamesFast,
-)
+    AddsOnto, StartsWithProduct, CountsVirtualKeys, LeadsCache, Foldable, FoldableInput,
+    PartlyFoldable, NeedsBias, Reparametrised, Factored, Divisible, RunsGrouped, ActsOnTokens,
+    NamesUndecayed, NamesFast,
+)  # fmt: skip
 
-METHODS: dict[str, tuple[object, ...] | None] = {
-    "first_factor": (),
-    "after_product": (None,),
-    "total_lse": None,  # as many arguments as ``reads``
-    "leading_keys": (),
-    "fold": (None, None),
-    "fold_input": (None,),
-    "rest": (),
-    "low_rank_factors": (),
-    "set_low_rank_factors": (None, None),
-    "divided_axes": ("input",),
-    "forward_grouped": (None, None),
-    "trial_tokens": (),
-    "plain_state": (),
-    "no_weight_decay": (),
+METHODS: dict[str, tuple[object, ...] | None] = {  # total_lse: as many arguments as ``reads``
+    "first_factor": (), "after_product": (None,), "total_lse": None, "leading_keys": (),
+    "fold": (None, None), "fold_input": (None,), "rest": (), "low_rank_factors": (),
+    "set_low_rank_factors": (None, None), "divided_axes": ("input",),
+    "forward_grouped": (None, None), "trial_tokens": (), "plain_state": (), "no_weight_decay": (),
     "fast_parameters": (),
-}
+}  # fmt: skip
