@@ -20,6 +20,7 @@ PAGES = {
 }
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+ROLE = re.compile(r":(?:func|class|meth|attr|mod|data):(<code[^>]*>~?([\w.]+)</code>)")
 FENCE = re.compile(r"^(```.*?^```|~~~.*?^~~~)", re.DOTALL | re.MULTILINE)
 
 
@@ -35,6 +36,16 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page."""
     return turned(markdown, page.file.src_uri, os.environ.get("SURGERY_REPOSITORY", ""))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Turn Sphinx's roles in docstrings into links, where the page has what they name."""
+
+    def link(found: re.Match[str]) -> str:
+        code, name = found.groups()
+        return f'<a href="#{name}">{code}</a>' if f'id="{name}"' in html else code
+
+    return ROLE.sub(link, html)
 
 
 def turned(markdown: str, page: str, repository: str) -> str:

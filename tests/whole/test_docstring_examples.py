@@ -7,10 +7,12 @@ order, with words between. Both see what ``names_for`` gives: a small model with
 
 from __future__ import annotations
 
+import copy
 import doctest
 import inspect
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,19 +71,27 @@ class Mine(surgery.Method):
         exec(self.code, names | {"LowRank": zeros, "rank": 2})
 
 
-def names_for(folder: Path, splices: tuple[str, ...] = ("first", "second")) -> dict[str, Any]:
-    """What examples may use."""
-    model, source = make_model("fused"), make_model("fused")
+@cache
+def spliced(splices: tuple[str, ...]) -> Any:
+    """A small model with these splices."""
+    model = make_model("fused")
     for name in splices:
         surgery.splice(model, surgery.method("lora", rank=2), name=name)
+    return model
+
+
+def names_for(folder: Path, splices: tuple[str, ...] = ("first", "second")) -> dict[str, Any]:
+    """What examples may use."""
+    model, source = copy.deepcopy(spliced(splices)), make_model("fused")
     surgery.save(model, folder / "adapter")
     surgery.save(model, folder / "adapters/42", only=splices[0])
-    sites = surgery.locate(model)
+    sites, inputs = surgery.locate(model), {"input_ids": torch.ones(2, 6, dtype=torch.long)}
+    model(**inputs)
     heads, keys = torch.randn(2, 4, 6, 8), torch.randn(4, 3, 8)
     return {
         "surgery": surgery, "torch": torch, "model": model, "sites": sites, "base": source,
         "tuned": source, "site": sites.attention[0],
-        "inputs": {"input_ids": torch.ones(2, 6, dtype=torch.long)},
+        "inputs": inputs,
         "x": torch.randn(2, 6, 32), "y": torch.randn(2, 6, 32), "direction": torch.randn(32),
         "weight": torch.randn(32, 32), "a": torch.randn(2, 32), "b": torch.randn(2, 32),
         "merged": torch.randn(2, 6, 32), "query": heads, "lse": torch.randn(2, 4, 6), "keys": keys,
