@@ -123,6 +123,8 @@ def use(home: Path, outside: Path, wheel: Path) -> None:
     run(program, "train", "quickstart", "model=encoder", *steps, size, cwd=outside)
     assert (outside / "runs/quickstart/metrics.json").is_file()
     run(program, "eval", "runs/quickstart", cwd=outside)
+    run(program, "new", "mine", "--like", "lora", cwd=outside)
+    assert (outside / "surgery-mine/surgery_mine.py").is_file()
     pip = (python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
     for example in sorted(EXAMPLES.iterdir()):
         shutil.copytree(example, outside / example.name)
