@@ -123,3 +123,10 @@ def test_a_users_module_is_typed() -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "tests/support/wheel_consumer.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_workflows_run_what_ci_runs() -> None:
+    """Each step of .ci/run stands in a workflow, but the one that needs real data."""
+    steps = set(re.findall(r"^\s*make (\S+)", (ROOT / ".ci/run").read_text(), re.MULTILINE))
+    text = "".join(path.read_text() for path in WORKFLOWS)
+    assert {step for step in steps if not re.search(rf"\b{step}\b", text)} == {"recipes-smoke"}
