@@ -104,7 +104,7 @@ def install(wheel: Path, home: Path, outside: Path, reuse: bool) -> None:
         return
     pinned = ("-c", ROOT / "constraints.txt")
     run(*pip, *pinned, wheel, cwd=outside)
-    run(python, "-c", CORE, cwd=outside)
+    run(python, "-W", "error", "-c", CORE, cwd=outside)
     run(*pip, *pinned, f"{wheel}[hf]", *TOOLS, cwd=outside)
 
 
