@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -130,3 +131,16 @@ def test_the_workflows_run_what_ci_runs() -> None:
     steps = set(re.findall(r"^\s*make (\S+)", (ROOT / ".ci/run").read_text(), re.MULTILINE))
     text = "".join(path.read_text() for path in WORKFLOWS)
     assert {step for step in steps if not re.search(rf"\b{step}\b", text)} == {"recipes-smoke"}
+
+
+def test_what_the_library_imports_is_declared() -> None:
+    """At the top of a file, where every user has it; numpy once was not."""
+    declared = PROJECT.split("\ndependencies = [")[1].split("]\n")[0]
+    names = {name.replace("pyyaml", "yaml") for name in re.findall(r'"([a-z]+)[>\[]', declared)}
+    own = {"surgery", "surgery_plugins", "surgery_recipes"}
+    for path in [*(ROOT / "surgery").rglob("*.py"), *(ROOT / "plugins").glob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            roots = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
+            assert roots <= names | own, path
