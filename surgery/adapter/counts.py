@@ -31,6 +31,10 @@ class Summary:
         kept: parameters of the base among the trainable ones.
         dtypes: those of inserted parameters, and those of the base.
         states: for each splice whether it is on in this context, trained, and partly merged.
+
+    Example:
+        >>> print(surgery.summary(model).line)
+        trainable ... of ... parameters (... %)
     """
 
     model: str
@@ -99,7 +103,11 @@ def _used(report: Report) -> Iterator[tuple[Method, str, int]]:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return the sites, methods, trainable and total parameters of a model."""
+    """Return the sites, methods, trainable and total parameters of a model.
+
+    Example:
+        ``print(surgery.summary(model))``
+    """
     model = spliced_model(model)
     inserted = {id(p): p for _, p in spliced_parameters(model)}
     base = [p for p in model.parameters() if id(p) not in inserted]

@@ -40,6 +40,9 @@ class SavedAdapter:
         numbers, size: how many numbers it holds, and in how many bytes.
         kept, rows: parameters of the base that were trained along, and how many rows of others.
         versions: of surgery and torch, as they wrote it.
+
+    Example:
+        ``print(surgery.inspect("adapter"))``
     """
 
     folder: Path
@@ -76,6 +79,9 @@ def inspect(
 
     Raises:
         StoreError: there is no adapter, or it is damaged.
+
+    Example:
+        ``print(surgery.inspect("adapter"))``
     """
     folder = local_folder(place, _AT_MOST, revision, subfolder)
     description, tensors = read(folder, _AT_MOST)

@@ -85,6 +85,9 @@ def load(
         StoreError: files are missing or damaged, the base does not fit, or the adapter would write
             to what it may not. Nothing has changed.
         SpliceError: a splice of that name is there already. Nothing has changed.
+
+    Example:
+        ``model = surgery.load(base, "adapter")``
     """
     local = local_folder(folder, bound(model), revision, subfolder)
     description, tensors, sites = opened(model, local, example_inputs, bound(model))
@@ -183,6 +186,9 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         StoreError: files are missing or damaged, or other modules are spliced into the model.
+
+    Example:
+        ``surgery.restore(model, "adapter")``
     """
     description, tensors = read(folder, bound(model))
     require_base(model, description, tensors, folder)

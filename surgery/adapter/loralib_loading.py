@@ -47,6 +47,9 @@ def load_loralib(
     Raises:
         StoreError: the file is missing or damaged, or does not fit the model. Nothing has changed.
         SpliceError: a splice of that name is there already. Nothing has changed.
+
+    Example:
+        ``surgery.load_loralib(model, "lora.pt", alpha=32)``
     """
     require_free(model, name)
     path = Path(file)

@@ -51,6 +51,9 @@ class Merged:
         before: what was spliced in before the merge.
         values: the tensors of the modules that were folded in part, as they were.
         after: the paths of what was still spliced in right after the merge.
+
+    Example:
+        ``merged = surgery.merge(model)``; ``merged.undo(model)`` puts the weights back
     """
 
     folded: list[Inserted] = field(default_factory=list)
@@ -139,6 +142,9 @@ def merge(
     Raises:
         SpliceError: a module cannot be folded, or a splice is off or scaled; the message names the
             method and the reason. Nothing has changed.
+
+    Example:
+        ``merged = surgery.merge(model)``; ``surgery.unmerge(model, merged)``
     """
     require_spliced(model, *([] if name is None else [name]))
     names = _on(model, name)

@@ -80,6 +80,9 @@ def prefix(
     """Splice a prefix of ``length`` virtual keys into every attention, and freeze the rest.
 
     Arguments, result and errors are those of :func:`surgery.lora`.
+
+    Example:
+        ``surgery.prefix(base, length=4)``
     """
     made = method("prefix", length=length, **options)
     return _adapt(model, made, at, name, keep, example_inputs)
@@ -98,6 +101,9 @@ def inducer(
     """Splice an inducer, one virtual key that follows the query, into every attention; freeze.
 
     Arguments, result and errors are those of :func:`surgery.lora`.
+
+    Example:
+        ``surgery.inducer(model, key_rank=2, value_rank=2)``
     """
     made = method("inducer", key_rank=key_rank, value_rank=value_rank, **options)
     return _adapt(model, made, at, name, keep, example_inputs)

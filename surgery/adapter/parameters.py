@@ -21,6 +21,9 @@ def spliced_parameters(
     Args:
         model: a spliced model.
         name: the name of the splice; None means all.
+
+    Example:
+        ``sum(p.numel() for _, p in surgery.spliced_parameters(model))``
     """
     seen: set[int] = set()
     model = spliced_model(model)

@@ -54,6 +54,9 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
 
     Raises:
         SpliceError: there is no such parameter, or no such row, or the parameter is sharded.
+
+    Example:
+        ``surgery.train_rows(model, "transformer.wte.weight", [48, 49])``
     """
     own = dict(model.named_parameters())
     if name not in own:
@@ -85,6 +88,10 @@ def trained_rows(model: nn.Module) -> dict[str, list[int]]:
 
     Raises:
         SpliceError: such a parameter has been replaced, so that its gradient hook is lost.
+
+    Example:
+        >>> surgery.trained_rows(model)
+        {}
     """
     hooks: dict[str, RowGradient] = look_up(model).rows
     own = dict(model.named_parameters()) if hooks else {}

@@ -96,6 +96,9 @@ def save(
             numbers are offloaded, a tensor of ``state_dict`` is a part, a splice has code that no
             file can hold, or something has no place in the format.
         StoreError: the folder cannot be written to; the adapter in it is as it was.
+
+    Example:
+        ``surgery.save(model, "adapter")``, or ``surgery.save(model, "one", only="first")``
     """
     model = spliced_model(model)
     asked = [only] if isinstance(only, str) else list(reports(model) if only is None else only)

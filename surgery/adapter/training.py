@@ -41,6 +41,9 @@ class Frozen:
         fresh: those among them for which ``from_pretrained`` found no weights.
         frozen: how many numbers are frozen.
         rows: names of the parameters for which ``train_rows`` was reset.
+
+    Example:
+        ``print(surgery.freeze_base(model, keep=["transformer.ln_f"]).kept)``
     """
 
     kept: tuple[str, ...]
@@ -91,6 +94,9 @@ def freeze_base(
     Raises:
         SpliceError: nothing is spliced in, under a name in ``train``, or the base lacks a name in
             ``keep``.
+
+    Example:
+        ``surgery.freeze_base(model, keep=["transformer.ln_f"])``
     """
     model = spliced_model(model)
     names = reports(model) if train is None else train

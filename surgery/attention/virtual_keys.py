@@ -47,6 +47,9 @@ def virtual_tokens(
         f' (B, n, H d_v), to take the place of ``merged``.
 
     Cost: 2 n P (d + d_v) operations per head.
+
+    Example:
+        ``surgery.virtual_tokens(merged, query, lse, keys, values, scale=8**-0.5)``
     """
     f = _split(merged, query.shape[1])
     plain = scores is None and gate is None and softcap is None
@@ -75,6 +78,9 @@ def virtual_lse(
 
     The arguments are those of :func:`virtual_tokens`. With a gate, the result is
     ``lse - log(1 - gate g)``: the logsumexp with which an ungated softmax gives the same f'.
+
+    Example:
+        ``surgery.virtual_lse(query, lse, keys, values, scale=8**-0.5)``
     """
     lse_p = _attend_virtual(query, keys, values, lse, scale, scores, softcap)[1]
     if gate is None:

@@ -42,7 +42,7 @@ def ablate(
         SiteError: a site is no attention with one row of heads.
 
     Example:
-        ``surgery.ablate(model, sites.attention[2], heads=[0, 3])``
+        ``surgery.ablate(model, sites.attention[1], heads=[0, 3])``
     """
     numbers = (heads,) if isinstance(heads, int) else tuple(heads)
     made = method("ablate", heads=numbers)
@@ -85,7 +85,7 @@ def transplant(
         SiteError: a site has no projection, or the source lacks one, or has another shape there.
 
     Example:
-        ``surgery.transplant(tuned, model, surgery.locate(model).ffn[3])``
+        ``surgery.transplant(tuned, model, surgery.locate(model).ffn[1])``
     """
     made = method("transplant")
     chosen = chosen_sites(sites)

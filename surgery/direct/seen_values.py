@@ -93,6 +93,9 @@ class Seen(Values):
 
     Attributes:
         gradients: the gradients of the last backward pass, by site and port, likewise.
+
+    Example:
+        ``with surgery.watch(model, "lse") as seen: model(**inputs)``, then ``seen[site, "lse"]``
     """
 
     def __init__(self, wanted: list[tuple[Site, str]]) -> None:

@@ -50,7 +50,7 @@ def insert(
         ForwardError: by a forward, if a function returns another shape.
 
     Example:
-        ``surgery.insert(model, sites.ffn[3], "output", lambda h: h + 4 * direction)``
+        ``surgery.insert(model, sites.ffn[1], "output", lambda h: h + 4 * direction)``
     """
     return _edit("insert", model, sites, port, what, name)
 
@@ -112,7 +112,7 @@ def read(
         SpliceError: the name is taken, or ``what`` cannot be called.
 
     Example:
-        ``tokens = []; surgery.read(model, sites.ffn[3], "output", tokens.append)``
+        ``tokens = []; surgery.read(model, sites.ffn[1], "output", tokens.append)``
     """
     return _edit("read", model, sites, port, what, name)
 

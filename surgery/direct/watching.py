@@ -60,6 +60,9 @@ def watch(
     Raises:
         PortError: no site has a port.
         SurgeryError: as ``locate`` and ``splice`` do. Nothing has changed.
+
+    Example:
+        ``with surgery.watch(model, "lse") as seen: model(**inputs)``, then ``seen[site, "lse"]``
     """
     names = (ports,) if isinstance(ports, str) else tuple(ports)
     if at is None:

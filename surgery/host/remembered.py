@@ -38,6 +38,14 @@ class Remembered(Generic[Value]):
     """A value that belongs to the present state of a module.
 
     Copies and pickles are empty. Threads may share one: each sees a whole value, or None.
+
+    Example:
+        >>> layer, held = torch.nn.Linear(1, 1).eval(), surgery.Remembered[float]()
+        >>> held.set(layer, 0.5)
+        >>> held.get(layer)
+        0.5
+        >>> held.get(layer.train()) is None
+        True
     """
 
     def __init__(self) -> None:

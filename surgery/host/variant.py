@@ -44,6 +44,9 @@ class Variant:
     Attributes:
         graph: the ``torch.fx.Graph``; print it, or its ``code``.
         code: the Python source that runs.
+
+    Example:
+        ``for variants in surgery.variants(model).values(): print(variants[0].code)``
     """
 
     def __init__(self, captured: Captured) -> None:

@@ -23,7 +23,12 @@ _FORWARD_OR_BACKWARD = ("forward", "backward")
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward pass, in which checkpointing repeats forwards."""
+    """Whether this thread runs a backward pass, in which checkpointing repeats forwards.
+
+    Example:
+        >>> surgery.in_backward()
+        False
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

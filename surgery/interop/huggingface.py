@@ -79,6 +79,9 @@ def without_checkpointing(module: nn.Module) -> Iterator[list[nn.Module]]:
     A method may run the model a second time inside a forward, as prompt-tuning does. Checkpointing
     would repeat that run in the backward pass, when the method can no longer tell which of its two
     runs is being repeated.
+
+    Example:
+        ``with surgery.without_checkpointing(model): model(**inputs)``
     """
     on = [m for m in every_module(module) if vars(m).get("gradient_checkpointing") is True]
     try:

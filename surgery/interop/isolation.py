@@ -225,7 +225,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def every_module(module: nn.Module) -> list[nn.Module]:
-    """Return a module and all modules below it, also while another thread splices into them."""
+    """Return a module and all modules below it, also while another thread splices into them.
+
+    Example:
+        ``names = [type(m).__name__ for m in surgery.every_module(model)]``
+    """
     while True:
         try:
             return list(module.modules())

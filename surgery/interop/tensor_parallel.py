@@ -29,6 +29,9 @@ def own_part(parameter: Any) -> Any:
     """Return the part of a divided parameter that this process computes with; others as they are.
 
     A gradient of the part is one of the parameter.
+
+    Example:
+        ``hidden = torch.nn.functional.linear(x, surgery.own_part(weight))``
     """
     return parameter.to_local() if is_distributed(parameter) else parameter
 
@@ -43,6 +46,9 @@ def sum_between(hidden: Tensor, a: Any, b: Any) -> Tensor:
     Args:
         hidden: the product of this process's parts, (..., r).
         a, b: the factors as the module holds them, (r, in) and (r, out).
+
+    Example:
+        ``hidden = surgery.sum_between(x @ surgery.own_part(a).T, a, b)``
     """
     if not is_distributed(a):
         return hidden

@@ -84,6 +84,9 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     Raises:
         SiteError: the run reaches no site, the model's inputs are unknown, or its forward calls a
             function that torch.compile has to compile.
+
+    Example:
+        ``sites = surgery.locate(model)``; ``print(sites.attention.layers(0, 2))``
     """
     args, kwargs = _call(model, example_inputs)
     observation = _observed(model, args, kwargs)

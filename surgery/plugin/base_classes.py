@@ -223,6 +223,9 @@ class Task:
         kind: the model that the task needs. A ``classifier`` gets a new head with :attr:`labels`
             classes and answers with a class; a ``decoder`` continues the text of :meth:`prompt`.
         metric: the score that closing tables show, a key of the result of :meth:`score`.
+
+    Example:
+        ``task = surgery.task("sst2", path="data")``; ``print(task.kind)``
     """
 
     name: ClassVar[str] = ""

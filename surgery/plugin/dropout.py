@@ -40,6 +40,9 @@ class Dropout(nn.Dropout):
         p: probability of a zero, 0 <= p < 1.
 
     Shape: any -> the same
+
+    Example:
+        ``dropout = surgery.Dropout(0.1)``, then ``dropout(x)`` in a module's forward
     """
 
     def __init__(self, p: float) -> None:

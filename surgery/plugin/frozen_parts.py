@@ -18,7 +18,11 @@ from surgery.interop import updated_weight
 
 
 class Reference:
-    """A module that is registered elsewhere, to be called like a child."""
+    """A module that is registered elsewhere, to be called like a child.
+
+    Example:
+        ``norm = surgery.Reference(model.get_submodule("transformer.ln_f"))``, then ``norm(x)``
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

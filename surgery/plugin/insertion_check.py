@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import PortError
-from surgery.plugin.module_protocols import METHODS
+from surgery.plugin.protocol_names import METHODS
 from surgery.plugin.site import Port, Site
 
 OFFERS = (*METHODS, "needs_bias", "onto")

@@ -40,6 +40,9 @@ class AddsOnto(Protocol):
     (``torch.add(y, update, alpha=scale)``). The result has the dtype of ``onto``. The graph passes
     ``onto`` only where the port is the whole output of a projection, token by token; elsewhere it
     adds the update itself, so ``onto`` must default to None.
+
+    Example:
+        ``def forward(self, x, onto=None): return self.up(x) + (0 if onto is None else onto)``
     """
 
     def forward(self, *reads: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -55,6 +58,9 @@ class StartsWithProduct(Protocol):
     Modules at several ports that read the same value, of whatever methods and splices, then share
     one product with their stacked factors. The module is an :class:`AddsOnto` with the verb ``add``
     and one read. Its forward is called as ever where it has hooks.
+
+    Example:
+        ``def first_factor(self): return None if self.dropping else self.a``
     """
 
     def first_factor(self) -> Tensor | None:
@@ -72,6 +78,9 @@ class CountsVirtualKeys(Protocol):
 
     Methods later in the list read this value as ``lse``, so their keys share one softmax with
     these. :func:`surgery.virtual_lse` computes it.
+
+    Example:
+        ``def total_lse(self, merged, lse): return torch.logaddexp(lse, self.score)``
     """
 
     def total_lse(self, *reads: Tensor) -> Tensor:
@@ -86,6 +95,9 @@ class LeadsCache(Protocol):
 
     A graph that decodes without gradients then puts them in front of the keys of the KV cache,
     where it can (surgery/rewrite/leading.py). It calls forward elsewhere.
+
+    Example:
+        ``def leading_keys(self): return self.keys, self.values``
     """
 
     def leading_keys(self) -> tuple[Tensor, Tensor] | None:
@@ -102,6 +114,9 @@ class Foldable(Protocol):
 
     ``surgery.merge`` calls ``fold`` in float64 and rounds once. Verbs: ``add``, ``insert`` and
     ``replace``.
+
+    Example:
+        ``def fold(self, weight, bias): return weight * self.scale, bias``
     """
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +125,11 @@ class Foldable(Protocol):
 
 @runtime_checkable
 class FoldableInput(Protocol):
-    """A module in front of a projection, ``y = m(x) W + b``, linear in x (verb ``feed``)."""
+    """A module in front of a projection, ``y = m(x) W + b``, linear in x (verb ``feed``).
+
+    Example:
+        ``def fold_input(self, weight): return self.scale[:, None] * weight``
+    """
 
     def fold_input(self, weight: Tensor) -> Tensor:
         """Return ``W'`` (in, out) with ``x W' = m(x) W``."""
@@ -121,6 +140,9 @@ class PartlyFoldable(Protocol):
     """A :class:`Foldable` module of which a part is not linear and stays spliced.
 
     ``surgery.merge(model, partial=True)`` folds the linear part and then calls ``rest``.
+
+    Example:
+        ``def rest(self): torch.nn.init.zeros_(self.bias)``
     """
 
     def rest(self) -> None:
@@ -132,6 +154,9 @@ class NeedsBias(Protocol):
     """A :class:`Foldable` module that has a bias of its own to fold.
 
     Where ``needs_bias`` is true, ``surgery.merge`` refuses a projection without a bias.
+
+    Example:
+        ``needs_bias = True``
     """
 
     needs_bias: bool
@@ -143,6 +168,9 @@ class Reparametrised(Protocol):
 
     A prefix that an MLP makes is stored as plain keys and values: ``plain_state`` returns the
     ``state_dict`` of the module that ``Method.plain()`` would insert in its place.
+
+    Example:
+        ``def plain_state(self): return {"keys": self.mlp(self.table)}``
     """
 
     def plain_state(self) -> dict[str, Tensor]:
@@ -155,6 +183,9 @@ class Factored(Protocol):
 
     ``surgery.combine`` makes one of several. Its method has ``at_rank(r)``: the method that makes
     such modules of rank r whose factors are A and B as they are, with no scale.
+
+    Example:
+        ``def low_rank_factors(self): return self.a, self.b, self.scale``
     """
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
@@ -173,6 +204,9 @@ class Divisible(Protocol):
     sums between two factors by ``surgery.sum_between(hidden, a, b)``; both do nothing to a model
     that is not divided. ``surgery.splice`` compares output and gradients with those of a single
     process.
+
+    Example:
+        ``def divided_axes(self, side): return {"a": 1} if side == "input" else {"b": 0}``
     """
 
     def divided_axes(self, side: str) -> dict[str, int]:
@@ -190,6 +224,9 @@ class RunsGrouped(Protocol):
     ``surgery.route`` then runs all adapters of a batch in as many operators as one. It asks only
     for modules of one class, dtype and mode, of which none has hooks, and only where the module
     has one input (verbs ``add``, ``insert`` and ``feed``). Others run one after the other.
+
+    Example:
+        ``def forward_grouped(modules, x, onto=None): return None``
     """
 
     @staticmethod
@@ -209,6 +246,9 @@ class ActsOnTokens(Protocol):
 
     ``surgery.splice`` verifies that a module has an effect. Where the example has none of these
     tokens, it tries them.
+
+    Example:
+        ``def trial_tokens(self): return self.tokens[:4]``
     """
 
     def trial_tokens(self) -> Tensor:
@@ -220,6 +260,9 @@ class NamesUndecayed(Protocol):
     """A module with parameters that weight decay must leave alone, such as biases.
 
     ``surgery.parameter_groups`` and the recipes' trainer ask for it; other trainers may.
+
+    Example:
+        ``def no_weight_decay(self): return {"bias"}``
     """
 
     def no_weight_decay(self) -> set[str]:
@@ -231,6 +274,9 @@ class NamesFast(Protocol):
     """A module with parameters that LoRA+ trains at a multiple of the learning rate.
 
     They are the factor B of a product A B that starts at zero (arXiv:2402.12354).
+
+    Example:
+        ``def fast_parameters(self): return {"b"}``
     """
 
     def fast_parameters(self) -> set[str]:
@@ -239,46 +285,11 @@ class NamesFast(Protocol):
 
 @runtime_checkable
 class NamesRates(Protocol):
-    """A module with parameters that learn at rates of their own."""
+    """A module with parameters that learn at rates of their own.
+
+    Example:
+        ``def learning_rates(self): return {"b": 16.0}``
+    """
 
     def learning_rates(self) -> Mapping[str, float]:
         """Return by own parameter how many times as large its learning rate is."""
-
-
-PROTOCOLS: tuple[type, ...] = (
-    AddsOnto,
-    StartsWithProduct,
-    CountsVirtualKeys,
-    LeadsCache,
-    Foldable,
-    FoldableInput,
-    PartlyFoldable,
-    NeedsBias,
-    Reparametrised,
-    Factored,
-    Divisible,
-    RunsGrouped,
-    ActsOnTokens,
-    NamesUndecayed,
-    NamesFast,
-    NamesRates,
-)
-
-METHODS: dict[str, tuple[object, ...] | None] = {
-    "first_factor": (),
-    "after_product": (None,),
-    "total_lse": None,  # as many arguments as ``reads``
-    "leading_keys": (),
-    "fold": (None, None),
-    "fold_input": (None,),
-    "rest": (),
-    "low_rank_factors": (),
-    "set_low_rank_factors": (None, None),
-    "divided_axes": ("input",),
-    "forward_grouped": (None, None),
-    "trial_tokens": (),
-    "plain_state": (),
-    "no_weight_decay": (),
-    "fast_parameters": (),
-    "learning_rates": (),
-}

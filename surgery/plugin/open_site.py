@@ -110,6 +110,9 @@ class OpenSite(Site):
         shared: modules that the sites of one splice share, by name (see :meth:`share`).
         base_parts: the base's own modules and parameters, by id.
         edits: the edits so far, each with the module that it inserts.
+
+    Example:
+        ``site.port("output").insert(torch.nn.Identity(), name="mine")``
     """
 
     ports: Mapping[str, OpenPort] = field(default_factory=dict)

@@ -21,6 +21,10 @@ def are_quick_patterns(patterns: Iterable[str]) -> bool:
 
     They do with at most three open repeats (``* + ? {m,n}``; digits are free), none of a group but
     ``(...)?``, without ``(?...)`` but ``(?:...)``, and without ``\\1``.
+
+    Example:
+        >>> surgery.are_quick_patterns(["layers.[0-3]"]), surgery.are_quick_patterns(["(a*)*b"])
+        (True, False)
     """
     listed = list(patterns)
     return all(map(_is_regular_expression, listed)) and sum(map(_steps, listed)) < _MOST

@@ -254,6 +254,9 @@ def register(cls: Offered) -> Offered:
     Raises:
         MethodError, RecipeError: the class cannot be offered, or a plugin has a method or task of
             that name. Nothing has changed.
+
+    Example:
+        ``surgery.register(Mine)``; ``surgery.splice(model, "mine")``
     """
     registry().register(cls)
     return cls
@@ -264,12 +267,21 @@ def method(name: str, /, **options: Any) -> Method:
 
     Raises:
         MethodError: no such method or option, or an impossible value.
+
+    Example:
+        >>> surgery.method("lora", rank=2).rank
+        2
     """
     return registry().method(name, options)
 
 
 def methods() -> dict[str, type[Method]]:
-    """Return every installed method, by name."""
+    """Return every installed method, by name.
+
+    Example:
+        >>> "lora" in surgery.methods()
+        True
+    """
     return registry().methods()
 
 
@@ -278,12 +290,20 @@ def task(name: str, /, **options: Any) -> Task:
 
     Raises:
         RecipeError: no such task or option, or an impossible value.
+
+    Example:
+        ``surgery.task("sst2", path="data")``
     """
     return registry().task(name, options)
 
 
 def tasks() -> dict[str, type[Task]]:
-    """Return every installed task, by name."""
+    """Return every installed task, by name.
+
+    Example:
+        >>> "sst2" in surgery.tasks()
+        True
+    """
     return registry().tasks()
 
 

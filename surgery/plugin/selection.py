@@ -23,7 +23,7 @@ class Sites:
     that the example did not run.
 
     Example:
-        ``surgery.locate(model).attention.layers(0, 12).expect(12)``
+        ``surgery.locate(model).attention.layers(0, 2).expect(2)``
     """
 
     def __init__(

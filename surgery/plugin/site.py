@@ -38,6 +38,9 @@ class Port:
             if ``weight`` is that name, or no table.
         shared: whether another site runs the same weight, as streams of one attention may.
         columns: the columns of a fused projection that belong to the port; None means all.
+
+    Example:
+        ``site.port("query").width``
     """
 
     name: str
@@ -143,6 +146,9 @@ class Site:
             as far as the example shows: hidden states, and what another trunk is given, too.
         batch_first: whether the batch is the first axis of the ports; False where the sequence is
             first, or the tokens of all examples lie in one row.
+
+    Example:
+        ``site = surgery.locate(model).attention[0]``; ``print(site.path, site.heads, site.ports)``
     """
 
     path: str

@@ -63,6 +63,9 @@ def using(model: nn.Module, names: Names) -> Iterator[nn.Module]:
 
     Raises:
         SpliceError: nothing is spliced in under a name, or a splice cannot be scaled.
+
+    Example:
+        ``with surgery.using(model, {"first": 0.5}): model(**inputs)``
     """
     whole = spliced_model(model)
     require_spliced(whole)
@@ -79,6 +82,9 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
 
     Raises:
         SpliceError: nothing is spliced under that name.
+
+    Example:
+        ``with surgery.disabled(model, "first"): model(**inputs)``
     """
     whole = spliced_model(model)
     require_spliced(whole, *([] if name is None else [name]))
@@ -117,6 +123,9 @@ def route(
         ForwardError: by the forward, if the rows of a batch are no multiple of the entries.
 
     Without ``model`` the forward raises all of them.
+
+    Example:
+        ``with surgery.route(["first", None]): model(**inputs)``
     """
     if isinstance(names, str):
         raise SpliceError(

@@ -125,6 +125,9 @@ def rename(model: nn.Module, name: str, new: str) -> nn.Module:
 
     Raises:
         SpliceError: nothing is spliced in under ``name``, or ``new`` is taken.
+
+    Example:
+        ``surgery.rename(model, "first", "style")``
     """
     whole = spliced_model(model)
     require_spliced(whole, name)

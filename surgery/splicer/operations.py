@@ -208,6 +208,9 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         SpliceError: nothing is spliced under that name.
+
+    Example:
+        ``surgery.remove(model, "first")``, or ``surgery.remove(model)`` for all
     """
     whole = spliced_model(model)
     require_spliced(whole, *([] if name is None else [name]))
@@ -259,6 +262,9 @@ def refresh(model: nn.Module) -> nn.Module:
 
     Hosts notice what has changed in the state that their forwards read, so this is needed only
     after a change that Python cannot show, such as one inside a C extension.
+
+    Example:
+        ``surgery.refresh(model)``
     """
     for host in hosts(model).values():
         state = state_of(host)
@@ -268,7 +274,11 @@ def refresh(model: nn.Module) -> nn.Module:
 
 
 def variants(model: nn.Module) -> dict[str, list[Variant]]:
-    """Return the graphs that each host has so far; print their ``code`` or ``graph``."""
+    """Return the graphs that each host has so far; print their ``code`` or ``graph``.
+
+    Example:
+        ``print(surgery.variants(model)[site.path][0].code)``
+    """
     return {
         path: [v for s in state.every_selection() for v in s.variants()]
         for path, host in hosts(model).items()

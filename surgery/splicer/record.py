@@ -39,6 +39,9 @@ class Inserted:
         path: the path of the module in the model.
         parameters: how many numbers it trains; those shared with an earlier module count there.
         frozen: its parameters that its author has given ``requires_grad=False``; they stay so.
+
+    Example:
+        ``[each.path for each in surgery.summary(model).reports[0].inserted]``
     """
 
     site: Site
@@ -65,6 +68,9 @@ class Report:
         overlooked: what no site of the model reaches, as ``surgery.locate`` names it.
         merged: whether a part has been folded into the base.
         order: the identities of the sites, in the order in which they were chosen.
+
+    Example:
+        ``report = surgery.splice(model, "ia3")``; ``surgery.remove(model, report.name)``
     """
 
     name: str

@@ -28,7 +28,7 @@ def view(model: nn.Module, names: Names) -> nn.Module:
 
     Example:
         ``surgery.copy(model, "policy", "reference")``, then
-        ``DPOTrainer(model, ref_model=surgery.view(model, "reference"), ...)``; the reference is the
+        ``DPOTrainer(model, ref_model=surgery.view(model, "reference"))``; the reference is the
         frozen copy, and the base is in memory once.
     """
     whole = spliced_model(model)
