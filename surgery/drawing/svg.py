@@ -1,0 +1,90 @@
+"""Draw a listing as SVG: a box for each operation, ports by name, what is spliced in in colour.
+
+Colours come from ``drawing.css``. A page has that style once; a drawing that stands alone brings it
+along, in its light colours.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from importlib.resources import files
+from itertools import pairwise
+
+from surgery.drawing.layout import PADDING, ROW, Box, laid_out
+from surgery.drawing.listing import Listing
+
+_MARGIN = 12
+
+
+def svg(listing: Listing, label: str, alone: bool = False) -> str:
+    """Return a drawing.
+
+    Args:
+        label: what it shows, for readers who hear it.
+        alone: whether the drawing stands in a file of its own.
+    """
+    layout = laid_out(listing)
+    width, height = layout.width + 2 * _MARGIN, layout.height + 2 * _MARGIN
+    parts = [_edge(way) for way in layout.edges] + [_box(box) for box in layout.boxes]
+    own = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
+    style = f"<style>{style_of_drawings()}</style>" if alone else ""
+    return (
+        f'<svg{own} class="graph" role="img" aria-label="{escape(label)}" '
+        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f"{style}{''.join(parts)}</svg>"
+    )
+
+
+def style_of_drawings() -> str:
+    """Return the CSS of a drawing."""
+    return files("surgery.drawing").joinpath("drawing.css").read_text(encoding="utf-8")
+
+
+def _box(box: Box) -> str:
+    x, y = box.x - box.width / 2 + _MARGIN, _top(box)
+    kinds = ["box", box.kind, *(["new"] if box.inserted else []), *(["port"] if box.ports else [])]
+    middle = box.x + _MARGIN
+    texts = [(box.label, "what", y + box.height / 2 + 4)]
+    if box.ports:
+        texts = [(box.ports, "name", y + 15), (box.label, "what", y + 28)]
+    lines = "".join(
+        f'<text class="{kind}" x="{middle:.1f}" y="{at:.1f}">{escape(text)}</text>'
+        for text, kind, at in texts
+    )
+    numbers = " ".join(map(str, box.steps))
+    return (
+        f'<g class="{" ".join(kinds)}" data-n="{numbers}"><title>{escape(box.title)}</title>'
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{box.width:.1f}" height="{box.height}" rx="5"/>'
+        f"{lines}</g>"
+    )
+
+
+def _top(box: Box) -> float:
+    """Return where a box begins: boxes of one row have one middle."""
+    return _middle(box) - box.height / 2
+
+
+def _middle(box: Box) -> float:
+    return box.row * ROW + 18 + _MARGIN
+
+
+def _edge(way: list[Box]) -> str:
+    """Draw an edge from the lower side of its first box to the upper side of its last."""
+    first, last = way[0], way[-1]
+    new = " new" if first.inserted or last.inserted else ""
+    points = [(first.x + _MARGIN + _aside(first, way[1]), _top(first) + first.height)]
+    points += [(box.x + _MARGIN, _middle(box)) for box in way[1:-1]]
+    points += [(last.x + _MARGIN + _aside(last, way[-2]), _top(last))]
+    path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
+    for (x, y), (to_x, to_y) in pairwise(points):
+        half = (y + to_y) / 2
+        path += f"C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} {to_x:.1f} {to_y:.1f}"
+    return f'<path class="edge{new}" d="{path}"/>'
+
+
+def _aside(box: Box, other: Box) -> float:
+    """Return how far from the middle of a box an edge to another begins: towards it, a little."""
+    room = box.width / 2 - PADDING
+    return max(-room, min(room, (other.x - box.x) * 0.25))
+
+
