@@ -39,6 +39,7 @@ from surgery.adapter import (
 )
 from surgery.attention import virtual_lse, virtual_tokens
 from surgery.direct import Seen, ablate, insert, read, replace, transplant, watch
+from surgery.drawing import Anatomy, anatomy, diff
 from surgery.errors import (
     CaptureError,
     ForwardError,
@@ -123,6 +124,7 @@ __version__ = _version("surgery")
 __all__ = [
     "ActsOnTokens",
     "AddsOnto",
+    "Anatomy",
     "CallValue",
     "CaptureError",
     "CountsVirtualKeys",
@@ -173,9 +175,11 @@ __all__ = [
     "Variant",
     "ablate",
     "add_product",
+    "anatomy",
     "are_quick_patterns",
     "combine",
     "copy",
+    "diff",
     "disabled",
     "every_module",
     "freeze_base",

@@ -1,6 +1,6 @@
 """Join the commands of all files to one program: ``surgery COMMAND``.
 
-    models.py      methods, locate
+    models.py      methods, locate, diff
     plugins.py     new, check
     runs.py        recipes, train, compare, eval
     adapters.py    inspect, merge, convert, generate, push

@@ -21,7 +21,6 @@ from surgery.drawing.listing import Listing, listed
 from surgery.drawing.names import argument_names, port_names, replacements, variable_names
 from surgery.host import Variant, apply_all, capture_host, state_of
 from surgery.interop import evaluating, exclusively
-
 from surgery.plugin import Edit, Site
 
 
@@ -31,13 +30,12 @@ class HostGraphs:
 
     Attributes:
         before: the graph of the base.
-        after: the graph with everything that is spliced in; None if nothing edits it.
-        wraps: the edits around the whole call, by the inserted child: they have no node.
+        after: the graph with everything that is spliced in; None if nothing edits it, as what
+            stands around the whole call does not.
     """
 
     before: Listing
     after: Listing | None
-    wraps: dict[str, Edit]
 
 
 def host_graphs(model: nn.Module, site: Site) -> HostGraphs:
@@ -79,12 +77,12 @@ def _both(module: nn.Module, site: Site) -> HostGraphs:
     arguments = {copies[n]: t for n, t in given.items()}
     known = {copies[n]: kinds[n] for n in copies}, {copies[n]: shapes[n] for n in copies}
     before = listed(base.graph, names, on_base, arguments, *known, {})
-    wraps = {child: edit for child, edit in edits.items() if edit.verb == "wrap"}
     if not inside:
-        return HostGraphs(before, None, wraps)
+        return HostGraphs(before, None)
 
     Variant(captured)
-    taken = {node: names[copies[node]] for node in old if copies.get(node) in names}
+    here = [node for node in captured.graph.nodes if node in copies]
+    taken = {node: names[copies[node]] for node in here if copies[node] in names}
     news = replacements(base.graph, captured.graph, copies)
     ports = {**ports, **more, **{new: ports[was] for new, was in news.items() if was in ports}}
     for new, was in news.items():
@@ -93,7 +91,7 @@ def _both(module: nn.Module, site: Site) -> HostGraphs:
     names = variable_names(captured.graph, taken, ports, news)
     inserted = _inserted(captured.graph, old, inside)
     after = listed(captured.graph, names, ports, given, kinds, shapes, inserted)
-    return HostGraphs(before, after, wraps)
+    return HostGraphs(before, after)
 
 
 def _copied(captured: Captured) -> tuple[Captured, dict[fx.Node, fx.Node]]:

@@ -1,9 +1,9 @@
 """Place the steps of a listing: a row for each depth, few crossings, edges around the boxes.
 
-    steps ──boxes──► Box         steps that only reshape one value share a box
-          ──rows───► row         the longest way from an input; an input stands above its reader
-          ──order──► place       barycentres, down and up; a long edge has a point in each row
-          ──x──────► position    each box near the middle of what it is joined to
+steps ──boxes──► Box         steps that only reshape one value share a box
+      ──rows───► row         the longest way from an input; an input stands above its reader
+      ──order──► place       barycentres, down and up; a long edge has a point in each row
+      ──x──────► position    each box near the middle of what it is joined to
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from surgery.drawing.listing import Listing, Step
 _SHAPES = (
     "view reshape transpose permute contiguous flatten unflatten unsqueeze squeeze expand to mT"
 ).split()
-CHARACTER, PADDING, GAP, ROW = 6.65, 9, 18, 62
+CHARACTER, PADDING, GAP, ROW = 6.65, 9, 16, 58
 HIGH, LOW = 36, 24  # boxes with and without a port
 _SWEEPS = 12
 
@@ -47,7 +47,7 @@ class Box:
     def width(self) -> float:
         """The width of the box."""
         if not self.steps:
-            return 10.0
+            return 22.0
         return max(len(self.ports), len(self.label), 3) * CHARACTER + 2 * PADDING
 
     @property
@@ -66,7 +66,9 @@ class Layout:
     @property
     def width(self) -> float:
         """The width of the whole."""
-        return max((box.x + box.width / 2 for box in self.boxes), default=0.0)
+        return max(
+            (b.x + b.width / 2 for way in [self.boxes, *self.edges] for b in way), default=0.0
+        )
 
     @property
     def height(self) -> float:
@@ -108,12 +110,15 @@ def _boxes(steps: list[Step]) -> tuple[list[Box], list[tuple[Box, Box]]]:
         if before is not None and alone and _folds(step) and before.kind == "shape":
             before.steps.append(n)
             before.ports = ", ".join(step.ports)
-            before.label, before.title = f"{before.label}, {step.label}", f"{before.title}\n{step.text}"
+            before.label, before.title = (
+                f"{before.label}, {step.label}",
+                f"{before.title}\n{step.text}",
+            )
             boxes[n] = before
             continue
         title = "\n".join(filter(None, [step.text or step.label, step.shape, step.where]))
         kind = "shape" if _folds(step) else step.kind
-        label = step.label if len(step.label) <= 30 else f"{step.label[:29]}…"
+        label = step.label if len(step.label) <= 34 else f"{step.label[:33]}…"
         boxes[n] = Box([n], ", ".join(step.ports), label, title, step.inserted, kind)
     found: dict[int, Box] = {id(box): box for box in boxes.values()}
     pairs: dict[tuple[int, int], tuple[Box, Box]] = {}
@@ -133,7 +138,7 @@ def _folds(step: Step) -> bool:
 
 
 def _feeds(steps: list[Step]) -> dict[int, list[int]]:
-    """Return the drawn steps, each with the drawn steps that it reads, through numbers and hooks."""
+    """Return the drawn steps, each with those that it reads, through numbers and hooks."""
     reach: dict[int, list[int]] = {}
     drawn: dict[int, list[int]] = {}
     for n, step in enumerate(steps):
@@ -191,8 +196,10 @@ def _spread(rows: list[list[Box]]) -> None:
         for row in rows if down else reversed(rows):
             wanted = []
             for box in row:
-                near = box.above + box.below if sweep > 2 * _SWEEPS else (
-                    box.above if down else box.below
+                near = (
+                    box.above + box.below
+                    if sweep > 2 * _SWEEPS
+                    else (box.above if down else box.below)
                 )
                 wanted.append(_mean(n.x for n in near) if near else box.x)
             _settle(row, wanted)

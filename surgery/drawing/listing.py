@@ -1,4 +1,4 @@
-"""List a graph as steps: a line of Python for each, its ports, and where in the model it comes from.
+"""List a graph as steps: a line of Python for each, its ports, and its source in the model.
 
     def forward(self, input, past_key_values):       # input is hidden_states
         c_attn = self.c_attn(input)                   # modeling.py:210
@@ -111,11 +111,20 @@ def listed(
             variable = variables[node]
         elif variable:
             text = f"{variable} = {text}"
-        label = arguments.get(node, variables[node]) if kind == "input" else _label(node, writer)
         new = node in inserted
-        holds = new or kinds.get(node, "").startswith("tensor") or node in ports or kind in ("input", "output")
+        label = arguments.get(node, variables[node]) if kind == "input" else _label(node, writer)
+        if new and kind == "function":
+            label = _label_of_inserted(node, label)
+        holds = (
+            new
+            or kinds.get(node, "").startswith("tensor")
+            or node in ports
+            or kind in ("input", "output")
+        )
         drawn = bool(holds or not node.users) and _name(node) != "check" and not _is_hooks(node)
-        found = sorted({numbers[n] for a in node.all_input_nodes for n in _sources(a, numbers)})
+        found = sorted(
+            {numbers[n] for a in node.all_input_nodes for n in _sources(a, numbers, kinds)}
+        )
         if _is_hooks(node):
             found = []
         steps.append(
@@ -140,11 +149,18 @@ def _label(node: fx.Node, writer: Writer) -> str:
         return "return"
     if node.op == "call_module":
         return str(node.target)
-    children = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     name = _name(node).strip("_")
     if name == "getitem":
         return "slice" if type(node.args[1]) is tuple else writer.statement(node)
-    return " ".join([name, *children])
+    return name
+
+
+def _label_of_inserted(node: fx.Node, label: str) -> str:
+    """Return the names of the inserted modules that a node calls, or else its own label."""
+    children = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    if len(children) != 1:
+        return label
+    return children[0] if label.startswith("added") else f"{label} {children[0]}"
 
 
 def _is_hooks(node: fx.Node) -> bool:
@@ -161,19 +177,25 @@ def _where(node: fx.Node) -> str:
     return str(node.meta.get("owner") or "")
 
 
-def _sources(node: Any, numbers: Mapping[fx.Node, int]) -> list[fx.Node]:
-    """Return the nodes with a line that a value comes from; hooks let values through."""
+def _sources(
+    node: Any, numbers: Mapping[fx.Node, int], kinds: Mapping[fx.Node, str]
+) -> list[fx.Node]:
+    """Return the nodes with a line that a value comes from.
+
+    Hooks let values through; the size of a tensor comes from none.
+    """
     if not isinstance(node, fx.Node):
         return []
     if node in numbers and not _is_hooks(node):
         return [node]
     through = _through_hooks(node)
-    if through is not None:
-        return [n for a in through for n in _sources(a, numbers)]
-    return [n for a in node.all_input_nodes for n in _sources(a, numbers)]
+    if through is None:
+        is_fact = kinds.get(node) == "number" or (node.target is getattr and node not in numbers)
+        through = [] if is_fact else node.all_input_nodes
+    return [n for a in through for n in _sources(a, numbers, kinds)]
 
 
-def _through_hooks(node: fx.Node) -> list[Any] | None:
+def _through_hooks(node: fx.Node) -> list[fx.Node] | None:
     """Return what a value was before the hooks of a module; None if it is not behind any."""
     path: list[Any] = []
     base: Any = node

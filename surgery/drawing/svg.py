@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from html import escape
 from importlib.resources import files
-from itertools import pairwise
 
 from surgery.drawing.layout import PADDING, ROW, Box, laid_out
 from surgery.drawing.listing import Listing
@@ -30,7 +29,8 @@ def svg(listing: Listing, label: str, alone: bool = False) -> str:
     style = f"<style>{style_of_drawings()}</style>" if alone else ""
     return (
         f'<svg{own} class="graph" role="img" aria-label="{escape(label)}" '
-        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
+        f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'style="--w:{width:.0f}">'
         f"{style}{''.join(parts)}</svg>"
     )
 
@@ -76,15 +76,27 @@ def _edge(way: list[Box]) -> str:
     points += [(box.x + _MARGIN, _middle(box)) for box in way[1:-1]]
     points += [(last.x + _MARGIN + _aside(last, way[-2]), _top(last))]
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
-    for (x, y), (to_x, to_y) in pairwise(points):
-        half = (y + to_y) / 2
-        path += f"C{x:.1f} {half:.1f} {to_x:.1f} {half:.1f} {to_x:.1f} {to_y:.1f}"
+    for (x, y), (to_x, to_y), lean, to_lean in zip(
+        points, points[1:], *[_leans(points)[i:] for i in (0, 1)], strict=False
+    ):
+        third = (to_y - y) / 3
+        path += (
+            f"C{x + lean * third:.1f} {y + third:.1f} "
+            f"{to_x - to_lean * third:.1f} {to_y - third:.1f} {to_x:.1f} {to_y:.1f}"
+        )
     return f'<path class="edge{new}" d="{path}"/>'
+
+
+def _leans(points: list[tuple[float, float]]) -> list[float]:
+    """Return how far an edge leans at each of its points: upright at both ends, smooth between."""
+    between = [
+        (after[0] - before[0]) / (after[1] - before[1])
+        for before, after in zip(points, points[2:], strict=False)
+    ]
+    return [0.0, *between, 0.0]
 
 
 def _aside(box: Box, other: Box) -> float:
     """Return how far from the middle of a box an edge to another begins: towards it, a little."""
     room = box.width / 2 - PADDING
     return max(-room, min(room, (other.x - box.x) * 0.25))
-
-
