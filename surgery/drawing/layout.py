@@ -66,9 +66,8 @@ class Layout:
     @property
     def width(self) -> float:
         """The width of the whole."""
-        return max(
-            (b.x + b.width / 2 for way in [self.boxes, *self.edges] for b in way), default=0.0
-        )
+        every = [box for way in [self.boxes, *self.edges] for box in way]
+        return max((box.x + box.width / 2 for box in every), default=0.0)
 
     @property
     def height(self) -> float:

@@ -88,10 +88,14 @@ def _edge(way: list[Box]) -> str:
 
 
 def _leans(points: list[tuple[float, float]]) -> list[float]:
-    """Return how far an edge leans at each of its points: upright at both ends, smooth between."""
+    """Return how far an edge leans at each of its points: upright at both ends and in a bend.
+
+    In between it is the harmonic mean of the leans on both sides, so that no edge overshoots.
+    """
+    pairs = zip(points, points[1:], strict=False)
+    steps = [(to_x - x) / (to_y - y) for (x, y), (to_x, to_y) in pairs]
     between = [
-        (after[0] - before[0]) / (after[1] - before[1])
-        for before, after in zip(points, points[2:], strict=False)
+        2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in zip(steps, steps[1:], strict=False)
     ]
     return [0.0, *between, 0.0]
 

@@ -182,6 +182,12 @@ class Site:
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
         return int(number.group(1)) if number else None
 
+    def __repr__(self) -> str:
+        size = f", {self.heads} heads of {self.head_width}" if self.heads else ""
+        rest = f": {self.description}{size}, width {self.width}, {len(self.ports)} ports>"
+        path, room = self.path or "(root)", 100 - len("<Site ") - len(rest)
+        return f"<Site {path if len(path) <= room else '…' + path[1 - room :]}{rest}"
+
     @property
     def description(self) -> str:
         """The kind in words, such as ``causal self-attention`` or ``gated FFN``."""
