@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from html import escape
 from importlib.resources import files
+from itertools import pairwise
 
 from surgery.drawing.layout import PADDING, ROW, Box, laid_out
 from surgery.drawing.listing import Listing
@@ -92,11 +93,9 @@ def _leans(points: list[tuple[float, float]]) -> list[float]:
 
     In between it is the harmonic mean of the leans on both sides, so that no edge overshoots.
     """
-    pairs = zip(points, points[1:], strict=False)
+    pairs = pairwise(points)
     steps = [(to_x - x) / (to_y - y) for (x, y), (to_x, to_y) in pairs]
-    between = [
-        2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in zip(steps, steps[1:], strict=False)
-    ]
+    between = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(steps)]
     return [0.0, *between, 0.0]
 
 
