@@ -29,6 +29,10 @@ _FIRST = (
     "query key value query_heads key_heads value_heads query_unrotated weights context merged lse "
     "gate up activation output input ids positions rows"
 ).split()
+_RESULTS = {
+    "getitem": "part", "add": "total", "sub": "difference", "mul": "product", "matmul": "product",
+    "truediv": "quotient", "neg": "negative",
+}  # fmt: skip
 LIBRARIES = (torch, F, math, operator, builtins)
 _TAKEN = {"self", "torch", "F", "math", "operator", "inf", "nan"}
 
@@ -128,7 +132,7 @@ def _plain(node: fx.Node) -> str:
         is_hooks = node.target in (run_pre_hooks, run_forward_hooks)
         return "hooked" if is_hooks else own_function(node).__name__.strip("_").partition("_")[0]
     name = str(getattr(node.target, "__name__", node.target)).strip("_")
-    return "part" if name == "getitem" else name
+    return _RESULTS.get(name, name)
 
 
 def _joined(node: fx.Node, ports: tuple[str, ...]) -> str:

@@ -42,7 +42,7 @@ def test_locate_refuses_before_it_loads(tmp_path: Path) -> None:
 def test_diff_prints_what_a_method_changes(model: str) -> None:
     done = CliRunner().invoke(app, ["diff", model, "lora", "rank=2", "--site", SITE])
     assert done.exit_code == 0, done.output
-    assert done.output == surgery.diff(build("gpt2"), surgery.method("lora", rank=2), SITE)
+    assert done.stdout == surgery.diff(build("gpt2"), surgery.method("lora", rank=2), SITE)
     wrong = CliRunner().invoke(app, ["diff", model, "lora", "--site", "transformer.h.0.atn"])
     assert wrong.exit_code == 1
     assert "Did you mean 'transformer.h.0.attn'?" in wrong.output

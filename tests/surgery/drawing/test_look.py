@@ -20,7 +20,7 @@ def test_a_method_is_shown_and_not_kept() -> None:
     seen = surgery.anatomy(model, "lora")
     assert repr(seen) == "Anatomy of GPT2LMHeadModel: 4 sites, 2 hosts edited"
     assert set(model.state_dict()) == names
-    assert surgery.summary(model).reports == []
+    assert surgery.summary(model).reports == ()
     assert torch.equal(torch.get_rng_state(), draws)
     assert torch.equal(model(input_ids=IDS).logits, base)
 
