@@ -105,7 +105,7 @@ def variable_names(
     for node in graph.nodes:  # ports first: they get their names without a number
         if node in ports and node not in names and node not in (news or {}):
             names[node] = _free(_joined(node, ports[node]), used)
-    for node in graph.nodes:
+    for node in sorted(graph.nodes, key=_is_looked_up):  # stable; these seldom need their names
         was = (news or {}).get(node)
         if was is not None and was in names:
             last = max(order[user] for user in was.users) if was.users else 0
@@ -131,8 +131,16 @@ def _plain(node: fx.Node) -> str:
     if own_function(node):
         is_hooks = node.target in (run_pre_hooks, run_forward_hooks)
         return "hooked" if is_hooks else own_function(node).__name__.strip("_").partition("_")[0]
+    if node.target is getattr:
+        return str(node.args[1])
     name = str(getattr(node.target, "__name__", node.target)).strip("_")
     return _RESULTS.get(name, name)
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether a node is mostly written where it is used, see ``Writer``."""
+    item = node.target is operator.getitem and type(node.args[1]) is int
+    return node.op == "get_attr" or node.target is getattr or item
 
 
 def _joined(node: fx.Node, ports: tuple[str, ...]) -> str:

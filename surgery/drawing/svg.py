@@ -14,6 +14,7 @@ from surgery.drawing.layout import PADDING, ROW, Box, laid_out
 from surgery.drawing.listing import Listing
 
 _MARGIN = 12
+_LEAN = 0.5  # of an edge that passes a row, so that it clears the boxes there
 
 
 def svg(listing: Listing, label: str, alone: bool = False) -> str:
@@ -95,8 +96,8 @@ def _leans(points: list[tuple[float, float]]) -> list[float]:
     """
     pairs = pairwise(points)
     steps = [(to_x - x) / (to_y - y) for (x, y), (to_x, to_y) in pairs]
-    between = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(steps)]
-    return [0.0, *between, 0.0]
+    means = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(steps)]
+    return [0.0, *(max(-_LEAN, min(_LEAN, mean)) for mean in means), 0.0]
 
 
 def _aside(box: Box, other: Box) -> float:
