@@ -16,7 +16,7 @@ from surgery.drawing.listing import Listing, Step
 _SHAPES = (
     "view reshape transpose permute contiguous flatten unflatten unsqueeze squeeze expand to mT"
 ).split()
-CHARACTER, PADDING, GAP, ROW = 6.65, 9, 16, 58
+CHARACTER, PADDING, GAP, ROW = 6.65, 9, 16, 64
 HIGH, LOW = 36, 24  # boxes with and without a port
 _SWEEPS = 12
 

@@ -10,10 +10,11 @@ from html import escape
 from importlib.resources import files
 from itertools import pairwise
 
-from surgery.drawing.layout import PADDING, ROW, Box, laid_out
+from surgery.drawing.layout import HIGH, PADDING, ROW, Box, laid_out
 from surgery.drawing.listing import Listing
 
 _MARGIN = 12
+_CLEAR = HIGH / 2 + 2
 _LEAN = 0.5  # of an edge that passes a row, so that it clears the boxes there
 
 
@@ -75,7 +76,7 @@ def _edge(way: list[Box]) -> str:
     first, last = way[0], way[-1]
     new = " new" if first.inserted or last.inserted else ""
     points = [(first.x + _MARGIN + _aside(first, way[1]), _top(first) + first.height)]
-    points += [(box.x + _MARGIN, _middle(box)) for box in way[1:-1]]
+    points += [(box.x + _MARGIN, y) for box in way[1:-1] for y in _passes(box, way)]
     points += [(last.x + _MARGIN + _aside(last, way[-2]), _top(last))]
     path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x, y), (to_x, to_y), lean, to_lean in zip(
@@ -87,6 +88,16 @@ def _edge(way: list[Box]) -> str:
             f"{to_x - to_lean * third:.1f} {to_y - third:.1f} {to_x:.1f} {to_y:.1f}"
         )
     return f'<path class="edge{new}" d="{path}"/>'
+
+
+def _passes(point: Box, way: list[Box]) -> list[float]:
+    """Return the heights at which an edge passes a row.
+
+    It turns into its first row above the boxes, and out of its last below them: it cuts no corner.
+    """
+    ends = [_middle(point) - _CLEAR] if point is way[1] else []
+    ends += [_middle(point) + _CLEAR] if point is way[-2] else []
+    return ends or [_middle(point)]
 
 
 def _leans(points: list[tuple[float, float]]) -> list[float]:
