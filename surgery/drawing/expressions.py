@@ -49,6 +49,8 @@ class Writer:
         self.host = next(iter(graph.nodes))
         self.variables, self.kinds, self.named = variables, kinds, named
         self.names: dict[str, Any] = {}
+        read = (node for node in graph.nodes if node.users or node.op == "placeholder")
+        self._taken = {"self", *(variables[node] for node in read)}
         self._inline: dict[fx.Node, str | None] = {}
 
     def inline(self, node: fx.Node) -> str | None:
@@ -138,12 +140,10 @@ class Writer:
                 return prefix + name
         name = name if name.isidentifier() and not keyword.iskeyword(name) else "function"
         known, number = name, 2
-        while self.names.setdefault(known, target) is not target or known in self._taken():
+        while known in self._taken or self.names.get(known, target) is not target:
             known, number = f"{name}_{number}", number + 1
+        self.names[known] = target
         return known
-
-    def _taken(self) -> set[str]:
-        return {*self.variables.values(), "self"}
 
     def statement(self, node: fx.Node) -> str:
         """Return the text that computes a node."""

@@ -122,9 +122,9 @@ def listed(
             or kind in ("input", "output")
         )
         drawn = bool(holds or not node.users) and _name(node) != "check" and not _is_hooks(node)
-        found = sorted(
-            {numbers[n] for a in node.all_input_nodes for n in _sources(a, numbers, kinds)}
-        )
+        through = _through_hooks(node)
+        given = node.all_input_nodes if through is None else through
+        found = sorted({numbers[n] for a in given for n in _sources(a, numbers, kinds)})
         if _is_hooks(node):
             found = []
         steps.append(
@@ -170,7 +170,7 @@ def _is_hooks(node: fx.Node) -> bool:
 def _where(node: fx.Node) -> str:
     """Return file and line of the model's code; without them, the module that it belongs to."""
     if node.meta.get("keep"):
-        return "asked at each call: a branch of the model"
+        return "a branch, asked at each call"
     line = node.meta.get("line")
     if line is not None:
         return f"{PurePath(line[0].replace(chr(92), '/')).name}:{line[1]}"

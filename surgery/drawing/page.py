@@ -7,6 +7,7 @@ page.html, page.css, page.js, drawing.css     the frame, with style and script i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -17,6 +18,8 @@ from surgery.drawing.listing import Listing
 from surgery.drawing.survey import Layer, Place, every_place
 from surgery.drawing.svg import style_of_drawings, svg
 from surgery.plugin import Site
+
+_WIDEST = 760  # of a drawing that has its code beside it
 
 
 @dataclass
@@ -148,7 +151,8 @@ def _graphs(place: Place, ids: dict[int, str]) -> str:
         return f'<p>Reads as <a href="#{ids[id(first)]}">{escape(first.path)}</a>.</p>'
     before, after = place.graphs.before, place.graphs.after
     if after is None:
-        return f'<div class="pane only">{_pane(before, place.path, "", code(before))}</div>'
+        pane = _pane(before, place.path, "", code(before))
+        return f'<div class="pane only{_wide(pane)}">{pane}</div>'
     name = f"view-{ids[id(place)]}"
     views = (("Before", before, code(before)), ("After", after, changes(before, after)))
     radios = "".join(
@@ -156,11 +160,17 @@ def _graphs(place: Place, ids: dict[int, str]) -> str:
         f'{" checked" if i else ""}><label for="{name}-{i}">{label}</label>'
         for i, (label, _, _) in enumerate(views)
     )
+    inside = [_pane(listing, place.path, f" {n.lower()}", text) for n, listing, text in views]
     panes = "".join(
-        f'<div class="pane pane{i}">{_pane(listing, place.path, f" {label.lower()}", text)}</div>'
-        for i, (label, listing, text) in enumerate(views)
+        f'<div class="pane pane{i}{_wide(pane)}">{pane}</div>' for i, pane in enumerate(inside)
     )
     return f'<fieldset class="views"><legend>graph and code</legend>{radios}{panes}</fieldset>'
+
+
+def _wide(pane: str) -> str:
+    """Return the class of a pane whose drawing needs the whole width."""
+    width = re.search(r'<svg[^>]* width="(\d+)"', pane)
+    return " wide" if width is not None and int(width.group(1)) > _WIDEST else ""
 
 
 def _pane(listing: Listing, path: str, when: str, text: str) -> str:

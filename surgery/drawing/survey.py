@@ -128,8 +128,11 @@ def layer_of(path: str) -> str:
 def _places(model: nn.Module, sites: Sites) -> list[Place]:
     """Return the hosts of attention, FFN and whatever else is edited, in order."""
     hosts: dict[str, Place] = {}
-    edited = [s for s in sites.others if is_host(model.get_submodule(s.path))]
-    for site in [*sites, *edited]:
+    core = sites if len(sites) else sites.linear
+    here = {site.identity for site in core}
+    others = [site for site in sites.others if site.identity not in here]
+    edited = [site for site in others if is_host(model.get_submodule(site.path))]
+    for site in [*core, *edited]:
         hosts.setdefault(site.path, Place(site.path, [])).sites.append(site)
     return [*hosts.values()]
 

@@ -138,5 +138,7 @@ def test_hooks_let_values_through_and_sizes_lead_nowhere() -> None:
     numbers = {step.variable: n for n, step in enumerate(before.steps)}
     residual = next(s for s in before.steps if s.label == "add")
     assert numbers["hidden_states"] in residual.sources
+    merged = next(s for s in before.steps if s.variable == "merged")
+    assert merged.sources == (numbers["contiguous"],)
     view = next(s for s in before.steps if s.variable == "view")
     assert view.sources == (numbers["query"],)
