@@ -42,6 +42,7 @@ from surgery.adapter import (
 )
 from surgery.attention import virtual_lse, virtual_tokens
 from surgery.direct import Seen, ablate, insert, read, replace, transplant, watch
+from surgery.drawing import Anatomy, anatomy, diff
 from surgery.errors import (
     CaptureError,
     ForwardError,
@@ -128,6 +129,7 @@ __version__ = _version("surgery")
 __all__ = [
     "ActsOnTokens",
     "AddsOnto",
+    "Anatomy",
     "CallValue",
     "CaptureError",
     "CountsVirtualKeys",
@@ -181,9 +183,11 @@ __all__ = [
     "Variant",
     "ablate",
     "add_product",
+    "anatomy",
     "are_quick_patterns",
     "combine",
     "copy",
+    "diff",
     "disabled",
     "every_module",
     "fit",

@@ -23,7 +23,7 @@ FLOORS = [
     {"host"},
     {"splicer"},
     {"formats", "direct"},
-    {"adapter"},
+    {"adapter", "drawing"},
     {"surgery"},
     {"testing"},
     {"cli"},

@@ -84,11 +84,11 @@ class Summary:
 
     def _repr_html_(self) -> str:
         rows = [
-            (report.name, method, places, f"{count:,}")
+            (report.name, self.states[report.name], method, places, f"{count:,}")
             for report in self.reports
             for method, places, count in _used(report)
         ]
-        columns = ("splice", "method", "places", "parameters")
+        columns = ("splice", "state", "method", "places", "parameters")
         return html_table(self.model, columns, rows, [self.line])
 
 

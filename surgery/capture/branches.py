@@ -7,8 +7,10 @@ there. The check can come before the graph runs if it needs no tensor and change
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +99,31 @@ def user_line() -> str:
         if not _internal(frame.filename):
             return f"{frame.filename}:{frame.lineno} ({frame.line})"
     return "an unknown line"
+
+
+def model_line() -> tuple[str, int] | None:
+    """Return file and line of the model code that makes a node now; None between two forwards.
+
+    Modules of torch are model code, unlike the functions that they call.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_filename != _CAPTURE:
+        if _is_model_code(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+_CAPTURE = __file__.replace("branches.py", "forward.py")  # it calls the forward
+
+
+@functools.cache
+def _is_model_code(filename: str) -> bool:
+    """Whether a file holds the code of a model, or a module of torch."""
+    name = filename.replace("\\", "/")
+    return not _internal(filename) or (
+        "/torch/nn/modules/" in name and not name.endswith("/module.py")
+    )
 
 
 def line_of(error: BaseException) -> str:

@@ -17,7 +17,8 @@ class Captured:
     """The graph of one forward, and the conditions under which it is the right one.
 
     Each node carries ``meta["value"]``, its example value, and ``meta["owner"]``, the path below
-    the host of the module whose forward made the node.
+    the host of the module whose forward made the node. A node of an operation carries
+    ``meta["line"]``, file and line of the model code that made it, or None.
 
     Attributes:
         branches: values that Python branched on.

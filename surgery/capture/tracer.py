@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TracerBase
 
-from surgery.capture.branches import Branch, is_pure, reads_opaque, user_line
+from surgery.capture.branches import Branch, is_pure, model_line, reads_opaque, user_line
 from surgery.capture.module_hooks import run_forward_hooks, run_pre_hooks
 from surgery.capture.proxy import CallableProxy, ValueProxy, any_proxy, is_proxy
 from surgery.capture.records import is_own_kind, is_record, make_record, parts_of, unwrapped
@@ -81,7 +81,7 @@ class Tracer(TracerBase):
 
     def wrap(self, node: fx.Node, value: Any) -> Any:
         """Return a proxy of ``node``, or ``value`` itself where Python may compare by ``is``."""
-        node.meta.update(value=value, owner=self.owners[-1])
+        node.meta.update(value=value, owner=self.owners[-1], line=model_line())
         if isinstance(value, (torch.dtype, torch.device, torch.layout, type, type(...))):
             return value
         if type(value) is str and node.op == "placeholder" and not self.texts_are_read:

@@ -1,6 +1,6 @@
 """Join the commands of all files to one program: ``surgery COMMAND``.
 
-    models.py      locate
+    models.py      locate, diff
     plugins.py     methods, new, check, doctor
     runs.py        recipes, train, compare, eval
     adapters.py    inspect, merge, convert, generate, push

@@ -2,7 +2,7 @@
 
 from surgery.host.active_set import ALL_ON, Choice, Switches, chosen
 from surgery.host.call_signature import signature
-from surgery.host.execution import capture_host, run, run_graph
+from surgery.host.execution import apply_all, capture_host, run, run_graph
 from surgery.host.foreign_forward import own_forward
 from surgery.host.installation import install, subclass, uninstall
 from surgery.host.operation import Operation
@@ -20,6 +20,7 @@ __all__ = [
     "Remembered",
     "Switches",
     "Variant",
+    "apply_all",
     "capture_host",
     "chosen",
     "hosts",

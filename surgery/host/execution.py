@@ -193,16 +193,23 @@ def _edited(module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Sel
     require_divided_alike(module, state.path, [child for _, child in on.edits])
     try:
         captured, matches = capture_host(module, state.path, state.through, args, kwargs)
-        for edit, child, partly in on.steps:
-            if not apply_edit(matches, edit, child, module, partly):
-                _require_absent(state, edit, child, captured, matches)
-        lead_caches(captured.graph, module)
-        share_products(captured.graph, module)
+        apply_all(module, state, captured, matches, on)
         for _, child in on.edits:
             captured.reads += dtype_reads(module.get_submodule(child))
     except RefusedError as error:
         raise ForwardError(f"{state.path}: this call needs a new graph. {error}") from error
     return captured
+
+
+def apply_all(
+    module: nn.Module, state: HostState, captured: Captured, matches: list[Match], on: Selection
+) -> None:
+    """Apply the edits that are on to a captured graph of their host."""
+    for edit, child, partly in on.steps:
+        if not apply_edit(matches, edit, child, module, partly):
+            _require_absent(state, edit, child, captured, matches)
+    lead_caches(captured.graph, module)
+    share_products(captured.graph, module)
 
 
 def _require_absent(

@@ -100,7 +100,7 @@ class OpenPort(Port):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OpenSite(Site):
     """The site that a method edits in ``Method.splice(site)``: a :class:`Site`, opened.
 

@@ -11,6 +11,7 @@ import torch
 
 from surgery.errors import PortError, suggest
 from surgery.plugin.edit import HostPlan, Kind
+from surgery.plugin.notebook import html_table
 
 _VERBS = ("insert", "add", "replace", "feed", "wrap", "frozen")
 
@@ -191,6 +192,20 @@ class Site:
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.path)
         return int(number.group(1)) if number else None
 
+    def __repr__(self) -> str:
+        size = f", {self.heads} heads of {self.head_width}" if self.heads else ""
+        rest = f": {self.description}{size}, width {self.width}, {_counted(self.ports)}>"
+        path, room = self.path or "(root)", 100 - len("<Site ") - len(rest)
+        return f"<Site {path if len(path) <= room else '…' + path[1 - room :]}{rest}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (p.name, p.width, p.in_width or "", p.weight, p.module) for p in self.ports.values()
+        ]
+        notes = [f"no {name}: {why}" for name, why in self.missing.items()]
+        columns = ("port", "width", "reads", "weight", "module")
+        return html_table(repr(self)[6:-1], columns, rows, notes)
+
     @property
     def description(self) -> str:
         """The kind in words, such as ``causal self-attention`` or ``gated FFN``."""
@@ -217,3 +232,7 @@ class Site:
                 f"{suggest(name, self.ports)}Ports here: {', '.join(self.ports)}."
             )
         return self.ports[name]
+
+
+def _counted(ports: Mapping[str, Port]) -> str:
+    return f"{len(ports)} port{'s' if len(ports) != 1 else ''}"

@@ -51,6 +51,12 @@ class Inserted:
     parameters: int
     frozen: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """The edit in words, such as ``add at query reading query.source``."""
+        reads = f" reading {', '.join(self.edit.reads)}" if self.edit.reads else ""
+        return f"{self.edit.verb} at {self.edit.port}{reads}"
+
 
 @dataclass
 class Report:
@@ -112,11 +118,7 @@ class Report:
             f"{total:,} parameters; start {self.start}, {state}"
         ]
         width = max((len(i.path) for i in self.inserted), default=0)
-        for i in self.inserted:
-            reads = f" reading {', '.join(i.edit.reads)}" if i.edit.reads else ""
-            lines.append(
-                f"  {i.path:<{width}}  {i.parameters:>9,}  {i.edit.verb} at {i.edit.port}{reads}"
-            )
+        lines += [f"  {i.path:<{width}}  {i.parameters:>9,}  {i.place}" for i in self.inserted]
         if self.left_out:
             lines.append(f"  left out, for want of a port: {', '.join(self.left_out)}")
         lines += [f"  {note}" for note in self.notes]
@@ -125,9 +127,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         heading, *lines = repr(self).splitlines()
-        rows = [
-            (i.path, f"{i.parameters:,}", f"{i.edit.verb} at {i.edit.port}") for i in self.inserted
-        ]
+        rows = [(i.path, f"{i.parameters:,}", i.place) for i in self.inserted]
         columns = ("module", "parameters", "edit")
         return html_table(heading, columns, rows, lines[len(rows) :])
 

@@ -40,6 +40,11 @@ EVERY_RECIPE = f"{TESTS}run/test_every_recipe.py::test_a_recipe_is_built_and_run
 RUN_BY = {  # by the beginning of a command: the test that runs it
     "surgery inspect": "tests/surgery/cli/test_adapters.py::"
     "test_inspect_shows_what_an_adapter_holds",
+    "surgery locate MODEL --method lora --html": "tests/surgery/cli/test_models.py::"
+    "test_locate_writes_a_page_and_a_drawing",
+    "surgery locate MODEL --svg": "tests/surgery/cli/test_models.py::"
+    "test_locate_writes_a_page_and_a_drawing",
+    "surgery diff": "tests/surgery/cli/test_models.py::test_diff_prints_what_a_method_changes",
     "surgery --install-completion": "tests/surgery/cli/test_adapters.py::"
     "test_every_command_has_help_and_the_shell_completes",
     "surgery new": "tests/surgery/cli/test_scaffold.py::"

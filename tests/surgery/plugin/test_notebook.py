@@ -40,11 +40,16 @@ def test_sites_report_and_summary_are_tables() -> None:
     report = surgery.lora(model, rank=2)
     rows = Cells(report._repr_html_()).rows
     assert [row[:2] for row in rows[1:]] == [[i.path, str(i.parameters)] for i in report.inserted]
+    assert rows[1][2] == "add at query reading query.source"
+    assert rows[1][2] in repr(report)
+    one = Cells(sites[0]._repr_html_())
+    assert [row[0] for row in one.rows] == ["port", *sites[0].ports]
+    assert sites[0].path in sites[0]._repr_html_()
     counts = surgery.summary(model)
     text = counts._repr_html_()
     assert f"{counts.trainable:,} of {counts.total:,}" in text
     assert counts.line in text
-    assert Cells(text).rows[1][0] == "default"
+    assert Cells(text).rows[1][:2] == ["default", counts.states["default"]]
 
 
 def test_names_are_escaped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +78,16 @@ def test_calls_can_only_be_wrapped_and_lse_only_be_read() -> None:
     with pytest.raises(surgery.SpliceError, match=r"the forward fails with custom .*Zero.*mine"):
         surgery.splice(model, Wrong(wrap))
     assert not [n for n, _ in model.named_modules() if n.endswith(("x_call", "y_output"))]
+
+
+@pytest.mark.parametrize("path", ["", "a.b", "very.long.path." * 20])
+def test_a_site_is_shown_in_one_line(path: str) -> None:
+    sites = surgery.locate(build("gpt2"))
+    for site in [*sites, *sites.others]:
+        text = repr(dataclasses.replace(site, path=path))
+        assert len(text) <= 100
+        assert "\n" not in text
+        assert text.startswith("<Site ")
+        assert site.description in text
+    first = "<Site transformer.h.0.attn: causal self-attention, 4 heads of 8, width 32, 12 ports>"
+    assert repr(sites[0]) == first
