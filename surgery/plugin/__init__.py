@@ -8,6 +8,16 @@ from surgery.plugin.found_attention import FoundAttention
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.installed_plugins import installed
+from surgery.plugin.lookup import (
+    find_sites,
+    is_leaf,
+    method,
+    methods,
+    plugin_problems,
+    register,
+    task,
+    tasks,
+)
 from surgery.plugin.module_protocols import (
     ActsOnTokens,
     AddsOnto,
@@ -29,16 +39,6 @@ from surgery.plugin.module_protocols import (
 from surgery.plugin.notebook import html_table
 from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.quick_patterns import are_quick_patterns
-from surgery.plugin.registry import (
-    find_sites,
-    is_leaf,
-    method,
-    methods,
-    plugin_problems,
-    register,
-    task,
-    tasks,
-)
 from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
 from surgery.plugin.training_hooks import bound, overridden

@@ -16,7 +16,7 @@ from surgery.drawing.listing import Listing
 from surgery.interop import detached_copy, leaves
 from surgery.plugin import CALLS
 from surgery.testing import make_model
-from surgery.testing.models import shape_of
+from surgery.testing.shapes import shape_of
 
 SHAPES = ["fused", "grouped", "encoder", "eager", "encoder_decoder", "vision"]
 METHODS: list[tuple[str, ...]] = [
