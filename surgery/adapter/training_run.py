@@ -27,6 +27,9 @@ class LifeCycle:
         model: the spliced model.
         total_steps: how many steps the optimizer makes in all.
         steps: how many it has made.
+
+    Example:
+        ``surgery.life_cycle(model, total_steps=100).total_steps``
     """
 
     def __init__(self, model: nn.Module, total_steps: int, steps: int) -> None:

@@ -24,6 +24,9 @@ class FoundAttention:
         key, value: the key and value heads (B, G, m, d).
         context: the heads mixed, as the model has them; often the core itself.
         scale: the factor of the scores; None if there is no such thing.
+
+    Example:
+        ``surgery.FoundAttention(core=node, query=node, key=node, value=node, context=node)``
     """
 
     core: fx.Node

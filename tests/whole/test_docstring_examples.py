@@ -28,6 +28,7 @@ from surgery.testing import make_model
 FORMS = {"Example", "Features", "Register", "RegisterTask", "Start", "TaskKind", "hookimpl"}
 NAMES = [name for name in surgery.__all__ if name not in FORMS]
 OTHER_LIBRARIES = {  # what the example needs, and the test that runs such a call
+    "fit": "a method with a fit: tests/surgery/adapter/test_life_cycle.py",
     "from_peft": "PEFT: tests/surgery/formats/test_peft_model.py",
     "load_loralib": "a file of loralib: tests/surgery/formats/test_loralib.py",
     "parameter_groups": "a dataset for Trainer: tests/surgery/adapter/test_optimizer_groups.py",
@@ -91,7 +92,9 @@ def names_for(folder: Path, splices: tuple[str, ...] = ("first", "second")) -> d
     return {
         "surgery": surgery, "torch": torch, "model": model, "sites": sites, "base": source,
         "tuned": source, "site": sites.attention[0],
-        "inputs": inputs,
+        "inputs": inputs, "batches": [{**inputs, "labels": inputs["input_ids"]}],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "node": torch.fx.Graph().placeholder("x"),
         "x": torch.randn(2, 6, 32), "y": torch.randn(2, 6, 32), "direction": torch.randn(32),
         "weight": torch.randn(32, 32), "a": torch.randn(2, 32), "b": torch.randn(2, 32),
         "merged": torch.randn(2, 6, 32), "query": heads, "lse": torch.randn(2, 4, 6), "keys": keys,

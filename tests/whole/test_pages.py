@@ -29,8 +29,9 @@ DOCS = "tests/test_docs.py::"
 RUN_BY = {  # how many blocks, and the tests that run them
     "README.md": (1, [f"{DOCS}test_the_readme_example_runs"]),
     "CONTRIBUTING.md": (
-        3,
+        4,
         [
+            "tests/surgery/adapter/test_life_cycle.py::test_the_hook_in_contributing_runs",
             "tests/plugins/test_examples.py::test_the_example_plugin_lives_a_whole_life",
             f"{DOCS}test_the_plugin_in_contributing_is_the_one_that_is_tested",
             f"{DOCS}test_the_example_with_lse_keeps_the_contract",
@@ -39,8 +40,11 @@ RUN_BY = {  # how many blocks, and the tests that run them
     "docs/reference.md": (1, [f"{DOCS}test_the_readme_example_runs"]),
     "docs/serving.md": (2, [f"{DOCS}test_the_page_on_serving_runs"]),
     "docs/trainers.md": (
-        3,
-        ["tests/whole/test_trainers.py::test_an_example_trains_and_its_checkpoint_holds_no_base"],
+        4,
+        [
+            "tests/whole/test_trainers.py::test_an_example_trains_and_its_checkpoint_holds_no_base",
+            "tests/whole/test_trainers.py::test_the_example_of_a_loop_trains",
+        ],
     ),
     "docs/architecture.md": (
         4,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,3 +233,14 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(surgery.MethodError, match="that trains initialises itself"):
         surgery.fit(plain, BATCHES)
     surgery.life_cycle(plain, 2).step()  # has nothing to call
+
+
+def test_the_hook_in_contributing_runs() -> None:
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(def on_step.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    calls: list[Any] = []
+    module = SimpleNamespace(b=SimpleNamespace(grad=3), prune=lambda *given: calls.append(given))
+    names["on_step"](SimpleNamespace(inserted=(module,)), 5)
+    assert calls == [(5, 3)]
