@@ -32,7 +32,7 @@ def added_tensors(
     model: nn.Module,
     config: Mapping[str, Any],
     kept: Mapping[str, Tensor],
-    rows: Mapping[str, list[int]],
+    rows: Mapping[str, tuple[list[int], Tensor]],
     updated: Iterable[str],
     gather: Callable[[Tensor], Tensor],
     inserted: Collection[str],
@@ -41,6 +41,7 @@ def added_tensors(
 
     Args:
         kept: parameters of the base by name, with the values that the adapter has for them.
+        rows: the numbers of rows of such parameters, and their values.
         inserted: the paths of the modules that are no part of the base.
 
     Raises:
@@ -55,6 +56,11 @@ def added_tensors(
         raise SpliceError(
             f"PEFT's format has no place for {first} beside {config['peft_type']}. Save in the own "
             "format: leave format= out."
+        )
+    if both := next((name for name in rows if name in kept), None):
+        raise SpliceError(
+            f"PEFT's format holds {both} whole or rows of it, and both were trained. Save in the "
+            "own format: leave format= out."
         )
     found: dict[str, Any] = {"modules_to_save": _short(model, modules, "") or None}
     tensors = {}
@@ -71,12 +77,10 @@ def added_tensors(
         for name, adapted in zip(biases, inside, strict=True):
             path = name.removesuffix(".bias")
             tensors[f"{prefix}{path}{'.base_layer' * adapted}.bias"] = gather(own[name])
-    if rows:
-        paths = [name.removesuffix(".weight") for name in rows]
-        found["trainable_token_indices"] = dict(zip(paths, rows.values(), strict=True))
-        for path, (name, numbers) in zip(paths, rows.items(), strict=True):
-            key = f"{prefix}{path}.token_adapter.trainable_tokens_delta"
-            tensors[key] = gather(own[name])[numbers].clone()
+    for name, (numbers, values) in rows.items():
+        path = name.removesuffix(".weight")
+        found.setdefault("trainable_token_indices", {})[path] = numbers
+        tensors[f"{prefix}{path}.token_adapter.trainable_tokens_delta"] = values
     return found, tensors
 
 
