@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ def added_tensors(
             f"PEFT's format holds {both} whole or rows of it, and both were trained. Save in the "
             "own format: leave format= out."
         )
+    modules += _tied_modules(model, modules)
     found: dict[str, Any] = {"modules_to_save": _short(model, modules, "") or None}
     tensors = {}
     for path in modules:
@@ -106,6 +107,22 @@ def _whole_modules(model: nn.Module, names: Iterable[str], inserted: Collection[
             "format: leave format= out."
         )
     return chosen
+
+
+def _tied_modules(model: nn.Module, modules: Sequence[str]) -> list[str]:
+    """Return the other modules that hold just a weight of these; PEFT would untie them.
+
+    Each is written with the same weight, so they stay alike.
+    """
+    own = {id(p) for path in modules for p in model.get_submodule(path).parameters()}
+    inside = tuple(f"{path}." for path in modules)
+    return [
+        path
+        for path, module in model.named_modules()
+        if path not in modules and not path.startswith(inside)
+        if any(id(p) in own for p in module.parameters(recurse=False))
+        if all(id(p) in own for p in module.parameters())
+    ]
 
 
 def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:

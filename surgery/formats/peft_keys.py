@@ -10,6 +10,7 @@ base_model.X.weight                                 the same beside a prompt or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +68,33 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
         else:
             what = parts[at] + (".bias" if last == ["bias"] else "")
             found.modules.setdefault(path, {})[what] = key
+    _require_whole_ties(adapter, model, found.base)
     names = _own_names(model)
     found.base = {names.get(name, name): key for name, key in found.base.items()}
     return found
+
+
+def _require_whole_ties(adapter: Foreign, model: nn.Module, base: Mapping[str, str]) -> None:
+    """Raise if a module to save is one of several with one tensor, and the others keep theirs.
+
+    PEFT copies the module, which unties it: the others run with the base's own, or a copy each.
+    """
+    saved = option(adapter, "modules_to_save", [], list)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name, key in base.items():
+        path = name.rpartition(".")[0]
+        if not any(isinstance(each, str) and path.endswith(each) for each in saved):
+            continue
+        alike = [other for other, own in every.items() if own is every.get(name)]
+        others = [other for other in alike if other.rpartition(".")[0] != path]
+        tensor = adapter.tensors[key]
+        for other in others:
+            if other not in base or not torch.equal(adapter.tensors[base[other]], tensor):
+                raise adapter.refuse(
+                    f"PEFT has untied {name} from {other}, which is the same tensor here, and "
+                    f"{key} is for the first alone. Untie them in the base "
+                    "(tie_word_embeddings=False), or merge it with PEFT's merge_and_unload."
+                )
 
 
 def _note_base(found: Keys, key: str, parts: list[str]) -> None:
