@@ -193,19 +193,25 @@ def _require_rows(adapter: Foreign, key: str, numbers: list[int], table: Tensor)
 
 
 def _require_tied(adapter: Foreign, model: nn.Module, path: str, table: Tensor) -> None:
-    """Raise if several modules have a table, and PEFT changes it in the one at this path alone.
-
-    PEFT follows a tie from the embedding of the model's input, where its config tells of ties.
-    """
-    every = model.named_parameters(remove_duplicate=False)
-    others = [name for name, own in every if own is table and name != f"{path}.weight"]
-    config, first = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
-    follows = first is not None and first() is model.get_submodule(path)
-    if others and not (follows and getattr(config, "tie_word_embeddings", False)):
+    """Raise if several modules have a table, and PEFT changes it in the one at this path alone."""
+    if others := left_by_peft(model, path, table):
         raise adapter.refuse(
             f"it has rows of {path}, and PEFT changes those of that module alone, while here "
             f"{', '.join(others)} is the same table. Untie it from the others first."
         )
+
+
+def left_by_peft(model: nn.Module, path: str, table: Tensor) -> list[str]:
+    """Return the other names of a table in which PEFT leaves the rows that it changes at a path.
+
+    PEFT follows a tie from the embedding of the model's input, where its config tells of ties.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    config, first = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
+    follows = first is not None and first() is model.get_submodule(path)
+    if follows and getattr(config, "tie_word_embeddings", False):
+        return []
+    return [name for name, own in every if own is table and name != f"{path}.weight"]
 
 
 def _numbers(chosen: Any, path: str) -> list[int]:

@@ -149,6 +149,20 @@ def test_lora_with_tokens_that_was_trained_here_goes_to_peft(name: str, tmp_path
         close(scores(surgery.load(base(name), tmp_path / str(len(rows))), name), expected)
 
 
+def test_a_tie_that_peft_would_not_follow_is_refused(tmp_path: Path) -> None:
+    model = base("gpt2")
+    tokens = surgery.method("tokens", tokens=(FIRST,))
+    surgery.splice(model, [surgery.method("lora", rank=2), tokens])
+    model.config.tie_word_embeddings = False
+    with pytest.raises(surgery.SpliceError, match=r"in one of transformer.wte, lm_head alone"):
+        surgery.save(model, tmp_path / "new", format="peft")
+    model.config.tie_word_embeddings = True
+    surgery.freeze_base(model, keep=["transformer.wte"])
+    with pytest.raises(surgery.SpliceError, match=r"holds transformer.wte.weight whole or rows"):
+        surgery.save(model, tmp_path / "new", format="peft")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_base_in_half_precision(name: str, tmp_path: Path) -> None:
     """Rows in bfloat16 differ from PEFT's by two roundings: of D = R - E, and of E + D."""
