@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
+from surgery.formats.peft_keys import left_by_peft
 from surgery.formats.peft_lora import PREFIX
 
 _TASKS = {
@@ -32,7 +33,7 @@ def added_tensors(
     model: nn.Module,
     config: Mapping[str, Any],
     kept: Mapping[str, Tensor],
-    rows: Mapping[str, list[int]],
+    rows: Mapping[str, tuple[list[int], Tensor]],
     updated: Iterable[str],
     gather: Callable[[Tensor], Tensor],
     inserted: Collection[str],
@@ -41,6 +42,7 @@ def added_tensors(
 
     Args:
         kept: parameters of the base by name, with the values that the adapter has for them.
+        rows: the numbers of rows of such parameters, and their values.
         inserted: the paths of the modules that are no part of the base.
 
     Raises:
@@ -56,6 +58,12 @@ def added_tensors(
             f"PEFT's format has no place for {first} beside {config['peft_type']}. Save in the own "
             "format: leave format= out."
         )
+    if both := next((name for name in rows if name in kept), None):
+        raise SpliceError(
+            f"PEFT's format holds {both} whole or rows of it, and both were trained. Save in the "
+            "own format: leave format= out."
+        )
+    modules += _tied_modules(model, modules, inserted)
     found: dict[str, Any] = {"modules_to_save": _short(model, modules, "") or None}
     tensors = {}
     for path in modules:
@@ -71,13 +79,29 @@ def added_tensors(
         for name, adapted in zip(biases, inside, strict=True):
             path = name.removesuffix(".bias")
             tensors[f"{prefix}{path}{'.base_layer' * adapted}.bias"] = gather(own[name])
-    if rows:
-        paths = [name.removesuffix(".weight") for name in rows]
-        found["trainable_token_indices"] = dict(zip(paths, rows.values(), strict=True))
-        for path, (name, numbers) in zip(paths, rows.items(), strict=True):
-            key = f"{prefix}{path}.token_adapter.trainable_tokens_delta"
-            tensors[key] = gather(own[name])[numbers].clone()
+    for name, (numbers, values) in rows.items():
+        path = _path_for_rows(model, name)
+        found.setdefault("trainable_token_indices", {})[path] = numbers
+        tensors[f"{prefix}{path}.token_adapter.trainable_tokens_delta"] = values
     return found, tensors
+
+
+def _path_for_rows(model: nn.Module, name: str) -> str:
+    """Return the path of the module whose rows PEFT changes as those of a parameter here.
+
+    Raises:
+        SpliceError: other modules have that parameter, too, and PEFT would leave theirs.
+    """
+    table = model.get_parameter(name)
+    every = model.named_parameters(remove_duplicate=False)
+    paths = [alias.rpartition(".")[0] for alias, own in every if own is table]
+    path = next((p for p in paths if not left_by_peft(model, p, table)), None)
+    if path is None:
+        raise SpliceError(
+            f"PEFT's format has no place for rows of {name}, which is tied: PEFT would change them "
+            f"in one of {', '.join(paths)} alone. Save in the own format: leave format= out."
+        )
+    return path
 
 
 def _whole_modules(model: nn.Module, names: Iterable[str], inserted: Collection[str]) -> list[str]:
@@ -102,6 +126,31 @@ def _whole_modules(model: nn.Module, names: Iterable[str], inserted: Collection[
             "format: leave format= out."
         )
     return chosen
+
+
+def _tied_modules(model: nn.Module, modules: Sequence[str], inserted: Collection[str]) -> list[str]:
+    """Return the other modules that hold just a weight of these; PEFT would untie them.
+
+    Each is written with the same weight, so they stay alike.
+
+    Raises:
+        SpliceError: such a module holds parameters that were not trained along.
+    """
+    own = {id(p) for path in modules for p in model.get_submodule(path).parameters()}
+    inside = tuple(f"{path}." for path in [*modules, *inserted])
+    found = []
+    for path, module in model.named_modules():
+        outside = path not in (*modules, *inserted) and not path.startswith(inside)
+        if not outside or not any(id(p) in own for p in module.parameters(recurse=False)):
+            continue
+        if any(id(p) not in own for p in module.parameters(recurse=False)):
+            raise SpliceError(
+                f"PEFT's format has no place for a weight of {', '.join(modules)} that is tied to "
+                f"{path}, of which other parameters were not trained along: PEFT would untie them. "
+                "Keep that module, too, or save in the own format: leave format= out."
+            )
+        found.append(path)
+    return found
 
 
 def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:

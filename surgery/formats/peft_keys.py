@@ -10,6 +10,7 @@ base_model.X.weight                                 the same beside a prompt or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from surgery.formats.foreign import Foreign, option
 
 _PARTS = ("lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B")
 _ROWS = "token_adapter"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -66,9 +68,33 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
         else:
             what = parts[at] + (".bias" if last == ["bias"] else "")
             found.modules.setdefault(path, {})[what] = key
+    _require_whole_ties(adapter, model, found.base)
     names = _own_names(model)
     found.base = {names.get(name, name): key for name, key in found.base.items()}
     return found
+
+
+def _require_whole_ties(adapter: Foreign, model: nn.Module, base: Mapping[str, str]) -> None:
+    """Raise if a module to save is one of several with one tensor, and the others keep theirs.
+
+    PEFT copies the module, which unties it: the others run with the base's own, or a copy each.
+    """
+    saved = option(adapter, "modules_to_save", [], list)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name, key in base.items():
+        path = name.rpartition(".")[0]
+        if not any(isinstance(each, str) and path.endswith(each) for each in saved):
+            continue
+        alike = [other for other, own in every.items() if own is every.get(name)]
+        others = [other for other in alike if other.rpartition(".")[0] != path]
+        tensor = adapter.tensors[key]
+        for other in others:
+            if other not in base or not torch.equal(adapter.tensors[base[other]], tensor):
+                raise adapter.refuse(
+                    f"PEFT has untied {name} from {other}, which is the same tensor here, and "
+                    f"{key} is for the first alone. Untie them in the base "
+                    "(tie_word_embeddings=False), or merge it with PEFT's merge_and_unload."
+                )
 
 
 def _note_base(found: Keys, key: str, parts: list[str]) -> None:
@@ -113,21 +139,79 @@ def rows_of(adapter: Foreign, keys: Keys, model: nn.Module) -> dict[str, tuple[l
     """Return the rows of embeddings that an adapter brings, with their numbers.
 
     Raises:
-        StoreError: the config names other embeddings or numbers than there are tensors.
+        StoreError: the config names other embeddings or numbers than there are tensors, or numbers
+            that the model's table lacks, or the rows are no floats of its width; or a table that
+            several modules have has other rows in one of them.
     """
     if not keys.rows:
         return {}
     chosen = option(adapter, "trainable_token_indices", {}, list, dict)
-    found, names = {}, _own_names(model)
-    for path, key in keys.rows.items():
-        numbers, rows = _numbers(chosen, path), adapter.tensors[key]
+    found: dict[str, tuple[list[int], Tensor]] = {}
+    own, names = dict(model.named_parameters()), _own_names(model)
+    numbered = {path: _numbers(chosen, path) for path in keys.rows}
+    for path, key in sorted(keys.rows.items(), key=lambda item: not numbered[item[0]]):
+        numbers, rows = numbered[path], adapter.tensors[key]
+        name = names.get(f"{path}.weight", f"{path}.weight")
+        if (
+            name in found
+            and torch.equal(found[name][1], rows)
+            and (not numbers or numbers == found[name][0])
+        ):
+            continue  # PEFT has one tensor in all modules that are tied
         if len(numbers) != len(rows) or rows.dim() != 2:
             raise adapter.refuse(
                 f"{key} has the shape {tuple(rows.shape)}, and trainable_token_indices names "
                 f"{shown(chosen)}: a list of as many different rows of {path} must stand there."
             )
-        found[names.get(f"{path}.weight", f"{path}.weight")] = (numbers, rows)
+        if name in found:
+            raise adapter.refuse(
+                f"{key} has other rows of {name} than another of its tensors: these modules have "
+                "one table here."
+            )
+        if name in own:
+            _require_rows(adapter, key, numbers, own[name])
+            _require_tied(adapter, model, path, own[name])
+        found[name] = (numbers, rows)
     return found
+
+
+def _require_rows(adapter: Foreign, key: str, numbers: list[int], table: Tensor) -> None:
+    """Raise unless a table has these rows, in the shape and kind of dtype of a tensor."""
+    rows = adapter.tensors[key]
+    what = f"{key} has the shape {tuple(rows.shape)}"
+    if max(numbers) >= len(table):
+        raise adapter.refuse(
+            f"{what} and is for the rows {shown(numbers)}, and the table here has the shape "
+            f"{tuple(table.shape)}. If they are new tokens, add them first: take the tokenizer "
+            "that was saved with the adapter and call "
+            "model.resize_token_embeddings(len(tokenizer))."
+        )
+    if rows.shape[1:] != table.shape[1:]:
+        raise adapter.refuse(f"{what}, and the table here has the shape {tuple(table.shape)}.")
+    if rows.dtype not in _FLOATS:
+        raise adapter.refuse(f"{key} is of {rows.dtype}, where floats must stand.")
+
+
+def _require_tied(adapter: Foreign, model: nn.Module, path: str, table: Tensor) -> None:
+    """Raise if several modules have a table, and PEFT changes it in the one at this path alone."""
+    if others := left_by_peft(model, path, table):
+        raise adapter.refuse(
+            f"it has rows of {path}, and PEFT changes those of that module alone, while here "
+            f"{', '.join(others)} is the same table. Untie it from the others first."
+        )
+
+
+def left_by_peft(model: nn.Module, path: str, table: Tensor) -> list[str]:
+    """Return the other names of a table in which PEFT leaves the rows that it changes at a path.
+
+    PEFT follows a tie from the embedding of the model's input, where its config tells of ties.
+    """
+    every = model.named_parameters(remove_duplicate=False)
+    config, first = getattr(model, "config", None), getattr(model, "get_input_embeddings", None)
+    follows = first is not None and first() is model.get_submodule(path)
+    if follows and getattr(config, "tie_word_embeddings", False):
+        return []
+    return [name for name, own in every if own is table and name != f"{path}.weight"]
 
 
 def _numbers(chosen: Any, path: str) -> list[int]:

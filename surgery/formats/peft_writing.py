@@ -5,6 +5,7 @@
     prefix    PREFIX_TUNING     with ``shift``, as PEFT moves positions; keys and values alone
     prompt    PROMPT_TUNING     rows alone
     full      modules_to_save   beside one of these
+    tokens    trainable_token_indices   beside lora
 
 What has no place in that format is refused by name.
 """
@@ -18,7 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.formats.own_heads import OWN, as_base_tensors
+from surgery.formats.own_heads import OWN as HEADS
+from surgery.formats.own_heads import as_base_tensors
+from surgery.formats.own_tokens import OWN as TOKENS
+from surgery.formats.own_tokens import rows_with_own
 from surgery.formats.peft_base import added_tensors, task_of
 from surgery.formats.peft_write_modules import ia3_files, lora_files
 from surgery.formats.peft_write_tables import prefix_files, prompt_files
@@ -48,11 +52,12 @@ def as_peft(
     Raises:
         SpliceError: something has no place in that format.
     """
-    report, name, heads = _only(reports)
+    report, name, heads, tokens = _only(reports)
     config, tensors = _WRITERS[name](model, report, gather)
     own = as_base_tensors(model, heads)
+    all_rows = rows_with_own(model, rows, tokens, gather)
     inserted = [i.path for each in every(model).values() for i in each.inserted]
-    base, more = added_tensors(model, config, {**kept, **own}, rows, tensors, gather, inserted)
+    base, more = added_tensors(model, config, {**kept, **own}, all_rows, tensors, gather, inserted)
     config = {
         "peft_type": config.pop("peft_type"),
         "task_type": _task(model, base),
@@ -64,11 +69,11 @@ def as_peft(
     return config, tensors | more
 
 
-def _only(reports: Mapping[str, Report]) -> tuple[Report, str, list[Inserted]]:
-    """Return the one method of a splice that a folder of PEFT can hold, and heads beside it."""
+def _only(reports: Mapping[str, Report]) -> tuple[Report, str, list[Inserted], list[Inserted]]:
+    """Return the one method of a splice that a folder of PEFT can hold; heads, rows beside it."""
     methods = {(r.name, m.name) for r in reports.values() for m in r.methods}
-    if len(reports) == 1 and {name for _, name in methods} != {OWN}:
-        methods = {pair for pair in methods if pair[1] != OWN}
+    if len(reports) == 1 and {name for _, name in methods} - {HEADS, TOKENS}:
+        methods = {pair for pair in methods if pair[1] not in (HEADS, TOKENS)}
     for splice, method in sorted(methods):
         if method not in _WRITERS:
             raise SpliceError(
@@ -86,8 +91,9 @@ def _only(reports: Mapping[str, Report]) -> tuple[Report, str, list[Inserted]]:
     if len(alike) > 1:
         raise SpliceError(f"splice {report.name!r} has {name!r} several times.")
     inserted = [i for i in report.inserted if i.method.name == name]
-    heads = [i for i in report.inserted if i.method.name == OWN]
-    return dataclasses.replace(report, methods=alike, inserted=inserted), name, heads
+    heads = [i for i in report.inserted if i.method.name == HEADS]
+    tokens = [i for i in report.inserted if i.method.name == TOKENS]
+    return dataclasses.replace(report, methods=alike, inserted=inserted), name, heads, tokens
 
 
 def _task(model: nn.Module, base: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from surgery.errors import RefusedError, StoreError
 from surgery.formats.adapter_hub import adapter_hub
 from surgery.formats.foreign import Foreign, Translation
 from surgery.formats.own_heads import with_own_heads
+from surgery.formats.own_tokens import with_own_tokens
 from surgery.formats.peft_config import require_known
 from surgery.formats.peft_lora import ia3, lora
 from surgery.formats.peft_prompts import prefix, prompt
@@ -32,7 +33,8 @@ def translated(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
         if "peft_type" not in adapter.config:
             return adapter_hub(adapter, model, sites)
         found = _BY_TYPE[require_known(adapter)](adapter, model, sites)
-        return with_own_heads(found, model, sites)
+        found = with_own_heads(found, model, sites)
+        return with_own_tokens(adapter, found, model, sites)
     except StoreError:
         raise
     except RefusedError as error:  # an option that a method refuses

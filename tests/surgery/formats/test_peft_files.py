@@ -140,6 +140,25 @@ def test_rows_must_be_so_many_different_ones_of_the_embedding(chosen: Any, tmp_p
     refused(folder(tmp_path, {**CONFIG, "trainable_token_indices": chosen}, found), "rows|where")
 
 
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (torch.ones(2, 16), r"wte.token_adapter\S* has the shape \(2, 16\).*\(60, 32\)"),
+        (torch.ones(2, 32), r"wte.token_adapter\S* has the shape \(2, 32\) and is for the rows "
+         r"\[1, 60\], and the table here has the shape \(60, 32\).*resize_token_embeddings"),
+        (torch.ones(2, 32, dtype=torch.int32), "wte.token_adapter.* is of torch.int32"),
+    ],
+)  # fmt: skip
+def test_rows_must_fit_the_table(rows: Tensor, match: str, tmp_path: Path) -> None:
+    chosen = {**CONFIG, "trainable_token_indices": [1, 60 if "60\\]" in match else 5]}
+    refused(folder(tmp_path, chosen, tensors() | {ROWS: rows}), match)
+
+
+def test_rows_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    found = tensors() | {ROWS: torch.full((2, 32), torch.inf)}
+    refused(folder(tmp_path, {**CONFIG, "trainable_token_indices": [1, 5]}, found), "infinity")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"peft_type": 1}', "\x00"])
 def test_a_config_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     refused(folder(tmp_path, text), "damaged|peft_type")

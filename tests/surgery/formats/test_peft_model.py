@@ -17,7 +17,7 @@ from tests.support.peft_cases import CONFIGS, TASKS, adapted, base, lora, reload
 
 QUICK = [("gpt2", "lora_rs"), ("roberta", "lora_everywhere"), ("llama", "lora_patterns"),
          ("t5", "prompt"), ("mixtral", "prefix"), ("gpt2", "ia3"),
-         ("gpt2", "lora_embedding")]  # fmt: skip
+         ("gpt2", "lora_embedding"), ("t5", "lora_rows")]  # fmt: skip
 DISTANCES = [("t5", "prefix"), ("t5", "prefix_mlp")]
 NOT_REACHED = [("t5", "lora_embedding")]  # PEFT wraps T5's table at a path that no forward uses
 ALL = [(m, c) for m in TASKS for c in CONFIGS if (m, c) not in DISTANCES + NOT_REACHED]
@@ -33,7 +33,7 @@ def close(a: Any, b: Any) -> None:  # PEFT adds other products, in another order
 )
 @pytest.mark.few(4)
 def test_there_and_back(name: str, kind: str, tmp_path: Path) -> None:
-    """PEFT's folder, ours from it, PEFT's from ours: equal outputs and bit-equal tensors."""
+    """PEFT's folder, ours from it, PEFT's from ours: equal outputs, and tensors with its bits."""
     theirs = adapted(name, CONFIGS[kind](name))
     expected = scores(theirs, name)
     assert not torch.allclose(scores(base(name), name), expected, atol=1e-3)
@@ -52,7 +52,8 @@ def test_there_and_back(name: str, kind: str, tmp_path: Path) -> None:
     first = {k: x for k, x in files[0].items() if not any(part in k for part in copies)}
     assert first.keys() == files[1].keys()
     for key, tensor in files[1].items():  # PEFT never uses its rows for a decoder
-        assert torch.equal(first[key][: len(tensor)], tensor)
+        near = 1e-6 if "trainable_tokens" in key else 0  # they are held as what they add
+        torch.testing.assert_close(first[key][: len(tensor)], tensor, rtol=0, atol=near)
         assert first[key].shape == tensor.shape or (name, key) == ("t5", "prompt_embeddings")
 
     surgery.save(ours, tmp_path / "own")
