@@ -28,7 +28,8 @@ from surgery.formats.plain_files import contents
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _LARGEST = 4 << 20  # bytes of a config; the targets of 10,000 modules by path have 1 MB
-_FILES = (TENSORS, "adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin")
+PICKLED = "adapter_model.bin"
+_FILES = (TENSORS, PICKLED, "adapter.safetensors", "pytorch_adapter.bin")
 
 
 def read_foreign(folder: str | os.PathLike[str], at_most: int | None = None) -> Foreign | None:

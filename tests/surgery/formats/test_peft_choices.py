@@ -129,6 +129,7 @@ def test_a_leaf_beside_a_resized_vocabulary_comes_three_times(tmp_path: Path) ->
     assert torch.equal(model.transformer.wpe.weight, table)
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
 def test_tied_modules_that_peft_updates_alike_may_come_twice_or_once(tmp_path: Path) -> None:
     plain = build("llama")
     plain.config.tie_word_embeddings = True
