@@ -15,7 +15,7 @@ from typing import Any
 
 
 class SurgeryError(Exception):
-    """Base of the library's errors.
+    """Base of the library's errors. Control characters in a message are shown as escapes.
 
     Example:
         >>> try:
@@ -24,6 +24,9 @@ class SurgeryError(Exception):
         ...     print(error)
         no method 'loar'. Did you mean 'lora'? ...
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(x) if isinstance(x, str) else x for x in args))
 
 
 class RefusedError(SurgeryError):
@@ -141,13 +144,49 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}? " if close else ""
 
 
-_LINE = reprlib.Repr()
+class _Line(reprlib.Repr):
+    """The ``repr`` of parts of a value: long bytes and texts are cut before they are written."""
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, (bytes, bytearray, memoryview)):
+            kind, part = type(x).__name__, bytes(x[: self.maxstring])
+            return f"<{kind} of {len(x):,}: {part!r}...>" if len(x) > len(part) else repr(x)
+        if isinstance(x, str):  # a subclass, too
+            return self.repr_str(str(x), level)
+        if isinstance(x, BaseException):
+            parts = [x[:1000] if isinstance(x, (str, bytes)) else x for x in x.args]
+            if all(isinstance(part, (str, bytes, int)) for part in parts):
+                return self.repr_instance(_Named(type(x).__name__, parts), level)
+        return super().repr1(x, level)
+
+
+class _Named:
+    """What has the ``repr`` of an exception with these arguments."""
+
+    def __init__(self, name: str, parts: list[Any]) -> None:
+        self.name, self.parts = name, parts
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(map(repr, self.parts))})"
+
+
+_LINE = _Line()
 _LINE.maxstring, _LINE.maxother = 80, 120
 
 
 def shown(value: Any) -> str:
     """Return the ``repr`` of a value for a message: about a line of it, whatever it is."""
     try:
-        return _LINE.repr(value)
+        return printable(_LINE.repr(value))
     except Exception:  # an int of too many digits, or a class whose repr fails
         return f"<{type(value).__name__}>"
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters written as escapes, but for line ends.
+
+    A name in a file may hold what moves the cursor of a terminal or hides a line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

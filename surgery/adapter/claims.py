@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapter.parameters import base_tensors, full_state, state_of_modules
-from surgery.errors import RefusedError, StoreError, shown
+from surgery.errors import RefusedError, StoreError, printable, shown
 from surgery.interop import huggingface, like, whole
 from surgery.plugin import Method, Sites
 from surgery.splicer import Before, look_up, rehearse, reports
@@ -114,7 +114,9 @@ def _is_in(name: str, places: Iterable[str]) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
 
 
 def require_inserted(

@@ -3,7 +3,8 @@
     local_folder(place)     a local folder as it is; else OWNER/NAME, downloaded
       surgery.json          at most as large as one may be; it names one file, the tensors
       the tensors           at most as large as this model allows, from the same commit
-      PEFT's two files      likewise, where there is no surgery.json
+      PEFT's two files      likewise, where there is no surgery.json; adapter_model.bin is taken
+                            where there is no adapter_model.safetensors
 
 Sizes are asked for before anything is downloaded, and the files are then read as any others are
 (adapter/reading.py). A folder on this machine always wins over a name on the hub.
@@ -18,7 +19,7 @@ from typing import Any
 
 from surgery.adapter.manifest import JSON, LARGEST, parse
 from surgery.errors import StoreError, shown
-from surgery.formats import CONFIG, TENSORS, contents
+from surgery.formats import CONFIG, PICKLED, TENSORS, contents
 
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
@@ -61,7 +62,16 @@ def _of_peft(
         config = _download(repository, CONFIG, LARGEST, revision, subfolder)
     except StoreError:
         raise missing from None
-    _download(repository, TENSORS, at_most, _commit(config), subfolder)
+    commit = _commit(config)
+    try:
+        _download(repository, TENSORS, at_most, commit, subfolder)
+    except StoreError as first:
+        if first.__cause__ is None:  # it is there, and too large
+            raise
+        try:
+            _download(repository, PICKLED, at_most, commit, subfolder)
+        except StoreError as second:
+            raise (first if second.__cause__ else second) from None
     return config.parent
 
 

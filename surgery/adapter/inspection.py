@@ -10,13 +10,18 @@ from typing import Any
 
 from surgery.adapter.downloading import local_folder
 from surgery.adapter.reading import read
+from surgery.errors import printable
+from surgery.formats import ForeignContents, foreign_contents, read_foreign
 
 _AT_MOST = 16 << 30  # bytes that are downloaded of an adapter for a base that is not known yet
 
 
 @dataclass(frozen=True)
 class SavedSplice:
-    """A splice of a saved adapter: its name, its methods with options, sites by kind, modules."""
+    """A splice of a saved adapter: its name, its methods with options, sites by kind, modules.
+
+    Without its base, the sites of an adapter of PEFT are not known: ``sites`` counts its modules.
+    """
 
     name: str
     methods: tuple[str, ...]
@@ -35,7 +40,8 @@ class SavedAdapter:
 
     Attributes:
         folder: the folder on this machine.
-        base: the class of its base; ``base_name`` is the name or folder that it was loaded from.
+        base: the class of its base, or the class of transformers that loads it; ``base_name`` is
+            the name or folder that it was loaded from.
         splices: the splices, in order.
         numbers, size: how many numbers it holds, and in how many bytes.
         kept, rows: parameters of the base that were trained along, and how many rows of others.
@@ -58,14 +64,16 @@ class SavedAdapter:
     def __repr__(self) -> str:
         lines = [f"{self.folder}", f"  base      {self.base} {self.base_name or ''}".rstrip()]
         for splice in self.splices:
-            lines.append(f"  splice    {splice.name}, at {splice.places} sites")
+            at = f", at {splice.places} sites" if splice.sites else ""
+            lines.append(f"  splice    {splice.name}{at}")
             lines += [f"            {method}" for method in splice.methods]
         lines.append(f"  holds     {self.numbers:,} numbers in {self.size:,} bytes")
         if self.kept:
             lines.append(f"  replaces  {', '.join(self.kept)}")
         lines += [f"  rows      {count:,} of {name}" for name, count in self.rows.items()]
         by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return "\n".join([*lines, f"  saved by  {by}"])
+        lines += [f"  saved by  {by}"] if by else []
+        return "\n".join(map(printable, lines))
 
 
 def inspect(
@@ -74,7 +82,8 @@ def inspect(
     """Return what a saved adapter holds, checked for damage; no base is needed.
 
     Args:
-        place: a folder, or ``OWNER/NAME`` on the Hugging Face hub.
+        place: a folder, or ``OWNER/NAME`` on the Hugging Face hub; of an adapter that surgery or
+            PEFT has saved.
         revision, subfolder: as for :func:`surgery.load`.
 
     Raises:
@@ -84,6 +93,11 @@ def inspect(
         ``print(surgery.inspect("adapter"))``
     """
     folder = local_folder(place, _AT_MOST, revision, subfolder)
+    foreign = read_foreign(folder, _AT_MOST)
+    if foreign is not None:
+        numbers = sum(tensor.numel() for tensor in foreign.tensors.values())
+        size = sum(tensor.nbytes for tensor in foreign.tensors.values())
+        return _of_foreign(folder, foreign_contents(foreign), numbers, size)
     description, tensors = read(folder, _AT_MOST)
     base, found = description["base"], description.get("versions")
     versions = found if isinstance(found, dict) else {}
@@ -101,6 +115,22 @@ def inspect(
     )
 
 
+def _of_foreign(folder: Path, found: ForeignContents, numbers: int, size: int) -> SavedAdapter:
+    sites = {"module": len(found.modules)} if found.modules else {}
+    splice = SavedSplice("default", (_text(found.method),), sites, len(found.modules))
+    return SavedAdapter(
+        folder=folder,
+        base=found.base,
+        base_name=None if found.base_name is None else _text(found.base_name),
+        splices=(splice,),
+        numbers=numbers,
+        size=size,
+        kept=found.kept,
+        rows=found.rows,
+        versions={name: _text(version) for name, version in found.versions.items()},
+    )
+
+
 def _splice(saved: dict[str, Any]) -> SavedSplice:
     kinds = Counter(site["kind"] for site in saved["sites"])
     methods = tuple(map(_call, saved["methods"]))
@@ -115,4 +145,4 @@ def _call(method: dict[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     """Return a value that no check has bounded as one short line."""
-    return " ".join(str(value).split())[:200]
+    return printable(" ".join(str(value).split())[:200])

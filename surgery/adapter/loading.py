@@ -111,7 +111,7 @@ def load_opened(
     description, tensors, sites = found
     made = [[saved_method(m, folder) for m in saved["methods"]] for saved in description["splices"]]
     plans = [
-        _match(saved, methods, sites, folder)
+        (saved, matched_sites(saved, methods, sites, folder))
         for methods, saved in zip(made, description["splices"], strict=True)
     ]
     require_base(model, description, tensors, folder)
@@ -226,10 +226,8 @@ def saved_method(saved: dict[str, Any], folder: Any) -> Method:
         ) from error
 
 
-def _match(
-    saved: dict[str, Any], methods: list[Method], sites: Sites, folder: Any
-) -> tuple[dict[str, Any], Sites]:
-    """Return a saved splice with the sites of this model that it was made at.
+def matched_sites(saved: dict[str, Any], methods: list[Method], sites: Sites, folder: Any) -> Sites:
+    """Return the sites of this model that a saved splice was made at.
 
     Raises:
         StoreError: a site is missing or has another shape; the message lists the first five.
@@ -262,4 +260,4 @@ def _match(
         )
     asked = {kind for method in methods for kind in method.kinds} - {"attention", "ffn", "linear"}
     first = [site for site in chosen if site.kind not in asked]  # the others come by their kind
-    return saved, Sites(first, others=[site for site in chosen if site not in first])
+    return Sites(first, others=[site for site in chosen if site not in first])

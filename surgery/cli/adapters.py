@@ -1,7 +1,7 @@
 """Commands about saved adapters: ``inspect``, ``merge``, ``convert``, ``generate``, ``push``.
 
-An adapter is a folder, or OWNER/NAME on the Hugging Face hub. Its base is loaded by the name that
-it was trained with; ``--base`` names another place.
+An adapter is a folder, or OWNER/NAME on the Hugging Face hub, that surgery or PEFT has saved. Its
+base is loaded by the name that it was trained with; ``--base`` names another place.
 """
 
 from __future__ import annotations
@@ -129,10 +129,9 @@ def _adapted(adapter: str, base: str, revision: str, subfolder: str) -> tuple[An
     if not name:
         fail(f"{adapter} does not say which base it was made for. Give --base.")
     transformers = import_transformers()
-    kind = getattr(transformers, saved.base, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    loadable: Any = _class(transformers, saved.base, name)
+    if loadable is None:
         fail(f"{adapter} is for a {saved.base}, which is no model of transformers.")
-    loadable: Any = kind
     typer.echo(f"base: {saved.base} {name}", err=True)
     try:
         model = loadable.from_pretrained(name)
@@ -143,6 +142,22 @@ def _adapted(adapter: str, base: str, revision: str, subfolder: str) -> tuple[An
         model.resize_token_embeddings(len(tokenizer))
     surgery.load(model, saved.folder, keep=list(saved.kept))
     return model.eval(), tokenizer
+
+
+def _class(transformers: Any, base: str, name: str) -> Any:
+    """Return the class that loads a base, None if it is no model of transformers.
+
+    A config of PEFT may name a task alone, or nothing: then the base's own config says it.
+    """
+    if base == "a model":
+        try:
+            found = transformers.AutoConfig.from_pretrained(name).architectures or [""]
+        except (OSError, ValueError) as error:
+            fail(f"the base {name!r} cannot be loaded: {error}\nGive --base to load it elsewhere.")
+        base = found[0]
+    kind = getattr(transformers, base, None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if known or base.startswith("AutoModelFor") else None
 
 
 def _tokenizer(transformers: Any, *places: Any) -> Any:

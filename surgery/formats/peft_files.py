@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from torch import Tensor
 
 from surgery.errors import StoreError, shown
 from surgery.formats.foreign import LONGEST, Foreign
+from surgery.formats.pickles import require_tensors_alone
 from surgery.formats.plain_files import contents
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _LARGEST = 4 << 20  # bytes of a config; the targets of 10,000 modules by path have 1 MB
-_FILES = (TENSORS, "adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin")
+PICKLED = "adapter_model.bin"
+_FILES = (TENSORS, PICKLED, "adapter.safetensors", "pytorch_adapter.bin")
 
 
 def read_foreign(folder: str | os.PathLike[str], at_most: int | None = None) -> Foreign | None:
@@ -70,8 +71,8 @@ def tensors_in(data: bytes, path: Path) -> dict[str, Tensor]:
     """
     try:
         found: Any = load_tensors(data) if path.suffix == ".safetensors" else _unpickled(data)
-    except StoreError:
-        raise
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from error
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({shown(error)}).") from error
     except Exception as error:  # of the unpickler, which lets stray errors out
@@ -94,9 +95,6 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 
 def _unpickled(data: bytes) -> Any:
-    """Return what torch.save has written; the file may not unpack to more than its bytes."""
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > len(data):
-                raise StoreError("a file of tensors is packed, so its size shows nothing.")
+    """Return what torch.save has written; the file may not ask for more than its bytes."""
+    require_tensors_alone(data)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

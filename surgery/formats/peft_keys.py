@@ -34,20 +34,24 @@ class Keys:
             ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``, ``ia3_l``.
         rows: the tensors of rows, by the path of the embedding.
         base: the tensors of the base, by their names there.
+        named: the same by the names of the file, where a tied tensor may have several.
+        copies: further tensors of the base, its own beside what is trained, which are not used.
     """
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
     rows: dict[str, str] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
 
 
 def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
     """Sort the tensors of an adapter whose names begin with a prefix.
 
     Raises:
-        StoreError: a tensor has no place here; it is named.
+        StoreError: a tensor has no place here, or two have the same; they are named.
     """
-    found = Keys()
+    found, names = Keys(), own_names(model)
     for key in adapter.tensors:
         if not key.startswith(prefix):
             raise adapter.refuse(f"the tensor {shown(key)} is named without {prefix!r}.")
@@ -56,21 +60,21 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
         if any(part.startswith("lora_magnitude") for part in parts):
             raise adapter.refuse(f"{key} belongs to DoRA, which rescales the updated weight.")
         if at is None:
-            _note_base(found, key, parts)
+            _note_base(adapter, found, key, parts, names)
             continue
         path, last = ".".join(parts[:at]), [p for p in parts[at + 1 :] if p != "default"]
-        if parts[at] == _ROWS:
-            found.rows[path] = key
+        if parts[at] == _ROWS and last in (["trainable_tokens_original"], ["base_layer", "weight"]):
+            found.copies[names.get(f"{path}.weight", f"{path}.weight")] = key
+        elif parts[at] == _ROWS:
+            _require_one(adapter, found.rows.setdefault(path, key), key)
         elif "base_layer" in parts[:at] or last not in ([], ["weight"], ["bias"]):
             raise adapter.refuse(
                 f"{key} updates no module of its own (a 3-D weight, or a wrapped layer)."
             )
         else:
             what = parts[at] + (".bias" if last == ["bias"] else "")
-            found.modules.setdefault(path, {})[what] = key
-    _require_whole_ties(adapter, model, found.base)
-    names = _own_names(model)
-    found.base = {names.get(name, name): key for name, key in found.base.items()}
+            _require_one(adapter, found.modules.setdefault(path, {}).setdefault(what, key), key)
+    _require_whole_ties(adapter, model, found.named)
     return found
 
 
@@ -97,18 +101,36 @@ def _require_whole_ties(adapter: Foreign, model: nn.Module, base: Mapping[str, s
                 )
 
 
-def _note_base(found: Keys, key: str, parts: list[str]) -> None:
-    """Note a tensor of the base; the base's copy beside a trained module is passed over."""
+def _require_one(adapter: Foreign, first: str, second: str) -> None:
+    """Raise unless these are the same tensor."""
+    if first != second:
+        listed = " and ".join(f"{k} {tuple(adapter.tensors[k].shape)}" for k in (first, second))
+        raise adapter.refuse(f"{listed} are two tensors for one place.")
+
+
+def _note_base(
+    adapter: Foreign, found: Keys, key: str, parts: list[str], names: dict[str, str]
+) -> None:
+    """Note a tensor of the base, and the base's copy beside a trained module apart."""
+    into, also = (
+        found.base,
+        [part for part in parts if part not in ("base_layer", "original_module")],
+    )
     if "original_module" in parts:
-        return
-    if "modules_to_save" in parts:  # in memory, and beside bias='all'
+        into = found.copies
+    elif "modules_to_save" in parts:  # in memory, and beside bias='all'
         at = parts.index("modules_to_save")
-        found.base.setdefault(".".join([*parts[:at], *parts[at + 2 :]]), key)
-        return
-    found.base[".".join(part for part in parts if part != "base_layer")] = key
+        named = [*parts[:at], *parts[at + 1 :]]
+        also = named if ".".join(named) in names else [*parts[:at], *parts[at + 2 :]]
+    name = ".".join(also)
+    if into is found.base:
+        found.named.setdefault(name, key)
+    first = into.setdefault(names.get(name, name), key)
+    if not torch.equal(adapter.tensors[first], adapter.tensors[key]):  # tied ones come twice
+        _require_one(adapter, first, key)
 
 
-def _own_names(model: nn.Module) -> dict[str, str]:
+def own_names(model: nn.Module) -> dict[str, str]:
     """Return the name in ``named_parameters`` of each parameter, by each name of it."""
     names = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
@@ -147,7 +169,7 @@ def rows_of(adapter: Foreign, keys: Keys, model: nn.Module) -> dict[str, tuple[l
         return {}
     chosen = option(adapter, "trainable_token_indices", {}, list, dict)
     found: dict[str, tuple[list[int], Tensor]] = {}
-    own, names = dict(model.named_parameters()), _own_names(model)
+    own, names = dict(model.named_parameters()), own_names(model)
     numbered = {path: _numbers(chosen, path) for path in keys.rows}
     for path, key in sorted(keys.rows.items(), key=lambda item: not numbered[item[0]]):
         numbers, rows = numbered[path], adapter.tensors[key]

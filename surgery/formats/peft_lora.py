@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from surgery.errors import shown
 from surgery.formats.foreign import Foreign, Translation, option, require_shape
 from surgery.formats.modules import Place, Ports, at_ports, out_width, places
+from surgery.formats.peft_announced import require_announced
 from surgery.formats.peft_config import is_positive, matched, pattern
 from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
+from surgery.formats.peft_targets import require_targets
 from surgery.plugin import Port, Sites
 
 PREFIX = "base_model.model."
@@ -38,6 +40,11 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     rank, alpha = option(adapter, "r", 8, int), option(adapter, "lora_alpha", 8, int, float)
     ranks, alphas = pattern(adapter, "rank_pattern"), pattern(adapter, "alpha_pattern")
     bias = option(adapter, "lora_bias", False, bool)
+
+    def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
+        wanted, end = _wanted(made, matched(ranks, path, rank), bias)
+        return {f"{PREFIX}{path}.{what}{end}": shape for what, shape in wanted.items()}
+
     values: dict[Place, dict[str, Tensor]] = {}
     own: dict[str, tuple[int, float]] = {}
     for path, parts in keys.modules.items():
@@ -49,6 +56,8 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
         whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias)
         for site, port in ports[path]:
             values[(*site.identity, port.name)] = _of_port(whole, port)
+    require_targets(adapter, keys, model, sites, needed)
+    require_announced(adapter, keys, model, PREFIX)
     options = ranks_and_alphas(adapter, own) | {
         "rslora": option(adapter, "use_rslora", False, bool),
         "dropout": float(option(adapter, "lora_dropout", 0.0, int, float)),
@@ -64,12 +73,8 @@ def _of_module(
 ) -> dict[str, Tensor]:
     """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
     width, out = ports[0][1].in_width, out_width(ports)
-    assert width is not None
-    a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
-    wanted: dict[str, tuple[int, ...]] = {a: (rank, width), b: (out, rank)}
-    wanted |= {"lora_B.bias": (out,)} if bias else {}
+    wanted, end = _wanted(ports, rank, bias)
     why = f"r is {rank}, and {path} maps {width} to {out} features"
-    end = "" if (a, b) == A_B_OF_ROWS else ".weight"
     found = {
         what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
         for what, shape in wanted.items()
@@ -77,8 +82,19 @@ def _of_module(
     if parts.keys() - wanted.keys():
         raise adapter.refuse(f"{min(parts[what] for what in parts.keys() - wanted.keys())} is "
                              "there although its config does not say so.")  # fmt: skip
+    a, b = list(wanted)[:2]
     whole = {"a": found[a], "b": found[b].T}
     return whole | ({"bias": found["lora_B.bias"]} if bias else {})
+
+
+def _wanted(ports: Ports, rank: int, bias: bool) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Return the shapes of a module's A, B and c by what they are, and how their names end."""
+    width, out = ports[0][1].in_width, out_width(ports)
+    assert width is not None
+    a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
+    wanted: dict[str, tuple[int, ...]] = {a: (rank, width), b: (out, rank)}
+    wanted |= {"lora_B.bias": (out,)} if bias else {}
+    return wanted, "" if (a, b) == A_B_OF_ROWS else ".weight"
 
 
 def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:
@@ -110,12 +126,14 @@ def ia3(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     """
     keys = sorted_keys(adapter, model, PREFIX)
     ports = places(adapter, keys.modules, sites)
+
+    def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
+        return {f"{PREFIX}{path}.ia3_l": _scales(made)}
+
     values: dict[Place, dict[str, Tensor]] = {}
     for path, parts in keys.modules.items():
         key, (_, first) = parts.get("ia3_l", f"{PREFIX}{path}.ia3_l"), ports[path][0]
-        width = first.in_width if first.name == "output" else out_width(ports[path])
-        assert width is not None
-        shape = (1, width) if first.name == "output" else (width, 1)
+        shape = _scales(ports[path])
         side = "input" if first.name == "output" else "output"
         why = f"the {side} of {path}, a projection to the port {first.name!r}, is rescaled here"
         scale = require_shape(adapter, key, shape, why).flatten()
@@ -123,7 +141,17 @@ def ia3(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
             columns = None if first.name == "output" else port.columns
             own = scale if columns is None else scale[list(columns)]
             values[(*site.identity, port.name)] = {"scale": own}
+    require_targets(adapter, keys, model, sites, needed)
+    require_announced(adapter, keys, model, PREFIX)
     return _with_base(adapter, model, keys, at_ports("ia3", {}, sites, values))
+
+
+def _scales(ports: Ports) -> tuple[int, int]:
+    """Return the shape of the vector that rescales a module: its input's, or its output's."""
+    first = ports[0][1]
+    width = first.in_width if first.name == "output" else out_width(ports)
+    assert width is not None
+    return (1, width) if first.name == "output" else (width, 1)
 
 
 def _with_base(adapter: Foreign, model: nn.Module, keys: Keys, found: Translation) -> Translation:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.errors import shown
 from surgery.formats.foreign import Foreign, Translation, option, require_shape
+from surgery.formats.peft_announced import require_announced
 from surgery.formats.peft_config import is_positive
 from surgery.formats.peft_keys import Keys, base_tensors_of, sorted_keys
 from surgery.plugin import Edit, Site, Sites, method
@@ -29,6 +30,7 @@ def _split(adapter: Foreign, model: nn.Module) -> Keys:
     keys = sorted_keys(Foreign(adapter.where, adapter.config, rest), model, "base_model.")
     if keys.modules or keys.rows:
         raise adapter.refuse("it has a prompt and updates modules; PEFT makes no such adapter.")
+    require_announced(adapter, keys, model, "base_model.")
     return keys
 
 

@@ -204,8 +204,8 @@ def unpatched(function: Any) -> Any:
 
     torch looks some functions up by name and so hands a replacement to ``__torch_function__``.
     """
-    known = type(function) is types.FunctionType  # others may answer to any name, as torch.ops does
-    return vars(function).get(_REPLACES, function) if known else function
+    kinds = types.FunctionType, types.MethodType  # others may answer to any name, as torch.ops does
+    return getattr(function, _REPLACES, function) if type(function) in kinds else function
 
 
 # Replaces a library's choice of attention function: takes ``wrap(function) -> function``, returns

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 import surgery
 from tests.support.models import build, inputs, logits
@@ -68,6 +69,24 @@ def test_an_adapter_of_peft_is_loaded_from_the_hub(web: Web, tmp_path: Path) -> 
     web.repositories["user/peft"] = {f.name: f.read_bytes() for f in (tmp_path / "peft").iterdir()}
     again = surgery.load(build("gpt2"), "user/peft")
     torch.testing.assert_close(logits(again, inputs("gpt2")), logits(model, inputs("gpt2")))
+
+
+def test_a_pickle_of_peft_is_taken_where_there_is_no_safetensors(web: Web, tmp_path: Path) -> None:
+    model = built_with("gpt2", surgery.method("lora", rank=2))
+    folder = surgery.save(model, tmp_path / "peft", format="peft")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    files = {f.name: f.read_bytes() for f in folder.iterdir()}
+    web.repositories["user/both"] = dict(files)
+    del files["adapter_model.safetensors"]
+    web.repositories["user/peft"] = files
+    again = surgery.load(build("gpt2"), "user/peft")
+    torch.testing.assert_close(logits(again, inputs("gpt2")), logits(model, inputs("gpt2")))
+    surgery.load(build("gpt2"), "user/both")
+    assert not [line for line in web.asked if "both" in line and line.endswith(".bin")]
+    del files["adapter_model.bin"]
+    web.repositories["user/none"] = files
+    with pytest.raises(surgery.StoreError, match=r"adapter_model.safetensors cannot be downloaded"):
+        surgery.load(build("gpt2"), "user/none")
 
 
 def test_without_a_network_the_cache_serves(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,64 @@ def test_generate_continues_a_text(adapter: Path, base: Path) -> None:
     assert done.stdout == " ".join(f"w{i}" for i in ids[0]) + "\n"
 
 
+@pytest.fixture
+def of_peft(adapter: Path, base: Path, tmp_path: Path) -> Path:
+    """The same adapter as PEFT would have saved it."""
+    model = surgery.load(GPT2LMHeadModel.from_pretrained(base), adapter)
+    return surgery.save(model, tmp_path / "peft", format="peft")
+
+
+def test_inspect_shows_a_folder_of_peft(of_peft: Path, base: Path) -> None:
+    shutil.rmtree(base)  # not needed
+    done = run("inspect", of_peft)
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert f"base AutoModelForCausalLM {base}" in text
+    assert "LORA(r=2, lora_alpha=" in text
+    assert "target_modules=['c_" in text
+    found = surgery.inspect(of_peft)
+    assert f"holds {found.numbers:,} numbers in {4 * found.numbers:,} bytes" in text
+    assert found.splices[0].sites == {"module": 8}  # two layers of four
+    assert found.numbers == surgery.summary(surgery.load(build("gpt2"), of_peft)).inserted
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_merge_and_generate_take_a_folder_of_peft(
+    silent: bool, of_peft: Path, adapter: Path, tmp_path: Path
+) -> None:
+    if silent:  # about its task; the base's config tells its class
+        file = of_peft / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": None}))
+    words = ("w1 w2 w3", "--tokens", 4)
+    done = run("generate", of_peft, *words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == run("generate", adapter, *words).stdout
+    merged = run("merge", of_peft, tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    assert run("merge", adapter, tmp_path / "own").exit_code == 0
+    a, b = (GPT2LMHeadModel.from_pretrained(tmp_path / n).eval() for n in ("merged", "own"))
+    case = inputs("gpt2")
+    torch.testing.assert_close(logits(a, case), logits(b, case), rtol=1e-5, atol=1e-5)
+
+
+def test_names_from_files_cannot_move_the_cursor(adapter: Path, of_peft: Path) -> None:
+    """Each line of these would be red, or hide the one before."""
+    evil = "\x1b[31mevil\r"
+    file = adapter / "surgery.json"
+    description = json.loads(file.read_text())
+    description["base"]["name"] = description["base"]["class"] = evil
+    description["versions"] = {evil: evil}
+    description["splices"][0]["methods"][0]["name"] = evil
+    file.write_text(json.dumps(description))
+    config = json.loads((of_peft / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": evil, "peft_version": evil, "target_modules": [evil]}
+    (of_peft / "adapter_config.json").write_text(json.dumps(config))
+    for folder in (adapter, of_peft):
+        for text in (run("inspect", folder).output, run("generate", folder, "w1").output):
+            assert "evil" in text
+            assert not {"\x1b", "\r"} & {*text}
+
+
 def test_convert_writes_the_format_of_peft(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

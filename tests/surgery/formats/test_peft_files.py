@@ -3,68 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
-import pickle
 import random
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import surgery
 from tests.support.models import build, inputs, logits
 from tests.support.peft_cases import base
-from tests.support.splices import untouched
-
-Tensors = dict[str, Tensor]
-Q = "base_model.model.transformer.h.0.attn.c_attn"
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "bias": "none",
-    "target_modules": ["c_attn"], "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.0,
-}  # fmt: skip
-
-
-def tensors() -> Tensors:
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        f"{Q.replace('h.0', f'h.{layer}')}.lora_{part}.weight": shape
-        for layer in (0, 1)
-        for part, shape in (("A", (2, 32)), ("B", (96, 2)))
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def folder(path: Path, config: Any = CONFIG, found: Tensors | None = None) -> Path:
-    path.mkdir(exist_ok=True)
-    text = config if isinstance(config, str) else json.dumps(config)
-    (path / "adapter_config.json").write_text(text)
-    save_file(tensors() if found is None else found, path / "adapter_model.safetensors")
-    return path
-
-
-BASE = build("gpt2")
-BEFORE = {name: tensor.clone() for name, tensor in BASE.state_dict().items()}
-
-
-def unchanged() -> None:
-    """Assert that the base is what it was, and make it so for the next test."""
-    state = BASE.state_dict()
-    same = untouched(BASE) and state.keys() == BEFORE.keys()
-    assert same
-    assert all(torch.equal(tensor, BEFORE[name]) for name, tensor in state.items())
-
-
-def refused(path: Path, match: str) -> None:
-    with pytest.raises(surgery.StoreError, match=match):
-        surgery.load(BASE, path)
-    unchanged()
-
+from tests.support.peft_folders import BASE, CONFIG, Q, Tensors, folder, refused, tensors, unchanged
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'. What has a place here: LORA"),
@@ -172,38 +125,6 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "neither adapter_model.safetensors nor adapter_model.bin")
     path.symlink_to("/dev/zero")
     refused(tmp_path, "not a plain file")
-
-
-class Runs:
-    """Its unpickling would run code."""
-
-    def __reduce__(self) -> Any:
-        return (pytest.fail, ("code of a file was run",))
-
-
-def test_a_pickle_runs_no_code_and_unpacks_to_no_more_than_it_has(tmp_path: Path) -> None:
-    path = folder(tmp_path) / "adapter_model.bin"
-    expected = tensors()
-    (tmp_path / "adapter_model.safetensors").unlink()
-    torch.save(expected, path)
-    model, same = build("gpt2"), build("gpt2")
-    surgery.load(model, tmp_path)
-    surgery.load(same, folder(tmp_path / "other"))
-    assert torch.equal(logits(model, inputs("gpt2")), logits(same, inputs("gpt2")))
-
-    torch.save({"x": Runs()}, path)
-    refused(tmp_path, "Nothing in it was run")
-    path.write_bytes(pickle.dumps(Runs()))
-    refused(tmp_path, "Nothing in it was run|damaged")
-    torch.save({A: torch.ones(1).expand(10**12)}, path)
-    refused(tmp_path, "asks for")
-    torch.save({A: torch.zeros(2**20)}, tmp_path / "zeros")
-    with zipfile.ZipFile(tmp_path / "zeros") as plain, zipfile.ZipFile(path, "w") as packed:
-        for entry in plain.infolist():
-            packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
-    refused(tmp_path, "packed")
-    torch.save([1, 2], path)
-    refused(tmp_path, "a flat dict of tensors")
 
 
 VALUES: list[Any] = [

@@ -129,7 +129,7 @@ def test_a_class_of_a_notebook_is_registered_and_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = Registry()
-    monkeypatch.setattr("surgery.plugin.registry.registry", lambda: made)
+    monkeypatch.setattr("surgery.plugin.lookup.registry", lambda: made)
 
     def cell() -> type[surgery.Method]:
         @surgery.register
