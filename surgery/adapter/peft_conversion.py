@@ -48,6 +48,7 @@ def from_peft(peft_model: Any, example_inputs: Any = None, keep: Sequence[str] =
     base = base_of(peft_model)
     found = list(wrappers(base))
     adapters, active = adapters_of(peft_model, found), list(peft_model.active_adapters)
+    off = any(getattr(wrapper, "disable_adapters", False) for _, (_, _, wrapper, _) in found)
 
     def convert(before: Before) -> None:
         for _, (parent, name, _, held) in found:
@@ -61,8 +62,8 @@ def from_peft(peft_model: Any, example_inputs: Any = None, keep: Sequence[str] =
         for name, translation in ready.items():
             opened = (*described(base, translation, name), sites)
             load_opened(base, opened, adapters[name].where, keep=keep)
-        if len(adapters) > 1:
-            use(base, [name for name in adapters if name in active])
+        if off or len(adapters) > 1:
+            use(base, [name for name in adapters if name in active and not off])
 
     atomically(base, convert)
     return base

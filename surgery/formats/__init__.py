@@ -1,7 +1,7 @@
 """Read and write the adapters of other libraries, by their files and their names."""
 
 from surgery.formats.foreign import Foreign, Translation
-from surgery.formats.foreign_contents import ForeignContents, foreign_contents
+from surgery.formats.foreign_summary import ForeignContents, foreign_contents
 from surgery.formats.loralib import from_layers
 from surgery.formats.peft_files import CONFIG, PICKLED, TENSORS, read_foreign, tensors_in
 from surgery.formats.peft_model import adapters_of, base_of, wrappers

@@ -193,3 +193,17 @@ def test_add_adapter_of_transformers_is_left_alone() -> None:
     surgery.remove(model)
     assert torch.equal(scores(model, "llama"), expected)
     assert model.active_adapters() == ["own"]
+
+
+def test_adapters_that_are_switched_off_stay_off() -> None:
+    theirs = peft.get_peft_model(
+        build("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    given = inputs("llama")
+    on = logits(theirs, given)
+    theirs.base_model.disable_adapter_layers()
+    off = logits(theirs, given)
+    model = surgery.from_peft(theirs)
+    assert torch.equal(logits(model, given), off)
+    surgery.use(model)
+    torch.testing.assert_close(logits(model, given), on, rtol=0, atol=1e-6)
