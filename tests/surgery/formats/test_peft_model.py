@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.adapter import peft_conversion
+from tests.support.models import build, inputs, logits
 from tests.support.peft_cases import CONFIGS, TASKS, adapted, base, lora, reloaded, scores
 
 QUICK = [("gpt2", "lora_rs"), ("roberta", "lora_everywhere"), ("llama", "lora_patterns"),
