@@ -196,6 +196,7 @@ def test_add_adapter_of_transformers_is_left_alone() -> None:
     assert model.active_adapters() == ["own"]
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT
 def test_adapters_that_are_switched_off_stay_off() -> None:
     theirs = peft.get_peft_model(
         build("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
