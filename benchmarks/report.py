@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,26 @@ def commit() -> str:
 
 
 def write() -> None:
-    """Write RESULTS.md and RESULTS.png from all that is kept."""
+    """Write RESULTS.md from all that is kept, and RESULTS.png if every part with one is there.
+
+    A part that is not kept stands as it is in RESULTS.md.
+    """
+    before = (HERE / "RESULTS.md").read_text() if (HERE / "RESULTS.md").exists() else ""
+    parts = re.split(r"^(?=## )", before, flags=re.MULTILINE)[1:]
     text, lines, bars = HEAD, dict[str, Any](), dict[str, Any]()
     for name, (script, _) in SCRIPTS.items():
+        title = f"## {(script.__doc__ or '').splitlines()[0]} (`{name}.py`)"
         if not (MEASURED / f"{name}.json").exists():
+            text += "".join(f"\n{part.strip()}\n" for part in parts if f"(`{name}.py`)" in part)
             continue
         kept = json.loads((MEASURED / f"{name}.json").read_text())
-        title = (script.__doc__ or "").splitlines()[0]
-        text += f"\n## {title} (`{name}.py`)\n\nCommit {kept['commit']}.  \n"
-        text += "\n".join(kept["text"]) + "\n"
+        text += f"\n{title}\n\nCommit {kept['commit']}.  \n\n"
+        text += "\n".join(kept["text"]).strip("\n") + "\n"
         lines |= kept["lines"]
         bars |= kept["bars"]
     (HERE / "RESULTS.md").write_text(text)
-    picture(HERE / "RESULTS.png", lines, bars)
+    if all((MEASURED / f"{name}.json").exists() for name in SCRIPTS):
+        picture(HERE / "RESULTS.png", lines, bars)
 
 
 def picture(path: Path, lines: dict[str, Any], bars: dict[str, Any]) -> None:

@@ -124,3 +124,26 @@ def test_scaling_runs_on_small_sizes() -> None:
         assert title in done.stdout
     assert done.stdout.count("bar <=") == 5
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_a_part_that_is_renewed_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "MEASURED", tmp_path / "measured")
+    monkeypatch.setattr(report, "commit", lambda: "1234567")
+    (tmp_path / "RESULTS.md").write_text("# Measured\n\n## Old (`scaling.py`)\n\nkept as it is\n")
+
+    def main(arguments: list[str]) -> None:
+        report.REPORT.append("ten of them  ")
+
+    monkeypatch.setattr(report.serving, "main", main)
+    for _ in range(2):  # again, from its own file
+        report.measure("serving")
+        report.write()
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("kept as it is") == text.count("ten of them") == 1
+    assert "(`serving.py`)\n\nCommit 1234567." in text
+    assert not (tmp_path / "RESULTS.png").exists()  # the curves of the old part are not kept
