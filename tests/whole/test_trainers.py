@@ -117,10 +117,12 @@ def test_weight_decay_of_the_stock_trainer_spares_what_modules_name(tmp_path: Pa
     from transformers import Trainer, TrainingArguments
 
     model = build("llama")
-    surgery.splice(model, [surgery.method("bitfit"), surgery.method("ia3")])
+    surgery.splice(
+        model, [surgery.method("inducer", key_rank=2, value_rank=2), surgery.method("ia3")]
+    )
     surgery.freeze_base(model)
     told = TrainingArguments(str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True)
-    trainer = Trainer(torch.nn.Sequential(model), told, train_dataset=[])  # under another name
+    trainer = Trainer(model, told, train_dataset=[])
     trainer.create_optimizer()
     decayed = {
         id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]
