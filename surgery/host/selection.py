@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,6 @@ from surgery.host.variant import Children, Variant
 
 ASKED_FIRST = 4  # recognisers that are asked before a call is described
 KEPT = 32  # graphs of one selection; see "Bounds" in docs/guarantees.md
-_LOCK = threading.Lock()
 
 
 class ByName:
@@ -105,34 +103,20 @@ class Selection:
         return list(self.used)
 
     def children_of(self, module: nn.Module) -> Children:
-        """Return the submodules of the host, or of a replica that shares this state.
-
-        All threads get the same object for a host, so that :meth:`retire` reaches every one.
-        """
-        return self._known_children(module) or self._new_children(module)
-
-    def _known_children(self, module: nn.Module) -> Children | None:
+        """Return the submodules of the host, or of a replica that shares this state."""
         children = self.retired or self.children
         if children is not None and (self.retired or children.__dict__ is module._modules):
             return children
-        return None
-
-    def _new_children(self, module: nn.Module) -> Children:
-        with _LOCK:
-            known = self._known_children(module)  # another thread may have been first
-            if known is not None:
-                return known
-            made = Children(module)
-            if self.children is None or self.children.belongs_to(module):
-                self.children = made
-            return made
+        made = Children(module)
+        if self.children is None or self.children.belongs_to(module):
+            self.children = made
+        return self.retired or made
 
     def retire(self, module: nn.Module) -> None:
         """Keep the submodules as they are now, before one is taken out."""
-        with _LOCK:
-            self.retired = Children(module)
-            for children in filter(None, (self.retired, self.children)):
-                children.__dict__ = dict(module._modules)
+        self.retired = Children(module)
+        for children in filter(None, (self.retired, self.children)):
+            children.__dict__ = dict(module._modules)
 
     def touch(self, variant: Variant) -> None:
         """Note that this variant is the latest used; one that was dropped meanwhile stays so."""
