@@ -94,11 +94,13 @@ def extra_loss(model: nn.Module) -> Tensor | float:
 
 
 def start(model: nn.Module, total_steps: int) -> None:
+    """Tell the methods that are trained that a training run begins."""
     for _, method in trained(model, "on_train_start"):
         method.on_train_start(spliced_model(model), total_steps)
 
 
 def stepped(model: nn.Module, step: int) -> None:
+    """Tell the methods that are trained that the optimizer has made this step."""
     with torch.no_grad():
         for _, method in trained(model, "on_step"):
             method.on_step(step)

@@ -144,8 +144,8 @@ def _fit(weights: Any, values: Any) -> bool:
     """Whether weights (B, H, n, m) can mix values (B, G, m, d)."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (weights, values)):
         return False
-    heads, keys = weights.shape[1] % values.shape[1], weights.shape[-1] - values.shape[-2]
-    return not heads and not keys and len(weights) == len(values)
+    grouped = weights.shape[1] % values.shape[1] == 0
+    return grouped and (len(weights), weights.shape[3]) == (len(values), values.shape[2])
 
 
 def _run(function: Any, *args: Any) -> Any:
