@@ -45,6 +45,7 @@ class Selection:
             in ``graphs``.
         recent: the recognisers of the latest calls, asked first.
         children: fast access to the host's submodules; a replica of the host has its own.
+        given: every such access that a thread has been given.
         retired: the submodules as they were when one was taken out. Forwards that are under way in
             other threads go on with them.
     """
@@ -67,6 +68,7 @@ class Selection:
         self.used: dict[Variant, str] = {}
         self.recent: tuple[tuple[Recogniser, Variant], ...] = ()
         self.children: Children | None = None
+        self.given: list[Children] = []
         self.retired: Children | None = None
 
     def find(self, args: Any, kwargs: Any) -> tuple[list[Variant], list[Any]]:
@@ -109,14 +111,19 @@ class Selection:
             return children
         made = Children(module)
         if self.children is None or self.children.belongs_to(module):
+            # Several threads may come here at once. Each notes its own before it reads ``retired``,
+            # and ``retire`` does the reverse, so it reaches all. A lock would stay closed where an
+            # exception, such as Ctrl-C, comes between its two ends.
+            self.given.append(made)
             self.children = made
         return self.retired or made
 
     def retire(self, module: nn.Module) -> None:
         """Keep the submodules as they are now, before one is taken out."""
         self.retired = Children(module)
-        for children in filter(None, (self.retired, self.children)):
-            children.__dict__ = dict(module._modules)
+        for children in (self.retired, *self.given):
+            if children.__dict__ is module._modules:
+                children.__dict__ = dict(module._modules)
 
     def touch(self, variant: Variant) -> None:
         """Note that this variant is the latest used; one that was dropped meanwhile stays so."""

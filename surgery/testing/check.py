@@ -4,6 +4,8 @@ from surgery.testing import check_method
 
 def test_the_contract() -> None:
     check_method(MyMethod(rank=4))
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Laws of a spliced model that runs: its start, its cache, its batch, its dtype."""
+"""Laws of a spliced model that runs: its start, its cache, its batch, its dtype.
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@
     vision           an encoder of images
 
 The first three are the default; the others serve a method that suits none of them.
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
 """
 
 from __future__ import annotations

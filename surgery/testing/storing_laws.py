@@ -1,4 +1,7 @@
-"""Laws of what is stored: registered tensors, saved adapters, options, merges and removals."""
+"""Laws of what is stored: registered tensors, saved adapters, options, merges and removals.
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Laws of training: what gets a gradient, and what can never learn."""
+"""Laws of training: what gets a gradient, and what can never learn.
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
+"""
 
 from __future__ import annotations
 

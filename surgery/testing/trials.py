@@ -1,4 +1,7 @@
-"""Splice a method into a model for a trial, run the model, and compare what it gives."""
+"""Splice a method into a model for a trial, run the model, and compare what it gives.
+
+PYTEST_DONT_REWRITE: the messages are whole as they are.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,16 @@ def test_a_tensor_that_is_no_buffer_is_named_with_the_mend() -> None:
         "Constant: c is a tensor that its module does not know of, so it is neither trained, moved "
         "nor saved. Write self.register_buffer('c', ...), or nn.Parameter if it is trained."
     )
+
+
+def test_pytest_adds_nothing_to_what_a_law_says() -> None:
+    # An installed package that offers a pytest plugin has all its asserts rewritten, if not refused.
+    rewritten = [
+        path.stem
+        for path in Path(surgery.testing.__file__).parent.glob("*.py")
+        if "\n    assert " in path.read_text() and "PYTEST_DONT_REWRITE" not in path.read_text()
+    ]
+    assert rewritten == []
 
 
 def test_what_can_never_learn_is_named() -> None:
