@@ -168,7 +168,7 @@ def test_a_tensor_that_is_no_buffer_is_named_with_the_mend() -> None:
 
 
 def test_pytest_adds_nothing_to_what_a_law_says() -> None:
-    # An installed package that offers a pytest plugin has all its asserts rewritten, if not refused.
+    # pytest rewrites the asserts of an installed package that offers a plugin, unless told not to.
     rewritten = [
         path.stem
         for path in Path(surgery.testing.__file__).parent.glob("*.py")
