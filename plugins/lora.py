@@ -120,8 +120,8 @@ class LowRank(nn.Module):
 
     def first_factor(self) -> Tensor | None:
         """Return A; None where it is divided, or under dropout, whose masks differ by module."""
-        alone = self.training and self.dropout.p
-        return None if alone or _is_divided(self.a) else self.a
+        a = self.a  # looked up once: each token that is decoded asks
+        return None if (self.training and self.dropout.p) or _is_divided(a) else a
 
     def after_product(self, hidden: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return the update from ``hidden = x A``, or its sum with ``onto``."""

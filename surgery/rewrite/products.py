@@ -6,7 +6,7 @@
     backward    dx = dH A, dA = dH^T x           two products for all modules
                 dh_i = s_i dy B_i^T, dB_i = s_i h_i^T dy
 
-The factors A lie side by side in one piece of memory (:func:`lay_side_by_side`), so the stack of
+The factors A lie side by side in one piece of memory (side_by_side.py), so the stack of
 them is a view, and always holds what they hold. Where they do not, they are copied into one.
 
 The scale is a factor of the products themselves (``addmm``), which autograd alone would multiply
@@ -21,14 +21,13 @@ spends seconds on, and they save no time later.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.attention import transformed
+from surgery.rewrite.side_by_side import KeptStack, only_plain_operators, side_by_side
 
 
 def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -51,14 +50,14 @@ def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1
             return add_product(onto, hidden.to(dtype), b.to(dtype), scale)
     if onto is not None and onto.dtype != hidden.dtype:
         return onto + add_product(None, hidden, b, scale).to(onto.dtype)
-    if torch.is_grad_enabled() and not _plain_alone():
+    if torch.is_grad_enabled() and not only_plain_operators():
         made: Tensor = _AddProduct.apply(onto, hidden, b, scale)  # type: ignore[no-untyped-call]
         return made
     return _added(onto, hidden, b, scale)
 
 
 def first_products(
-    x: Tensor, factors: Sequence[Tensor | None]
+    x: Tensor, factors: Sequence[Tensor | None], stack: KeptStack
 ) -> tuple[list[Tensor | None], Tensor]:
     """Return ``x @ a.T`` for each factor a (r, d_in), by one product, and x for later readers.
 
@@ -68,91 +67,53 @@ def first_products(
     different = list({id(a): a for a in factors if a is not None}.values())
     if not different:
         return [None] * len(factors), x
-    given = x.to(torch.get_autocast_dtype(x.device.type)) if _autocast(x) else x
-    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
-        if torch.compiler.is_compiling():
-            alone = {id(a): F.linear(given, a.to(given.dtype)) for a in different}
-            return [None if a is None else alone[id(a)] for a in factors], x
-        if not torch.is_grad_enabled() or _plain_alone():
-            hidden = F.linear(given, side_by_side(different, 0).to(given.dtype))
-        elif given is x and x.requires_grad:
-            hidden, x = _ProductAndInput.apply(x, *different)  # type: ignore[no-untyped-call]
-        else:
-            hidden = _Product.apply(given, *different)  # type: ignore[no-untyped-call]
-    parts = _columns(hidden, [a.shape[0] for a in different])
+    if _autocast(x):
+        given = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            parts, x = _products(x, given, different, stack)
+    else:
+        parts, x = _products(x, x, different, stack)
+    if len(different) == len(factors):
+        return [*parts], x
     found = {id(a): part for a, part in zip(different, parts, strict=True)}
     return [None if a is None else found[id(a)] for a in factors], x
 
 
-def _columns(y: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    return [y] if len(sizes) == 1 else torch.split(y, list(sizes), -1)
+def _products(
+    x: Tensor, given: Tensor, factors: Sequence[Tensor], stack: KeptStack
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Return the products of ``given``, which is ``x`` in the dtype of a product, and x."""
+    if torch.compiler.is_compiling():
+        return [F.linear(given, a.to(given.dtype)) for a in factors], x
+    plain = only_plain_operators()
+    if plain or not torch.is_grad_enabled():
+        whole = side_by_side(factors, 0) if plain else stack.of(factors)
+        hidden = F.linear(given, whole if whole.dtype is given.dtype else whole.to(given.dtype))
+    elif given is x and x.requires_grad:
+        hidden, x = _ProductAndInput.apply(x, *factors)  # type: ignore[no-untyped-call]
+    else:
+        hidden = _Product.apply(given, *factors)  # type: ignore[no-untyped-call]
+    if len(factors) == 1:
+        return [hidden], x
+    return hidden.split_with_sizes([len(a) for a in factors], -1), x
 
 
 def split_columns(y: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Return ``y.split(sizes, -1)``; its gradient is a view where those of the parts are views."""
-    if torch.is_grad_enabled() and not _plain_alone():
+    if torch.is_grad_enabled() and not only_plain_operators():
         return _Split.apply(y, tuple(sizes))  # type: ignore[no-untyped-call,no-any-return]
     return torch.split(y, list(sizes), -1)
 
 
-def side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return the concatenation of tensors along an axis; a view where they lie so in memory."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    if _plain_alone() or any(type(p) not in (Tensor, nn.Parameter) for p in parts):
-        return torch.cat(list(parts), dim)
-    offset = first.storage_offset()
-    storage = first.untyped_storage().data_ptr()
-    stride, size = first.stride(), list(first.shape)
-    size[dim] = 0
-    for part in parts:
-        if (
-            part.storage_offset() != offset + size[dim] * stride[dim]
-            or part.stride() != stride
-            or part.dtype != first.dtype
-            or part.untyped_storage().data_ptr() != storage
-            or storage == 0
-        ):
-            return torch.cat(list(parts), dim)
-        size[dim] += part.shape[dim]
-    return first.detach().as_strided(size, stride)
-
-
-def lay_side_by_side(factors: Sequence[Tensor]) -> None:
-    """Move parameters into one piece of memory, if each has its memory for itself.
-
-    Their values, and the objects that they are, stay. Parameters that another library keeps in
-    memory of its own, flattened or sharded, are left where they are.
-    """
-    if len(factors) < 2:
-        return
-    first = factors[0]
-    alike = all(
-        type(a) is nn.Parameter
-        and not a.is_meta
-        and a.is_contiguous()
-        and (a.dtype, a.device, a.shape[1:]) == (first.dtype, first.device, first.shape[1:])
-        and a.untyped_storage().nbytes() == a.numel() * a.element_size()
-        for a in factors
-    )
-    if not alike:
-        return
-    with torch.no_grad(), torch.inference_mode(False):
-        whole = torch.cat([a.detach() for a in factors])
-        for a, part in zip(factors, torch.split(whole, [a.shape[0] for a in factors]), strict=True):
-            a.data = part
-
-
 def _added(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return ``onto + scale * hidden @ b``, whose scale is a part of the product."""
-    shape = (*hidden.shape[:-1], b.shape[-1])
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rank, width = b.shape
+    rows = hidden.reshape(-1, rank)
     if scale != 1 and torch.is_grad_enabled() and torch.compiler.is_compiling():
         rows, scale = scale * rows, 1.0
     if onto is not None:
-        return torch.addmm(onto.reshape(-1, shape[-1]), rows, b, alpha=scale).view(shape)
-    return _scaled_product(rows, b, scale).view(shape)
+        return torch.addmm(onto.reshape(-1, width), rows, b, alpha=scale).view_as(onto)
+    return _scaled_product(rows, b, scale).view(*hidden.shape[:-1], width)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -163,15 +124,9 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(ignored, left, right, beta=0, alpha=scale)
 
 
-def _plain_alone() -> bool:
-    """Whether only torch's own operators can be used now, and no pointer can be asked for."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or forward_mode or transformed()
-
-
 def _autocast(x: Tensor) -> bool:
     """Whether autocast multiplies ``x`` in another dtype."""
-    if x.is_meta or x.dtype == torch.float64:
+    if not torch._C._is_any_autocast_enabled() or x.is_meta or x.dtype == torch.float64:
         return False
     return torch.is_autocast_enabled(x.device.type)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 
 from surgery.plugin import starts_with_product
 from surgery.rewrite.casts import cast
-from surgery.rewrite.nodes import added, after_inputs, has_hooks
-from surgery.rewrite.products import first_products, lay_side_by_side, split_columns
+from surgery.rewrite.nodes import added, after_inputs
+from surgery.rewrite.products import first_products, split_columns
+from surgery.rewrite.side_by_side import KeptStack, lay_side_by_side
 from surgery.rewrite.written import leaves, may_be_written, name_of
 
 # What reads no values has no gradient; conditions on shapes are tested before the graph runs.
@@ -63,24 +64,39 @@ def added_to_columns(y: Tensor, *updates: tuple[Any, ...]) -> Tensor:
     return torch.cat([part for part in parts if part.shape[-1]], -1)
 
 
-def first_products_of(x: Tensor, *modules: Any) -> tuple[list[Tensor | None], Tensor]:
-    """Return the first product of each module with ``x``, and ``x`` for later readers.
+def sharing() -> Callable[..., tuple[list[Tensor | None], Tensor]]:
+    """Return a function for one node of a graph, which keeps the stack of the node's factors."""
+    stack = KeptStack()
 
-    A product is None where the module's forward must be called.
-    """
-    return first_products(x, [_first_factor(module) for module in modules])
+    def first_products_of(x: Tensor, *modules: Any) -> tuple[list[Tensor | None], Tensor]:
+        """Return the first product of each module with ``x``, and ``x`` for later readers.
+
+        A product is None where the module's forward must be called.
+        """
+        return first_products(x, _first_factors(modules), stack)
+
+    return first_products_of
 
 
-def _first_factor(module: Any) -> Tensor | None:
-    """Return A of a module, None if its forward must be called."""
-    hooked = has_hooks(module) or module._backward_hooks or module._backward_pre_hooks
-    hooked = hooked or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+def _first_factors(modules: Sequence[Any]) -> list[Tensor | None]:
+    """Return A of each module, None of one whose forward must be called."""
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return [None] * len(modules)
     # Dynamo sees the modules that the graph was made for; others may have taken their place since.
-    known = torch.compiler.is_compiling() or starts_with_product(module)
-    if hooked or "forward" in vars(module) or not known:
-        return None
-    factor: Tensor | None = module.first_factor()
-    return factor
+    unchanged = torch.compiler.is_compiling()
+    return [
+        module.first_factor()
+        if not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in vars(module)
+        )
+        and (unchanged or starts_with_product(module))
+        else None
+        for module in modules
+    ]
 
 
 def _cast_once(graph: fx.Graph, root: nn.Module) -> None:
@@ -134,7 +150,7 @@ def _share(graph: fx.Graph, root: nn.Module, x: fx.Node, readers: Sequence[fx.No
     # What is returned must stay what it is: others may compare it, or write to it.
     others = [] if leaves(x) else [u for u in x.users if name_of(u) not in _SHAPES]
     with graph.inserting_after(after_inputs(x)):
-        both = graph.call_function(first_products_of, (x,))
+        both = graph.call_function(sharing(), (x,))
     with graph.inserting_before(both):
         both.args = (x, *(graph.get_attr(name) for name in names))
     with graph.inserting_after(both):
@@ -146,7 +162,7 @@ def _share(graph: fx.Graph, root: nn.Module, x: fx.Node, readers: Sequence[fx.No
             user.replace_input_with(x, passed)
     for node in readers:
         _let_read(node, x, products, names)
-    factors = [_first_factor(root.get_submodule(name)) for name in names]
+    factors = _first_factors([root.get_submodule(name) for name in names])
     lay_side_by_side(list({id(a): a for a in factors if a is not None}.values()))
 
 
