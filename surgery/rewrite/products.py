@@ -57,13 +57,17 @@ def add_product(onto: Tensor | None, hidden: Tensor, b: Tensor, scale: float = 1
 
 
 def first_products(
-    x: Tensor, factors: Sequence[Tensor | None], stack: KeptStack
+    x: Tensor, factors: Sequence[Tensor | None], stack: KeptStack | None = None
 ) -> tuple[list[Tensor | None], Tensor]:
     """Return ``x @ a.T`` for each factor a (r, d_in), by one product, and x for later readers.
 
     A factor may be None, and its product is None then. What reads the returned x, in place of the
     given one, sends its gradient into the product for dx, and no operator adds the two.
+
+    Args:
+        stack: keeps the stack of the factors from call to call.
     """
+    stack = stack or KeptStack()
     different = list({id(a): a for a in factors if a is not None}.values())
     if not different:
         return [None] * len(factors), x

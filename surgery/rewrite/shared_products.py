@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from surgery.plugin import starts_with_product
 from surgery.rewrite.casts import cast
-from surgery.rewrite.nodes import added, after_inputs
+from surgery.rewrite.nodes import added, after_inputs, has_hooks
 from surgery.rewrite.products import first_products, split_columns
 from surgery.rewrite.side_by_side import KeptStack, lay_side_by_side
 from surgery.rewrite.written import leaves, may_be_written, name_of
@@ -87,8 +87,7 @@ def _first_factors(modules: Sequence[Any]) -> list[Tensor | None]:
     return [
         module.first_factor()
         if not (
-            module._forward_hooks
-            or module._forward_pre_hooks
+            has_hooks(module)
             or module._backward_hooks
             or module._backward_pre_hooks
             or "forward" in vars(module)

@@ -1,8 +1,8 @@
 """Lay the factors of several modules side by side in memory, so that their stack is a view.
 
-    lay_side_by_side      once: move parameters into one piece of memory
-    side_by_side          the stack of tensors, a view where they lie so; a copy elsewhere
-    KeptStack             the same for the factors of one node, which is asked at each decoded token
+lay_side_by_side      once: move parameters into one piece of memory
+side_by_side          the stack of tensors, a view where they lie so; a copy elsewhere
+KeptStack             the same for the factors of one node, which is asked at each decoded token
 """
 
 from __future__ import annotations

@@ -149,4 +149,5 @@ def test_the_lines_of_a_graph_go_with_it(drop: Callable[[nn.Module], Any]) -> No
     lines = {"".join(linecache.getlines(name)) for name in linecache.cache if "<surgery" in name}
     assert {graph.code for graph in graphs_of(model)} <= lines
     drop(model)
-    assert counts() == before
+    # What another test left may have gone meanwhile.
+    assert all(now <= then for now, then in zip(counts(), before, strict=True))

@@ -17,13 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import surgery
-from surgery.rewrite.products import (
-    add_product,
-    first_products,
-    lay_side_by_side,
-    side_by_side,
-    split_columns,
-)
+from surgery.rewrite.products import add_product, first_products, split_columns
+from surgery.rewrite.side_by_side import side_by_side
 from surgery.rewrite.written import leaves, may_be_written
 from tests.support.models import build, inputs, perturb
 
@@ -243,19 +238,6 @@ def test_factors_lie_side_by_side_and_stay_what_they_are() -> None:
             torch.testing.assert_close(moved(**inputs("llama"))[0], out, rtol=1e-5, atol=1e-5)
     factors = [attention.lora_query.a, attention.lora_key.a, attention.lora_value.a]
     assert side_by_side(factors, 0).data_ptr() == factors[0].data_ptr()  # of the doubles again
-
-
-def test_parameters_in_memory_of_another_library_stay_there() -> None:
-    flat = torch.randn(12)
-    parameters = [nn.Parameter(flat[:6].view(2, 3)), nn.Parameter(torch.randn(2, 3))]
-    lay_side_by_side(parameters)
-    flat.zero_()
-    assert torch.equal(parameters[0], torch.zeros(2, 3))
-    lay_side_by_side([])
-    apart = torch.randn(2, 8).split(4, -1)
-    assert torch.equal(side_by_side(apart, -1), torch.cat(apart, -1))
-    assert torch.equal(side_by_side(apart, 0), torch.cat(apart, 0))
-    assert torch.equal(side_by_side(apart[::-1], -1), torch.cat(apart[::-1], -1))
 
 
 @pytest.mark.parametrize(
