@@ -44,8 +44,8 @@ def run_grid(grid: Grid, console: Console, trust: bool = False) -> list[Cell]:
         RecipeError: some run would fail. None has been started.
     """
     everything = cells(grid)
-    if grid.baseline and len(grid.seeds) > 1 and importlib.util.find_spec("scipy") is None:
-        raise RecipeError("significance over seeds needs scipy. pip install 'surgery[recipes]'")
+    if (grid.baseline or grid.claims) and importlib.util.find_spec("scipy") is None:
+        raise RecipeError("a baseline or claims need scipy. pip install 'surgery[recipes]'")
     check(grid, everything, trust)
     todo = [cell for cell in everything if not cell.finished]
     done = len(everything) - len(todo)

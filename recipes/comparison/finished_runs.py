@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from surgery import RecipeError
 from surgery_recipes.comparison.grid import Cell
+from surgery_recipes.comparison.significance import (
+    SIGNIFICANT,
+    Difference,
+    Score,
+    difference,
+    holm,
+)
 from surgery_recipes.recipe_files import reason
+from surgery_recipes.run import read_resampled
 
 LOWER_IS_BETTER = ("ter",)
-SIGNIFICANT = 0.05
 
 
 @dataclass
@@ -21,11 +27,12 @@ class Line:
 
     Attributes:
         task, row: which recipe.
-        scores: the values of each score, one for each finished seed.
+        scores: each score, of all finished seeds.
         percent, stored, trainable: as in ``surgery_recipes.run.results.Row``; equal for all seeds.
         seconds: training times, one for each finished seed.
         peak_mib: the highest peak of memory over the seeds.
         by_length: for each seed, the pairs (input length, score) of its quarters.
+        against: the difference of each score from the baseline's.
         better: for each score that differs significantly from the baseline's, whether it is better.
         notes: how the task computed its scores.
         made_on: the machines and versions that the runs were made with.
@@ -33,13 +40,14 @@ class Line:
 
     task: str
     row: str
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
     percent: float = 0.0
     stored: float = 0.0
     trainable: int = 0
     seconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
     by_length: list[list[list[float]]] = field(default_factory=list)
+    against: dict[str, Difference] = field(default_factory=dict)
     better: dict[str, bool] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     made_on: set[str] = field(default_factory=set)
@@ -58,9 +66,14 @@ def read_runs(cells: Sequence[Cell]) -> list[Line]:
         except (ValueError, LookupError, TypeError) as error:
             raise RecipeError(f"{file} is damaged: {reason(error)}. Run it again.") from error
         line = found.setdefault((cell.task, cell.row), Line(cell.task, cell.row))
+        resampled = read_resampled(cell.folder)
         for name, value in last["scores"].items():
             if value is not None:
-                line.scores.setdefault(name, []).append(value)
+                score = line.scores.setdefault(name, Score())
+                score.seeds[cell.seed] = value
+                if name in resampled:
+                    score.resampled[cell.seed] = resampled[name]["values"]
+                    score.examples = resampled[name]["examples"]
         line.percent, line.trainable = last["percent"], last["trainable"]
         line.stored = last.get("stored", line.percent)
         line.notes |= content.get("notes", {})
@@ -73,24 +86,30 @@ def read_runs(cells: Sequence[Cell]) -> list[Line]:
     return list(found.values())
 
 
-def mark_better(lines: Sequence[Line], baseline: str) -> None:
-    """Fill in ``Line.better``, against the row ``baseline`` of the same task."""
+def mark_better(lines: Sequence[Line], baseline: str, shown: Iterable[tuple[str, str]]) -> None:
+    """Fill in ``against`` and ``better``, against the row ``baseline`` of the same task.
+
+    Args:
+        shown: the tasks and scores that are tested, all together by Holm's method.
+    """
     base = {line.task: line for line in lines if line.row == baseline}
-    for line in lines:
-        other = base.get(line.task)
-        if other is None or other is line:
-            continue
-        for name, values in line.scores.items():
-            theirs = other.scores.get(name, [])
-            if significant(values, theirs):
-                gain = statistics.mean(values) - statistics.mean(theirs)
-                line.better[name] = (gain < 0) == name.startswith(LOWER_IS_BETTER)
+    tests = []
+    for task, name in shown:
+        for line in lines:
+            other = base.get(task)
+            if line.task != task or other in (None, line):
+                continue
+            assert other is not None
+            if name in line.scores and name in other.scores:
+                found = difference(line.scores[name], other.scores[name])
+                if found is not None:
+                    line.against[name] = found
+                    tests.append((line, name, found))
+    for (line, name, found), p in zip(tests, holm([t[2].p for t in tests]), strict=True):
+        if p is not None and p < SIGNIFICANT:
+            line.better[name] = is_better(name, found.gain)
 
 
-def significant(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether two means over seeds differ by Welch's t-test, p < 0.05; never with one seed."""
-    if min(len(ours), len(theirs)) < 2 or len({*ours, *theirs}) < 2:
-        return False
-    from scipy.stats import ttest_ind
-
-    return bool(ttest_ind(ours, theirs, equal_var=False).pvalue < SIGNIFICANT)
+def is_better(score: str, gain: float) -> bool:
+    """Whether a score that differs by ``gain`` is the better one."""
+    return (gain < 0) == score.startswith(LOWER_IS_BETTER)

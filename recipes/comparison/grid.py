@@ -11,7 +11,7 @@ A grid is a YAML file with its tasks, rows and scores, and the numbers that a pa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from surgery_recipes.run import (
     training_arguments,
 )
 
+CLAIM = ("better", "than", "score")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -53,6 +55,8 @@ class Grid:
         given: overrides from the command line, which win over the others.
         baseline: the row that the others are tested against.
         paper: for each row, ``TASK.SCORE: number``, to show beside ours.
+        claims: sentences of a paper to test, each with the row that is ``better``, the row ``than``
+            which it is, and the ``score``, TASK.SCORE.
     """
 
     title: str
@@ -68,6 +72,7 @@ class Grid:
     given: list[str] = field(default_factory=list)
     baseline: str = ""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    claims: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,13 @@ def read_grid(path: str | Path) -> Grid:
     _known(path, "paper", grid.paper, grid.rows)
     for row, numbers in grid.paper.items():
         _known(path, f"paper of {row}", numbers, columns)
+    for text, claim in grid.claims.items():
+        _known(path, f"the claim {shown(text)}", claim, CLAIM)
+        for key in CLAIM:
+            if key not in claim:
+                raise RecipeError(f"{path}: the claim {shown(text)} says no {key!r}.")
+            names = columns if key == "score" else grid.rows
+            _known(path, f"the claim {shown(text)}", [claim[key]], names)
     return grid
 
 
@@ -157,7 +169,7 @@ def _check_type(what: str, value: Any, kind: str) -> None:
         _check_type(f"{what} of {shown(value)}", each, inner)
 
 
-def _known(path: str | Path, key: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
+def _known(path: str | Path, key: str, given: Iterable[str], names: Iterable[str]) -> None:
     """Raise if a name in ``given`` is not one of ``names``."""
     for name in given:
         if name not in names:

@@ -19,9 +19,7 @@ def by_parameters(grid: Grid, lines: Sequence[Line], path: Path) -> None:
     for task, place in panels.items():
         name = grid.scores[task][0]
         for line in (line for line in lines if line.task == task and name in line.scores):
-            values = line.scores[name]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            mean = statistics.mean(values)
+            mean, spread = line.scores[name].mean, line.scores[name].error or 0.0
             place.errorbar(line.trainable, mean, yerr=spread, fmt="o", label=line.row)
             place.annotate(line.row, (line.trainable, mean), fontsize=8, xytext=(4, 4),
                            textcoords="offset points")  # fmt: skip

@@ -13,8 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery_recipes.comparison import plots
-from surgery_recipes.comparison.finished_runs import SIGNIFICANT, Line, mark_better, read_runs
+from surgery_recipes.comparison.claims import Verdict, verdicts
+from surgery_recipes.comparison.finished_runs import Line, mark_better, read_runs
 from surgery_recipes.comparison.grid import Cell, Grid
+from surgery_recipes.comparison.significance import SIGNIFICANT, Score
+
+MARKS = {True: "*", False: "†", None: ""}
+MEASURES = ("mean", "std", "error", "gain", "gain_error", "gain_p", "effect", "paper")
+CLAIMS = ["claim", "evidence", "verdict"]
 
 
 def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
@@ -22,12 +28,13 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     lines, folder = read_runs(cells), Path(grid.output)
     if not lines:
         return None
-    mark_better(lines, grid.baseline)
+    wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
+    mark_better(lines, grid.baseline, wanted)
     head, rows = _cells(grid, lines)
-    notes = _notes(grid, cells, lines)
+    notes, decided = _notes(grid, cells, lines), verdicts(grid, lines)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes))
-    (folder / "table.html").write_text(_html(grid.title, head, rows, notes))
+    (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes, decided))
+    (folder / "table.html").write_text(_html(grid.title, head, rows, notes, decided))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(_for_programs(grid, lines))
     plots.by_parameters(grid, lines, folder / "parameters.png")
@@ -60,10 +67,11 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
         cells = [row, f"{first.percent:.2f}", f"{first.stored:.2f}", f"{first.trainable:,}"]
         cells += [minutes, f"{peak:.0f}" if peak else ""]
         for task, name in wanted:
-            values = own[task].scores.get(name, []) if task in own else []
-            mark = "*" if values and own[task].better.get(name) else ""
-            few = f" (n={len(values)})" if 0 < len(values) < len(grid.seeds) else ""
-            cells.append(_number(values) + mark + few)
+            score = own[task].scores.get(name) if task in own else None
+            mark = MARKS[own[task].better.get(name)] if score else ""
+            seeds = len(score.seeds) if score else 0
+            few = f" (n={seeds})" if 0 < seeds < len(grid.seeds) else ""
+            cells.append(_number(score) + mark + few)
             if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
                 cells.append(str(grid.paper.get(row, {}).get(f"{task}.{name}", "")))
         rows.append(cells)
@@ -75,38 +83,35 @@ def _for_programs(grid: Grid, lines: list[Line]) -> list[list[Any]]:
     wanted = list(dict.fromkeys(name for task in grid.tasks for name in grid.scores[task]))
     head: list[Any] = ["task", "row", "runs", "inserted_percent", "stored_percent", "trainable"]
     head += ["minutes", "peak_mib"]
-    head += [f"{name}_{what}" for name in wanted for what in ("mean", "std", "paper")]
+    head += [f"{name}_{what}" for name in wanted for what in MEASURES]
     made = [head]
     for line in lines:
         paper = grid.paper.get(line.row, {})
         cells: list[Any] = [line.task, line.row, len(line.seconds), line.percent, line.stored]
         cells += [line.trainable, statistics.mean(line.seconds) / 60, line.peak_mib]
         for name in wanted:
-            values = line.scores.get(name, [])
-            cells.append(statistics.mean(values) if values else "")
-            cells.append(statistics.stdev(values) if len(values) > 1 else "")
+            score, gap = line.scores.get(name, Score()), line.against.get(name)
+            cells.append(score.mean if score.values else "")
+            cells.append(statistics.stdev(score.values) if len(score.values) > 1 else "")
+            cells.append(score.error)
+            cells += [gap.gain, gap.error, gap.p, gap.effect] if gap else [""] * 4
             cells.append(paper.get(f"{line.task}.{name}", ""))
         made.append(cells)
     return made
 
 
-def _number(values: Sequence[float]) -> str:
-    """A mean, with its standard deviation if there are several values."""
-    if not values:
+def _number(score: Score | None) -> str:
+    """A mean, with its standard error if something tells it."""
+    if score is None:
         return ""
-    text = f"{statistics.mean(values):.4g}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2g}"
+    text = f"{score.mean:.4g}"
+    return text if score.error is None else f"{text} ± {score.error:.2g}"
 
 
 def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str]:
     """The sentences below a table: everything that its numbers depend on."""
     notes = [grid.about, f"Seeds: {', '.join(map(str, grid.seeds))}."]
-    if len(grid.seeds) > 1:
-        notes.append("Mean ± standard deviation over seeds.")
-    if grid.baseline and len(grid.seeds) > 1:
-        notes.append(
-            f"* better than {grid.baseline}, Welch's t-test over seeds, p < {SIGNIFICANT}."
-        )
+    notes += _about_errors(grid, lines)
     missing = ", ".join(str(cell) for cell in cells if not cell.finished)
     notes += [f"Not finished: {missing}."] if missing else []
     notes += [f"Parameters: of {grid.tasks[0]}."] if len(grid.tasks) > 1 else []
@@ -126,17 +131,60 @@ def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str
     return [note for note in notes if note]
 
 
-def _markdown(title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join([f"# {title}", "", *lines, "", *(f"{note}\n" for note in notes)])
+def _about_errors(grid: Grid, lines: Sequence[Line]) -> list[str]:
+    """The sentences about standard errors and tests, as far as there are any."""
+    scores = [score for line in lines for score in line.scores.values()]
+    parts = {
+        "seeds": any(len(score.seeds) > 1 for score in scores),
+        "examples": any(score.resampled for score in scores),
+    }
+    over = " and ".join(name for name, there in parts.items() if there)
+    if not over:
+        return []
+    notes = [f"± standard error, over {over}."]
+    marked = {line.better[name] for line in lines for name in line.better}
+    if grid.baseline and any(line.against for line in lines):
+        said = [f"{MARKS[m]} {'better' if m else 'worse'} than {grid.baseline}" for m in marked]
+        test = f"paired by seeds and examples, p < {SIGNIFICANT} corrected by Holm's method"
+        none = f"No difference from {grid.baseline} is significant"
+        notes.append(f"{'; '.join(sorted(said)) or none}: {test}.")
+    return notes
 
 
-def _html(title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
+def _table(cells: Sequence[Sequence[str]]) -> list[str]:
+    head, *rows = cells
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def _markdown(
+    title: str,
+    head: list[str],
+    rows: list[list[str]],
+    notes: list[str],
+    decided: Sequence[Verdict],
+) -> str:
+    lines = [f"# {title}", "", *_table([head, *rows]), "", *(f"{note}\n" for note in notes)]
+    if decided:
+        claims = [[each.claim, each.evidence, each.verdict] for each in decided]
+        lines += ["## Claims", "", *_table([CLAIMS, *claims]), ""]
+    return "\n".join(lines)
+
+
+def _html(
+    title: str,
+    head: list[str],
+    rows: list[list[str]],
+    notes: list[str],
+    decided: Sequence[Verdict],
+) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     body: list[Any] = [line(head, "th"), *(line(row, "td") for row in rows)]
     below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    if decided:
+        claims = [line([each.claim, each.evidence, each.verdict], "td") for each in decided]
+        below += f"<h2>Claims</h2><table>{line(CLAIMS, 'th')}{''.join(claims)}</table>"
     style = "body{font:15px sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:.4em}"
     title = html.escape(title)
     return (

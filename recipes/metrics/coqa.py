@@ -8,6 +8,7 @@ compared with k - 1 others.
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections import Counter, defaultdict
@@ -22,11 +23,13 @@ def words(answer: str) -> list[str]:
     return ARTICLES.sub(" ", answer.lower().translate(DROPPED)).split()
 
 
+@functools.lru_cache(maxsize=65536)  # resamples ask for the same pairs again
 def exact(answer: str, reference: str) -> float:
     """1 if the words are the same and in the same order, else 0."""
     return float(words(answer) == words(reference))
 
 
+@functools.lru_cache(maxsize=65536)
 def f1(answer: str, reference: str) -> float:
     """Harmonic mean of precision and recall of words; 1 if neither has words, 0 if one has none."""
     ours, theirs = words(answer), words(reference)

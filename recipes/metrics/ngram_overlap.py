@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from surgery import RecipeError
 
 
@@ -23,6 +25,46 @@ def scores(
         name: float(metric.corpus_score(list(answers), padded).score)
         for name, metric in metrics.items()
     }
+
+
+def resampled(
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    draws: Sequence[Sequence[int]],
+    ter: bool = True,
+) -> dict[str, list[float]]:
+    """``bleu`` and ``ter`` of resamples of the examples, from what each sentence adds to them.
+
+    BLEU is made of sums of n-gram counts and lengths, TER of sums of edits and lengths. chrF++ is
+    left out: sacrebleu tells no sums of it.
+
+    Args:
+        draws: the numbers of the sentences of each resample.
+    """
+    metrics = _metrics()
+    found: dict[str, list[float]] = {"bleu": []}
+    metric = type(metrics["bleu"])(lowercase=True, effective_order=True)
+    parts = [
+        metric.sentence_score(answer, list(own))
+        for answer, own in zip(answers, references, strict=True)
+    ]
+    sums = np.array([[*part.counts, *part.totals, part.sys_len, part.ref_len] for part in parts])
+    for chosen in draws:
+        *ngrams, sys_len, ref_len = sums[list(chosen)].sum(0).tolist()
+        order = len(ngrams) // 2
+        bleu = metric.compute_bleu(
+            ngrams[:order], ngrams[order:], sys_len, ref_len, smooth_method="exp"
+        )
+        found["bleu"].append(float(bleu.score))
+    if ter:
+        edits = [
+            metrics["ter"].sentence_score(answer, list(own))
+            for answer, own in zip(answers, references, strict=True)
+        ]
+        pairs = np.array([[each.num_edits, each.ref_length] for each in edits])
+        totals = [pairs[list(chosen)].sum(0) for chosen in draws]
+        found["ter"] = [float(100 * made / long) if long else 0.0 for made, long in totals]
+    return found
 
 
 def signatures() -> dict[str, str]:

@@ -9,9 +9,9 @@
 Whatever can fail fails before the first step, and before anything is written.
 
 The run folder holds ``recipe.yaml`` (complete, extending nothing), ``adapter/`` (or ``model/`` if
-the whole model was trained), ``metrics.json``, ``loss.png``, ``answers.jsonl``, ``samples.html``
-and ``checkpoints/``. Under ``torchrun`` or ``accelerate launch`` every process trains, and the
-first one writes.
+the whole model was trained), ``metrics.json``, ``resampled.json``, ``loss.png``, ``answers.jsonl``,
+``samples.html`` and ``checkpoints/``. Under ``torchrun`` or ``accelerate launch`` every process
+trains, and the first one writes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from surgery_recipes.run.build import (
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
 from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.resampling import resampled, write_resampled
 from surgery_recipes.run.results import Row
 from surgery_recipes.run.run_folder import (
     RunOptions,
@@ -230,6 +231,8 @@ def _score(
         raise
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)
+        with console.status("scoring resamples of the examples"):
+            write_resampled(folder, _resampled(prepared.task, sets))
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
     examples, given = map(list, zip(*scored, strict=True))
     return Row(
@@ -238,6 +241,14 @@ def _score(
         scores=scores,
         by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )
+
+
+def _resampled(task: surgery.Task, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of resamples of each scored split."""
+    found: dict[str, dict[str, Any]] = {}
+    for examples, given in sets.values():
+        found |= resampled(task, given, examples)
+    return found
 
 
 def _keep(model: Any, prepared: Prepared, folder: Path) -> Path:

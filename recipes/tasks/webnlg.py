@@ -122,6 +122,19 @@ class WebNLG(Generation):
                     scores |= {name + suffix: value for name, value in found.items()}
         return scores
 
+    def score_resamples(
+        self, answers: Sequence[Any], examples: Sequence[Example], draws: Sequence[Sequence[int]]
+    ) -> dict[str, list[float]]:
+        """BLEU and TER of resamples, see ``surgery_recipes.run.resampling``."""
+        scores: dict[str, list[float]] = {}
+        references = [list(example["references"]) for example in examples]
+        for suffix, wanted in (("_seen", [True]), ("_unseen", [False]), ("", [True, False])):
+            chosen = [[i for i in draw if examples[i]["seen"] in wanted] for draw in draws]
+            if all(chosen):
+                found = ngram_overlap.resampled(answers, references, chosen, ter=self.ter)
+                scores |= {name + suffix: values for name, values in found.items()}
+        return scores
+
     def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
         references = [list(example["references"]) for example in examples]
         return ngram_overlap.scores(list(answers), references, ter=False)["bleu"]

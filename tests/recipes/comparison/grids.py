@@ -16,7 +16,13 @@ from surgery_recipes.recipe_files import write_recipe
 QUIET = Console(quiet=True)
 
 
-def finished(cell: Cell, score: float, made: Grid | None = None, **more: Any) -> None:
+def finished(
+    cell: Cell,
+    score: float,
+    made: Grid | None = None,
+    resampled: list[float] | None = None,
+    **more: Any,
+) -> None:
     """Leave what a run of this cell would."""
     row = {
         "scores": {"accuracy": score}, "percent": 0.5, "stored": 0.25,
@@ -26,6 +32,9 @@ def finished(cell: Cell, score: float, made: Grid | None = None, **more: Any) ->
     cell.folder.mkdir(parents=True)
     about = {"machine": "a machine", "versions": {"torch": "2"}, "notes": {"ter": "no TER today"}}
     (cell.folder / "metrics.json").write_text(json.dumps({"rows": [row], **about}))
+    if resampled is not None:
+        of = {"examples": 100, "values": resampled}
+        (cell.folder / "resampled.json").write_text(json.dumps({"accuracy": of}))
     if made is not None:
         write_recipe(recipe_of(made, cell), cell.folder / "recipe.yaml")
 
