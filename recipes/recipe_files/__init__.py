@@ -1,6 +1,7 @@
 """Recipe files: find the YAML files of a recipe, merge them, and read them into a ``Recipe``."""
 
 from surgery_recipes.recipe_files.layered_yaml import override, read_extended
+from surgery_recipes.recipe_files.plain_yaml import parse_value
 from surgery_recipes.recipe_files.recipe import Recipe, make_recipe, read_recipe, write_recipe
 from surgery_recipes.recipe_files.shipped import (
     find_recipe,
@@ -17,6 +18,7 @@ __all__ = [
     "find_table",
     "make_recipe",
     "override",
+    "parse_value",
     "read_extended",
     "read_recipe",
     "reason",

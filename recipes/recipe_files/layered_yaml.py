@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from surgery import RecipeError
+from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files.plain_yaml import MAX_DEPTH, is_file, parse_value, read_yaml
 from surgery_recipes.recipe_files.shown_values import short, shown
 
@@ -92,11 +92,12 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def override(content: dict[str, Any], text: str) -> None:
     """Set one value of ``content``, given as a text such as ``training.max_steps=10``.
 
-    ``data=PATH`` is short for ``data.path=PATH``.
+    ``data=PATH`` is short for ``data.path=PATH``. ``splice.lora.rank=4`` sets an option of each
+    entry of ``splice`` with the method lora, ``splice.1.rank=4`` of the first entry.
 
     Raises:
         RecipeError: the text is not ``key=value``, its value is not YAML, or the key lies below
-            something other than a mapping.
+            something other than a mapping, or names no entry of ``splice``.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -109,6 +110,34 @@ def override(content: dict[str, Any], text: str) -> None:
     *parents, last = name.split(".")
     if len(parents) >= MAX_DEPTH:
         raise RecipeError(f"override {shown(text)}: the key has more than {MAX_DEPTH} parts.")
+    if name.startswith("splice.") and isinstance(content.get("splice"), list):
+        for entry in _entries(content["splice"], name, text):
+            _set(entry, [], last, parsed, text)
+        return
+    _set(content, parents, last, parsed, text)
+
+
+def _entries(splice: list[Any], name: str, text: str) -> list[Any]:
+    """The entries of ``splice`` that an override names, by their method or their number."""
+    _, which, *option = name.split(".")
+    if len(option) != 1:
+        raise RecipeError(f"override {shown(text)}: write splice.METHOD.OPTION=value.")
+    if which.isdecimal():
+        return splice[int(which) - 1 : int(which)] or _no_entry(splice, which, text)
+    found = [e for e in splice if isinstance(e, dict) and e.get("method") == which]
+    return found or _no_entry(splice, which, text)
+
+
+def _no_entry(splice: list[Any], which: str, text: str) -> list[Any]:
+    names = [str(e.get("method")) for e in splice if isinstance(e, dict)]
+    raise RecipeError(
+        f"override {shown(text)}: this recipe splices no {shown(which)}. {suggest(which, names)}"
+        f"It splices: {', '.join(names) or 'nothing'}."
+    )
+
+
+def _set(content: Any, parents: list[str], last: str, parsed: Any, text: str) -> None:
+    """Set a value below keys that are made as needed."""
     place: Any = content
     for key in parents:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None

@@ -4,20 +4,24 @@ from surgery_recipes.run.build import planned_methods
 from surgery_recipes.run.finetune import dry_run, evaluate, train
 from surgery_recipes.run.model_source import what_is_imported
 from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.registry import compare_runs, find_runs
 from surgery_recipes.run.resampling import read_resampled
-from surgery_recipes.run.run_folder import RunOptions, begun, finished, same_settings
+from surgery_recipes.run.run_folder import RunOptions, begun, finished, recipe_of_run, same_settings
 from surgery_recipes.run.trainer import training_arguments
 
 __all__ = [
     "Prepared",
     "RunOptions",
     "begun",
+    "compare_runs",
     "dry_run",
     "evaluate",
+    "find_runs",
     "finished",
     "planned_methods",
     "prepare_run",
     "read_resampled",
+    "recipe_of_run",
     "same_settings",
     "train",
     "training_arguments",

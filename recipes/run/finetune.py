@@ -16,6 +16,7 @@ trains, and the first one writes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import TrainingArguments, set_seed
 
 import surgery
 from surgery import RecipeError, StoreError, restore
-from surgery_recipes.recipe_files import Recipe, read_recipe
+from surgery_recipes.recipe_files import Recipe
 from surgery_recipes.run import results
 from surgery_recipes.run.answers import answers
 from surgery_recipes.run.build import (
@@ -46,6 +47,7 @@ from surgery_recipes.run.run_folder import (
     RunOptions,
     check_folder,
     read_trained,
+    recipe_of_run,
     start_folder,
     write_trained,
 )
@@ -141,9 +143,15 @@ def dry_run(recipe: Recipe, console: Console, trust: bool = False) -> float:
     return loss
 
 
-def evaluate(folder: Path, console: Console, trust: bool = False) -> dict[str, float]:
-    """Score a finished run again, from its files and a freshly loaded base."""
-    recipe = read_recipe(folder / "recipe.yaml")
+def evaluate(
+    folder: Path, console: Console, trust: bool = False, overrides: Sequence[str] = ()
+) -> dict[str, float]:
+    """Score a finished run again, from its files and a freshly loaded base.
+
+    Args:
+        overrides: see :func:`recipe_of_run`.
+    """
+    recipe = recipe_of_run(folder, overrides)
     prepared = prepare_run(recipe, trust)
     made = training_arguments(recipe)
     model = _load(prepared, made, folder)
@@ -205,12 +213,17 @@ def _fit(
         "trainable": trainable(model),
         "seconds": trainer.seconds,
         "peak_mib": results.peak_mib(),
-        "losses": [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
+        "losses": _logged(trainer, "loss"),
+        "validation": _logged(trainer, "eval_loss"),
     }
     if folder is not None and made.process_index == 0:
         _keep(model, prepared, folder)
         write_trained(folder, trained)
     return trained
+
+
+def _logged(trainer: Any, name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
 def _score(

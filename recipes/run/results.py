@@ -48,6 +48,7 @@ class Row:
         seconds: how long training took.
         peak_mib: the peak of GPU memory in training; without a GPU, of the memory of the process.
         losses: pairs of a step and its training loss.
+        validation: pairs of a step and the loss of the validation set, if there are validations.
         by_length: pairs of a mean input length in tokens and a score, one for each quarter of the
             scored examples, from the shortest inputs to the longest.
     """
@@ -62,6 +63,7 @@ class Row:
     seconds: float
     peak_mib: float = 0.0
     losses: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
     by_length: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -163,6 +165,10 @@ def write_answers(
     (folder / "samples.html").write_text(page)
 
 
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[Sequence[float], Sequence[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
 def _plot(folder: Path, rows: Sequence[Row], metric: str) -> None:
     import matplotlib as mpl
 
@@ -172,8 +178,11 @@ def _plot(folder: Path, rows: Sequence[Row], metric: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     for row in rows:
         label = f"{row.what} ({metric} {row.score:.3f})"
-        axes.plot(*zip(*(row.losses or [(0, float("nan"))]), strict=True), label=label)
-    axes.set(xlabel="step", ylabel="training loss")
+        (drawn,) = axes.plot(*_columns(row.losses), marker=".", markersize=4, label=label)
+        if row.validation:
+            steps, values = _columns(row.validation)
+            axes.plot(steps, values, "o--", color=drawn.get_color(), label="its validation loss")
+    axes.set(xlabel="step", ylabel="loss, nats for each example or token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

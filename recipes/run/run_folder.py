@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,40 @@ def finished(folder: Path) -> bool:
 def begun(folder: Path) -> bool:
     """Whether a run can be resumed here, from a checkpoint or with scoring."""
     return (folder / TRAINED).is_file() or any(whole_checkpoints(folder))
+
+
+def recipe_of_run(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a finished run, to score it again from any folder.
+
+    A path of its model or data that leads nowhere from here is looked for from the folders above
+    the run, from one of which it was started.
+
+    Args:
+        folder: the run.
+        overrides: texts such as ``limit.test=10``, which win over the recipe.
+
+    Raises:
+        RecipeError: the recipe is damaged, or an override changes what was trained.
+    """
+    trained = read_recipe(folder / RECIPE)
+    recipe = read_recipe(folder / RECIPE, overrides)
+    for name, (before, now) in differences(dataclasses.asdict(trained), dataclasses.asdict(recipe)):
+        if name.split(".")[0] in ("splice", "task", "keep", "train_head", "baseline"):
+            raise RecipeError(
+                f"{name}={shown(now)}: the run was trained with {shown(before)}. Train another run "
+                "to change it."
+            )
+    data = dict(recipe.data)
+    if data.get("path"):
+        data["path"] = _from_above(folder, str(data["path"]))
+    return dataclasses.replace(recipe, model=_from_above(folder, recipe.model), data=data)
+
+
+def _from_above(folder: Path, path: str) -> str:
+    if Path(path).is_absolute() or os.path.exists(path):
+        return path
+    above = (str(parent / path) for parent in folder.resolve().parents)
+    return next(filter(os.path.exists, above), path)
 
 
 def check_folder(folder: Path, recipe: Recipe, run: RunOptions) -> None:
@@ -143,17 +177,18 @@ def same_settings(folder: Path, recipe: Recipe, asked: str) -> None:
     """
     file = folder / RECIPE
     before = dataclasses.asdict(read_recipe(file)) if file.is_file() else {}
-    for name, (then, wanted) in _differences(before, dataclasses.asdict(recipe)):
+    for name, (then, wanted) in differences(before, dataclasses.asdict(recipe)):
         raise RecipeError(
             f"{folder}: that run had {name}={shown(then)}, {asked} {shown(wanted)}. Take "
             "the same setting or another folder, or delete this one."
         )
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[tuple[str, tuple[Any, Any]]]:
+def differences(before: Any, now: Any, name: str = "") -> Iterable[tuple[str, tuple[Any, Any]]]:
+    """The settings that two recipes, as plain data, do not share; ``output`` is none of them."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in {**before, **now}:
             whole = f"{name}.{key}" if name else str(key)
-            yield from _differences(before.get(key), now.get(key), whole)
+            yield from differences(before.get(key), now.get(key), whole)
     elif before != now and name not in ("output", "about"):
         yield name, (before, now)

@@ -24,6 +24,8 @@ from surgery_recipes.run.checkpoints import CHECKPOINTS
 from surgery_recipes.run.collate import Collator
 from surgery_recipes.run.prepare import Prepared
 
+LOGGED = 20  # times at least
+
 
 class LossInBar(ProgressCallback):
     """A progress bar that shows the loss, in place of a printed line for each log."""
@@ -49,6 +51,13 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {"before": self.seconds}, "attributes": {}}
+
+
+class OftenEnough(TrainerCallback):
+    """Logs the loss at least 20 times, however short the run is, so that it can be drawn."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.logging_steps = max(1, min(int(state.logging_steps), state.max_steps // LOGGED))
 
 
 class OrderOfEpoch(Sampler[int]):
@@ -212,6 +221,7 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
     if task.kind == "classifier":  # their loss is a mean already: it takes no num_items_in_batch
         trainer.model_accepts_loss_kwargs = False
     trainer.add_callback(Clock)
+    trainer.add_callback(OftenEnough)
     for printing in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printing)
     if not made.disable_tqdm:

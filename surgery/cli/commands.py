@@ -2,7 +2,8 @@
 
     models.py      locate, diff
     plugins.py     methods, new, check, doctor
-    runs.py        recipes, train, compare, eval
+    runs.py        train, compare, eval
+    lists.py       recipes, runs
     adapters.py    inspect, merge, convert, generate, push
 
 ``surgery --install-completion`` makes the shell complete commands and options.
@@ -15,14 +16,14 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import adapters, models, plugins, runs
+from surgery.cli import adapters, lists, models, plugins, runs
 
 app = typer.Typer(
     help="Parameter-efficient methods, spliced into any transformer.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (plugins, models, runs, adapters):
+for part in (plugins, models, lists, runs, adapters):
     app.add_typer(part.commands)
 
 

@@ -1,4 +1,4 @@
-"""Commands that train and score: ``surgery recipes``, ``train``, ``compare``, ``eval``."""
+"""Commands that train and score: ``surgery train``, ``compare``, ``eval``."""
 
 from __future__ import annotations
 
@@ -9,32 +9,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from surgery.cli.console import console, import_transformers, no_traceback
 from surgery.errors import RecipeError
-from surgery_recipes.recipe_files import find_recipe, read_recipe, shipped_recipes, shipped_tables
+from surgery_recipes.recipe_files import find_recipe, read_recipe
 
 commands = typer.Typer()
 Trust = Annotated[
     bool, typer.Option("--trust", help="import the Python package of model=package:NAME unasked")
 ]
-
-
-@commands.command()
-@no_traceback()
-def recipes() -> None:
-    """List the recipes that come with the package."""
-    table = Table(title="recipes")
-    table.add_column("recipe", no_wrap=True)  # users type this name
-    for heading in ("task", "methods", "what it is"):
-        table.add_column(heading, overflow="fold")
-    for name, files in shipped_recipes().items():
-        plan = read_recipe(files)
-        used = " + ".join(entry["method"] for entry in plan.splice) or "fine-tuning"
-        table.add_row(name, plan.task, used, plan.about)
-    console.print(table)
-    console.print(f"tables, for `surgery compare`: {', '.join(shipped_tables())}")
 
 
 @commands.command()
@@ -110,6 +93,10 @@ def compare(
 @no_traceback()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    override: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, such as data=PATH limit.test=100 data.beams=5"),
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Score a saved adapter again, from its files alone."""
@@ -117,8 +104,10 @@ def evaluate(
         raise RecipeError(f"{run}: no recipe.yaml here. Give the output folder of a run.")
     import_transformers()
     from surgery_recipes.run import evaluate as score_again
+    from surgery_recipes.run import recipe_of_run
 
-    score_again(run, console, _trusted([read_recipe(run / "recipe.yaml").model], trust))
+    trust = _trusted([recipe_of_run(run, override or []).model], trust)
+    score_again(run, console, trust, override or [])
 
 
 def _trusted(models: Iterable[str], trust: bool) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from surgery.errors import RecipeError
-from surgery_recipes.recipe_files import read_recipe
+from surgery_recipes.recipe_files import override, read_recipe
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -74,3 +76,26 @@ def test_an_override_changes_one_of_two_aliases(tmp_path: Path) -> None:
 def test_a_path_that_leads_to_no_file_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no such recipe|cannot be read|a folder or a device"):
         read_recipe(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("splice.lora.rank=3", [{"method": "lora", "rank": 3}, {"method": "prefix"}]),
+        ("splice.2.length=5", [{"method": "lora"}, {"method": "prefix", "length": 5}]),
+        ("splice=[]", []),
+    ],
+)
+def test_an_override_reaches_the_options_of_a_method(text: str, expected: Any) -> None:
+    content = {"splice": [{"method": "lora"}, {"method": "prefix"}]}
+    override(content, text)
+    assert content["splice"] == expected
+
+
+@pytest.mark.parametrize("text", ["splice.lara.rank=3", "splice.3.rank=3", "splice.lora=3"])
+def test_an_override_of_no_entry_is_refused(text: str) -> None:
+    content = {"splice": [{"method": "lora"}, {"method": "prefix"}]}
+    before = copy.deepcopy(content)
+    with pytest.raises(RecipeError, match="override"):
+        override(content, text)
+    assert content == before

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import surgery
-from surgery.cli import app, runs
+from surgery.cli import app, lists
 from surgery.plugin.registry import Registry
 from surgery_recipes.comparison import grid as grids
 from surgery_recipes.comparison.compare import run_grid
@@ -103,7 +103,7 @@ def test_a_bad_file_is_an_error_of_a_few_lines(
 
 
 def test_an_error_that_nobody_thought_of_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "shipped_recipes", lambda: 1 / 0)
+    monkeypatch.setattr(lists, "shipped_recipes", lambda: 1 / 0)
     done = CliRunner().invoke(app, ["recipes"])
     assert done.exit_code == 1
     assert done.output.startswith("error: ZeroDivisionError: division by zero")
