@@ -23,19 +23,21 @@ from rich.text import Text
 from surgery import RecipeError
 from surgery_recipes.comparison import tables
 from surgery_recipes.comparison.grid import Cell, Grid, cells, check, settings
+from surgery_recipes.comparison.titles import titled
 
 # Python puts the current folder in front of all others: a file there could pass for a library.
 COMMAND = "import sys; sys.path[:] = filter(None, sys.path); from surgery.cli import app; app()"
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-def run_grid(grid: Grid, console: Console, trust: bool = False) -> list[Cell]:
+def run_grid(grid: Grid, console: Console, trust: bool = False, wide: bool = False) -> list[Cell]:
     """Run what is not finished, then write the tables.
 
     Args:
         grid: what to run.
         console: where to say how far it is.
         trust: whether the package of ``model: package:NAME`` may be imported, whatever it is.
+        wide: print all columns of the table.
 
     Returns:
         The cells whose runs failed. The folder of each has a ``log.txt``.
@@ -43,6 +45,7 @@ def run_grid(grid: Grid, console: Console, trust: bool = False) -> list[Cell]:
     Raises:
         RecipeError: some run would fail. None has been started.
     """
+    grid = titled(grid)
     everything = cells(grid)
     if (grid.baseline or grid.claims) and importlib.util.find_spec("scipy") is None:
         raise RecipeError("a baseline or claims need scipy. pip install 'surgery[recipes]'")
@@ -51,7 +54,7 @@ def run_grid(grid: Grid, console: Console, trust: bool = False) -> list[Cell]:
     done = len(everything) - len(todo)
     console.print(Text(f"{grid.title}: {len(everything)} runs, {done} finished"))
     failed = list(_run_all(grid, todo, console, trust)) if todo else []
-    made = tables.write(grid, everything)
+    made = tables.write(grid, everything, wide)
     if made is not None:
         console.print(made)
         console.print(Text(f"tables and plots: {grid.output}/table.md .html .csv, *.png"))

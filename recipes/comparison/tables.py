@@ -1,9 +1,8 @@
-"""Write the results of a grid as Markdown, HTML and CSV tables, beside their plots."""
+"""Write the results of a grid as Markdown, as a page and as CSV, beside their plots."""
 
 from __future__ import annotations
 
 import csv
-import html
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,22 @@ from surgery_recipes.comparison import plots
 from surgery_recipes.comparison.claims import Verdict, verdicts
 from surgery_recipes.comparison.finished_runs import Line, mark_better, read_runs
 from surgery_recipes.comparison.grid import Cell, Grid
+from surgery_recipes.comparison.page import page
 from surgery_recipes.comparison.significance import SIGNIFICANT, Score
 
 MARKS = {True: "*", False: "†", None: ""}
 MEASURES = ("mean", "std", "error", "gain", "gain_error", "gain_p", "effect", "paper")
+LEFT_OUT = ("% stored", "trainable", "minutes", "peak MiB", "paper")  # of a narrow table
+WIDTH = 80
 CLAIMS = ["claim", "evidence", "verdict"]
 
 
-def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
-    """Write all tables and plots; return the table to print, or None if no run has finished."""
+def write(grid: Grid, cells: Sequence[Cell], wide: bool = False) -> Table | None:
+    """Write all tables and plots; return the table to print, or None if no run has finished.
+
+    Args:
+        wide: print all columns instead of the row, its share of parameters and its scores.
+    """
     lines, folder = read_runs(cells), Path(grid.output)
     if not lines:
         return None
@@ -34,16 +40,30 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     notes, decided = _notes(grid, cells, lines), verdicts(grid, lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes, decided))
-    (folder / "table.html").write_text(_html(grid.title, head, rows, notes, decided))
+    (folder / "table.html").write_text(page(grid, lines, notes, decided))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(_for_programs(grid, lines))
-    plots.by_parameters(grid, lines, folder / "parameters.png")
-    plots.by_length(grid, lines, folder / "length.png")
-    shown = Table(title=Text(grid.title))
-    for number, name in enumerate(head):
-        shown.add_column(Text(name), no_wrap=number == 0, overflow="fold")
+    plots.draw(plots.by_parameters, grid, lines, folder / "parameters.png")
+    plots.draw(plots.by_length, grid, lines, folder / "length.png")
+    return _for_terminal(grid.title, head, rows, wide)
+
+
+def _for_terminal(title: str, head: list[str], rows: list[list[str]], wide: bool) -> Table:
+    """The table that is printed: the row and its scores, as many columns as 80 characters take."""
+    widths = [3 + max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    first = [i for i, name in enumerate(head) if name not in LEFT_OUT]
+    chosen, room = list[int](), WIDTH - 1
+    for i in [*range(len(head))] if wide else first:
+        room -= widths[i]
+        if room >= 0 or wide or len(chosen) < 2:
+            chosen.append(i)
+    more = len(head) - len(chosen)
+    caption = f"{more} more columns: --wide, table.csv, table.html" if more else None
+    shown = Table(title=Text(title), caption=caption)
+    for i in chosen:
+        shown.add_column(Text(head[i]), no_wrap=i == 0, overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(row[i]) for i in chosen))
     return shown
 
 
@@ -168,28 +188,3 @@ def _markdown(
         claims = [[each.claim, each.evidence, each.verdict] for each in decided]
         lines += ["## Claims", "", *_table([CLAIMS, *claims]), ""]
     return "\n".join(lines)
-
-
-def _html(
-    title: str,
-    head: list[str],
-    rows: list[list[str]],
-    notes: list[str],
-    decided: Sequence[Verdict],
-) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body: list[Any] = [line(head, "th"), *(line(row, "td") for row in rows)]
-    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    if decided:
-        claims = [line([each.claim, each.evidence, each.verdict], "td") for each in decided]
-        below += f"<h2>Claims</h2><table>{line(CLAIMS, 'th')}{''.join(claims)}</table>"
-    style = "body{font:15px sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:.4em}"
-    title = html.escape(title)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style><h1>{title}</h1><table>{''.join(body)}</table>{below}"
-        '<img src="parameters.png" alt="quality against parameters">'
-        '<img src="length.png" alt="quality against input length"></html>\n'
-    )

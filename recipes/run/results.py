@@ -29,6 +29,8 @@ STYLE = (
     "td,th{border:1px solid #ccc;padding:.4em;text-align:left;vertical-align:top;"
     "white-space:pre-wrap}"
 )
+RIGHT = '<td style="color:#176a2c">✓ right</td>'
+WRONG = '<td style="color:#9c2415">✗ wrong</td>'
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def write_answers(
     """Write ``answers.jsonl`` with every answer, and ``samples.html`` with 100 of each split."""
     lines = []
     cells = []
+    marked = bool(task.labels)  # of a text, only a score says how right it is
     for name, (examples, answers) in sets.items():
         texts = [task.labels[a] if isinstance(a, int) else a for a in answers]
         lines += [
@@ -152,10 +155,12 @@ def write_answers(
         ]
         step = max(1, len(texts) // SHOWN)
         for text, example in list(zip(texts, examples, strict=True))[::step][:SHOWN]:
-            right = "\n".join(task.references(example))
-            row = (name, task.source(example), right, text)
-            cells.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row))
-    head = "".join(f"<th>{title}</th>" for title in ("set", "input", "references", "output"))
+            wanted = task.references(example)
+            row = (name, task.source(example), "\n".join(wanted), text)
+            cell = "".join(f"<td>{html.escape(str(part))}</td>" for part in row)
+            cells.append(cell + (RIGHT if text in wanted else WRONG) * marked)
+    titles = ("set", "input", "references", "output", *["right"] * marked)
+    head = "".join(f"<th>{title}</th>" for title in titles)
     body = "\n".join(f"<tr>{cell}</tr>" for cell in cells)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{task.name}</title>'

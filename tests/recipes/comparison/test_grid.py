@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from surgery.errors import RecipeError
 from surgery_recipes.comparison.grid import cells, read_grid
+from surgery_recipes.comparison.titles import titled
 from surgery_recipes.recipe_files import shipped_tables
+from tests.recipes.comparison.grids import grid
 
 TABLES = list(shipped_tables().values())
 
@@ -80,3 +83,16 @@ def test_a_bad_grid_says_what_is_wrong(text: str, part: str, tmp_path: Path) -> 
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(RecipeError, match=part):
         read_grid(tmp_path / "grid.yaml")
+
+
+def test_a_title_follows_the_overrides(tmp_path: Path) -> None:
+    made = grid(
+        tmp_path, title="SST-2, {training.max_steps} steps", set=["training.max_steps=5"],
+        row_set={"lora": ["training.max_steps=7"]},
+    )  # fmt: skip
+    assert titled(made).title == "SST-2, 5 or 7 steps"
+    assert (
+        titled(dataclasses.replace(made, given=["training.max_steps=2"])).title == "SST-2, 2 steps"
+    )
+    with pytest.raises(RecipeError, match=r"no setting 'training.maxsteps'"):
+        titled(dataclasses.replace(made, title="{training.maxsteps}"))

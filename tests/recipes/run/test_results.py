@@ -18,3 +18,12 @@ def test_samples_are_escaped(root: Path, tmp_path: Path) -> None:
     assert "a &amp; b?" in page
     assert "<script>" not in page
     assert json.loads((tmp_path / "answers.jsonl").read_text())["answer"] == "<script>"
+
+
+def test_classes_are_marked_right_or_wrong(tmp_path: Path) -> None:
+    task = surgery.task("sst2", path="")
+    examples = [{"label": 0, "texts": ["dull"]}, {"label": 1, "texts": ["fine"]}]
+    results.write_answers(tmp_path, task, {"dev": (examples, [0, 0])})
+    page = (tmp_path / "samples.html").read_text()
+    assert (page.count("✓ right"), page.count("✗ wrong")) == (1, 1)
+    assert page.index("✓ right") < page.index("fine") < page.index("✗ wrong")
