@@ -40,6 +40,7 @@ from surgery_recipes.run.build import (
     try_out,
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
+from surgery_recipes.run.loaded import load_trained
 from surgery_recipes.run.prepare import Prepared, prepare_run
 from surgery_recipes.run.resampling import resampled, write_resampled
 from surgery_recipes.run.results import Row
@@ -77,7 +78,7 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
         try_out(model, prepared)
         checkpoint = _last_checkpoint(model, folder) if run.resume else None
     else:
-        model = _load(prepared, made, folder)
+        model = load_trained(prepared, made, folder)
     first = made.process_index == 0
     if not first:
         console = Console(quiet=True)
@@ -154,21 +155,11 @@ def evaluate(
     recipe = recipe_of_run(folder, overrides)
     prepared = prepare_run(recipe, trust)
     made = training_arguments(recipe)
-    model = _load(prepared, made, folder)
+    model = load_trained(prepared, made, folder)
     _, scores = _answer(model, prepared, made, console)
     for name, value in scores.items():
         console.print(Text(f"{folder}: {name} {value}"))
     return scores
-
-
-def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
-    """A freshly loaded base with the adapter of a run, or the model that it trained as a whole."""
-    if prepared.recipe.splice:
-        base = load_base(prepared, made.seed)
-        model = surgery.load(base, folder / "adapter", keep=prepared.recipe.keep)
-    else:
-        model = load_base(prepared, made.seed, str(folder / "model"))
-    return model.to(made.device)
 
 
 def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:

@@ -2,7 +2,7 @@
 
     models.py      locate, diff
     plugins.py     methods, new, check, doctor
-    runs.py        train, compare, eval
+    runs.py        train, compare, eval, diagnose
     lists.py       recipes, runs
     adapters.py    inspect, merge, convert, generate, push
 

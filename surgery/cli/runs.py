@@ -1,4 +1,4 @@
-"""Commands that train and score: ``surgery train``, ``compare``, ``eval``."""
+"""Commands that train and score: ``surgery train``, ``compare``, ``eval``, ``diagnose``."""
 
 from __future__ import annotations
 
@@ -109,6 +109,31 @@ def evaluate(
 
     trust = _trusted([recipe_of_run(run, override or []).model], trust)
     score_again(run, console, trust, override or [])
+
+
+@commands.command()
+@no_traceback()
+def diagnose(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="the folder of a finished run, and of others to draw losses of"),
+    ],
+    minus: Annotated[
+        Path | None, typer.Option(help="a run whose scores are subtracted, such as fine-tuning's")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="scored examples to measure attention on")] = 128,
+    trust: Trust = False,
+) -> None:
+    """Say why a run scores as it does: attention, updates, lengths of inputs, first losses."""
+    import_transformers()
+    from surgery_recipes.diagnosis import diagnose as diagnose_runs
+    from surgery_recipes.run import recipe_of_run
+
+    if examples < 1:
+        raise RecipeError(f"--examples {examples}: the number must be 1 or more.")
+    there = [run for run in runs[:1] if (run / "recipe.yaml").is_file()]
+    trust = _trusted([recipe_of_run(run).model for run in there], trust)
+    diagnose_runs(runs, console, examples, minus, trust)
 
 
 def _trusted(models: Iterable[str], trust: bool) -> bool:

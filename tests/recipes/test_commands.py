@@ -38,6 +38,7 @@ EXAMPLES = {  # what a word in capitals stands for
 }  # fmt: skip
 EVERY_RECIPE = f"{TESTS}run/test_every_recipe.py::test_a_recipe_is_built_and_runs_one_batch"
 RUN_BY = {  # by the beginning of a command: the test that runs it
+    "surgery diagnose": "tests/recipes/diagnosis/test_diagnose.py::test_a_run_is_diagnosed",
     "surgery runs": "tests/recipes/test_command_line.py::"
     "test_runs_are_listed_filtered_told_apart_and_scored_from_any_folder",
     "surgery eval runs/try limit.test=100": "tests/recipes/test_command_line.py::"

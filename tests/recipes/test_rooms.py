@@ -14,7 +14,7 @@ import surgery
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 # A room imports rooms of lower floors only.
-FLOORS = [{"recipe_files", "metrics"}, {"tasks"}, {"run"}, {"comparison"}, {"tools"}]
+FLOORS = [{"recipe_files", "metrics"}, {"tasks"}, {"run"}, {"comparison", "diagnosis"}, {"tools"}]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS = sorted(path.parent for path in RECIPES.glob("*/__init__.py"))
 FILES = sorted(path for room in ROOMS for path in room.rglob("*.py"))
