@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgery
+from surgery import StartsWithProduct
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Update:
         module: its path.
         port: what it edits.
         moved: the norm of the change of its parameters since the start.
-        norm: the Frobenius norm of its update of a weight, ``s A^T B``; None if it is none.
+        norm: the Frobenius norm of its update of a weight, ``A^T B``; None if it is none.
         rank: the effective rank of that update, ``exp(H(p))``, p its singular values over their sum
             (Roy and Vetterli 2007); None as above, and of an update that is zero.
     """
@@ -57,11 +58,13 @@ def _numbers(module: Any) -> dict[str, Tensor]:
 
 
 def _of_weight(module: Any) -> tuple[float | None, float | None]:
-    factors = module.low_rank_factors() if hasattr(module, "low_rank_factors") else None
-    if factors is None:
+    """Return the norm and the effective rank of an update of a weight, ``x -> (x A^T) B``."""
+    factor = module.first_factor() if isinstance(module, StartsWithProduct) else None
+    if factor is None or not hasattr(module, "fold"):
         return None, None
-    a, b, scale = factors
-    values = singular_values(a.float(), b.float()) * abs(scale)
+    basis = torch.eye(len(factor)).to(factor)
+    b = module.after_product(basis) - module.after_product(torch.zeros_like(basis))  # no bias
+    values = singular_values(factor.float(), b.float())
     norm = float(values.norm())
     return norm, effective_rank(values) if norm else None
 

@@ -13,7 +13,6 @@ from surgery.cli import app
 from surgery_recipes.diagnosis.lengths import by_length
 from tests.recipes import tiny
 
-
 FAST = ("training.max_steps=2", "training.warmup_steps=0", "training.learning_rate=1e-2")
 
 
