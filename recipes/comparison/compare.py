@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import Queue
 
 import torch
@@ -23,6 +24,7 @@ from rich.text import Text
 from surgery import RecipeError
 from surgery_recipes.comparison import tables
 from surgery_recipes.comparison.grid import Cell, Grid, cells, check, settings
+from surgery_recipes.comparison.reasons import diagnose_rows
 from surgery_recipes.comparison.titles import titled
 
 # Python puts the current folder in front of all others: a file there could pass for a library.
@@ -30,7 +32,13 @@ COMMAND = "import sys; sys.path[:] = filter(None, sys.path); from surgery.cli im
 GPUS = "CUDA_VISIBLE_DEVICES"
 
 
-def run_grid(grid: Grid, console: Console, trust: bool = False, wide: bool = False) -> list[Cell]:
+def run_grid(
+    grid: Grid,
+    console: Console,
+    trust: bool = False,
+    wide: bool = False,
+    diagnosed: bool = False,
+) -> list[Cell]:
     """Run what is not finished, then write the tables.
 
     Args:
@@ -38,6 +46,7 @@ def run_grid(grid: Grid, console: Console, trust: bool = False, wide: bool = Fal
         console: where to say how far it is.
         trust: whether the package of ``model: package:NAME`` may be imported, whatever it is.
         wide: print all columns of the table.
+        diagnosed: diagnose one run of each row, for the page.
 
     Returns:
         The cells whose runs failed. The folder of each has a ``log.txt``.
@@ -54,10 +63,16 @@ def run_grid(grid: Grid, console: Console, trust: bool = False, wide: bool = Fal
     done = len(everything) - len(todo)
     console.print(Text(f"{grid.title}: {len(everything)} runs, {done} finished"))
     failed = list(_run_all(grid, todo, console, trust)) if todo else []
+    unknown = []
+    if diagnosed:
+        with console.status("diagnosing a run of each row"):
+            unknown = diagnose_rows(everything, lambda words, log: _surgery(words, log, trust))
     made = tables.write(grid, everything, wide)
     if made is not None:
         console.print(made)
         console.print(Text(f"tables and plots: {grid.output}/table.md .html .csv, *.png"))
+    for cell in unknown:
+        console.print(Text(f"not diagnosed: {cell.folder}, see {cell.folder}/diagnosis.txt"))
     for cell in failed:
         said = f"failed: {cell.folder}, see {cell.folder}/log.txt"
         console.print(Text(said, style="bold red"))
@@ -97,14 +112,20 @@ def _run_all(grid: Grid, todo: list[Cell], console: Console, trust: bool) -> Ite
 def _run(grid: Grid, cell: Cell, device: str, trust: bool) -> bool:
     """Run one cell in a process of its own; whether it finished."""
     cell.folder.mkdir(parents=True, exist_ok=True)
+    flags = ["--resume" if cell.begun else "--overwrite"]
+    words = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *flags]
+    return _surgery(words, cell.folder / "log.txt", trust, device) and cell.finished
+
+
+def _surgery(words: list[str], log: Path, trust: bool, device: str = "") -> bool:
+    """Run a command of ``surgery`` in a process of its own; whether it went well."""
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "SURGERY_TRACEBACK": "1"}
     environment |= {GPUS: device} if device else {}
-    flags = ["--resume" if cell.begun else "--overwrite", *(["--trust"] if trust else [])]
-    command = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *flags]
-    with (cell.folder / "log.txt").open("a") as log:
+    words = [*words, *(["--trust"] if trust else [])]
+    with log.open("a") as file:
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *command],
-            env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", COMMAND, *words],
+            env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             check=False,
         )  # fmt: skip
-    return done.returncode == 0 and cell.finished
+    return done.returncode == 0

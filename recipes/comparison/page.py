@@ -16,13 +16,18 @@ from string import Template
 from surgery_recipes.comparison import plots
 from surgery_recipes.comparison.claims import CONTRADICTED, HOLDS, UNDECIDED, Verdict
 from surgery_recipes.comparison.finished_runs import Line
-from surgery_recipes.comparison.grid import Grid
+from surgery_recipes.comparison.grid import Cell, Grid
+from surgery_recipes.comparison.reasons import pictures
 
 CLASSES = {HOLDS: "holds", CONTRADICTED: "contradicted", UNDECIDED: "open"}
 
 
 def page(
-    grid: Grid, lines: Sequence[Line], notes: Sequence[str], decided: Sequence[Verdict]
+    grid: Grid,
+    cells: Sequence[Cell],
+    lines: Sequence[Line],
+    notes: Sequence[str],
+    decided: Sequence[Verdict],
 ) -> str:
     """Return the page of a grid's finished runs."""
     tasks = [task for task in grid.tasks if any(line.task == task for line in lines)]
@@ -36,7 +41,9 @@ def page(
         style += ".tabs>input,.tabs>label{display:none}"
     for i, task in enumerate(tasks):
         own = [line for line in lines if line.task == task]
-        tabs.append(f'<section class="task task{i}">{_task(grid, task, own)}</section>')
+        tabs.append(
+            f'<section class="task task{i}">{_task(grid, task, own)}{_why(cells, task)}</section>'
+        )
     about = notes[0] if grid.about else ""
     return Template(_file("page.html")).substitute(
         title=escape(grid.title),
@@ -71,6 +78,19 @@ def _task(grid: Grid, task: str, lines: Sequence[Line]) -> str:
         f'<div class="scroll"><table class="sortable">{table}</table></div>'
         f'<div class="plots">{pictures}</div>'
     )
+
+
+def _why(cells: Sequence[Cell], task: str) -> str:
+    """The pictures of the diagnosed rows, each row folded."""
+    made = []
+    for row, drawn in pictures(cells, task).items():
+        images = "".join(
+            f'<figure><img src="{url}" alt="{escape(what)}"><figcaption>{escape(what)}</figcaption>'
+            "</figure>"
+            for what, url in drawn
+        )
+        made.append(f"<details><summary>{escape(row)}</summary>{images}</details>")
+    return f"<h2>Why</h2>{''.join(made)}" if made else ""
 
 
 def _row(grid: Grid, line: Line) -> str:

@@ -40,7 +40,7 @@ def write(grid: Grid, cells: Sequence[Cell], wide: bool = False) -> Table | None
     notes, decided = _notes(grid, cells, lines), verdicts(grid, lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes, decided))
-    (folder / "table.html").write_text(page(grid, lines, notes, decided))
+    (folder / "table.html").write_text(page(grid, cells, lines, notes, decided))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(_for_programs(grid, lines))
     plots.draw(plots.by_parameters, grid, lines, folder / "parameters.png")

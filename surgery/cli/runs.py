@@ -64,6 +64,9 @@ def compare(
     seeds: Annotated[int, typer.Option(help="number of seeds; 0 means the seeds of the grid")] = 0,
     output: Annotated[str, typer.Option(help="folder to write to, instead of the grid's")] = "",
     wide: Annotated[bool, typer.Option("--wide", help="print all columns of the table")] = False,
+    diagnosed: Annotated[
+        bool, typer.Option("--diagnose/--no-diagnose", help="say on the page why rows differ")
+    ] = True,
     trust: Trust = False,
 ) -> None:
     """Run the unfinished recipes of a table, and write tables and plots."""
@@ -82,7 +85,7 @@ def compare(
         plan = dataclasses.replace(plan, output=output)
     trust = _trusted(models(plan), trust)
     try:
-        failed = run_grid(plan, console, trust, wide)
+        failed = run_grid(plan, console, trust, wide, diagnosed)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to continue")
         raise

@@ -250,7 +250,7 @@ def test_a_comparing_command_checks_its_runs_and_writes_its_tables(
     made = read_grid(tmp_path / "grid.yaml")
     for cell in cells(made):
         finished(cell, 0.5, made)
-    asked = [words[0], name, *words[2:], "--output", str(tmp_path / "table")]
+    asked = [words[0], name, *words[2:], "--output", str(tmp_path / "table"), "--no-diagnose"]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
     count = len(cells(made))

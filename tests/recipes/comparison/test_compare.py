@@ -135,7 +135,14 @@ def test_a_grid_runs_and_is_shown(root: Path, tmp_path: Path) -> None:
     settings = [o for o in tiny.overrides("sst2", model, data, tmp_path) if "output=" not in o]
     output = tmp_path / "grid"
     made = grid(output, rows=["prefix", "lora"], seeds=[1], paper={}, given=settings)
-    assert compare.run_grid(made, QUIET) == []
+    assert compare.run_grid(made, QUIET, diagnosed=True) == []
     log = (tmp_path / "grid/sst2/lora/1/log.txt").read_text()
     assert "surgery eval" in log
     assert len((tmp_path / "grid/table.md").read_text().splitlines()) > 5
+    page = (tmp_path / "grid/table.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 5  # LoRA has no virtual keys
+    assert "<h2>Why</h2>" in page
+    again = tmp_path / "grid/sst2/lora/1/diagnosis/losses.csv"
+    written = again.stat().st_mtime_ns
+    assert compare.run_grid(made, QUIET, diagnosed=True) == []
+    assert again.stat().st_mtime_ns == written, "what is diagnosed is not diagnosed again"
