@@ -1,12 +1,14 @@
 """BLEU, chrF++ and TER against several references, computed by sacrebleu.
 
-The WebNLG challenge scored tokenised text in lower case with another script. BLEU here is in lower
-case too, with sacrebleu's own tokeniser (13a), so papers' numbers are close but not comparable to
-the decimal.
+BLEU is in lower case with sacrebleu's own tokeniser (13a). The WebNLG challenge of 2017 prepared
+texts otherwise before it scored them with multi-bleu: ``challenge=True`` does as its published
+script does, see :func:`as_challenge`, and BLEU is then that of multi-bleu.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +16,23 @@ import numpy as np
 
 from surgery import RecipeError
 
+CHALLENGE = {"tokenize": "none", "smooth_method": "none", "force": True}  # multi-bleu
+
 
 def scores(
-    answers: Sequence[str], references: Sequence[Sequence[str]], ter: bool = True
+    answers: Sequence[str],
+    references: Sequence[Sequence[str]],
+    ter: bool = True,
+    challenge: bool = False,
 ) -> dict[str, float]:
-    """``bleu``, ``chrf`` and ``ter`` in per cent. TER is slow to compute, and lower is better."""
+    """``bleu``, ``chrf`` and ``ter`` in per cent. TER is slow to compute, and lower is better.
+
+    Args:
+        challenge: the texts come from :func:`as_challenge`.
+    """
     padded = columns(references)
-    metrics = {name: metric for name, metric in _metrics().items() if ter or name != "ter"}
+    made = _metrics(challenge)
+    metrics = {name: metric for name, metric in made.items() if ter or name != "ter"}
     return {
         name: float(metric.corpus_score(list(answers), padded).score)
         for name, metric in metrics.items()
@@ -32,6 +44,7 @@ def resampled(
     references: Sequence[Sequence[str]],
     draws: Sequence[Sequence[int]],
     ter: bool = True,
+    challenge: bool = False,
 ) -> dict[str, list[float]]:
     """``bleu`` and ``ter`` of resamples of the examples, from what each sentence adds to them.
 
@@ -40,10 +53,14 @@ def resampled(
 
     Args:
         draws: the numbers of the sentences of each resample.
+        challenge: as for :func:`scores`.
     """
-    metrics = _metrics()
+    metrics = _metrics(challenge)
     found: dict[str, list[float]] = {"bleu": []}
-    metric = type(metrics["bleu"])(lowercase=True, effective_order=True)
+    smooth = metrics["bleu"].smooth_method
+    metric = type(metrics["bleu"])(
+        lowercase=True, effective_order=True, **(CHALLENGE if challenge else {})
+    )
     parts = [
         metric.sentence_score(answer, list(own))
         for answer, own in zip(answers, references, strict=True)
@@ -53,7 +70,7 @@ def resampled(
         *ngrams, sys_len, ref_len = sums[list(chosen)].sum(0).tolist()
         order = len(ngrams) // 2
         bleu = metric.compute_bleu(
-            ngrams[:order], ngrams[order:], sys_len, ref_len, smooth_method="exp"
+            ngrams[:order], ngrams[order:], sys_len, ref_len, smooth_method=smooth
         )
         found["bleu"].append(float(bleu.score))
     if ter:
@@ -67,10 +84,10 @@ def resampled(
     return found
 
 
-def signatures() -> dict[str, str]:
+def signatures(challenge: bool = False) -> dict[str, str]:
     """sacrebleu's signature of each score; ``nrefs:var`` is a varying number of references."""
     found = {}
-    for name, metric in _metrics().items():
+    for name, metric in _metrics(challenge).items():
         metric.corpus_score(["a", "b"], [["a", "b"], ["c", None]])
         found[name] = str(metric.get_signature())
     return found
@@ -87,11 +104,24 @@ def check() -> None:
     _metrics()
 
 
-def _metrics() -> dict[str, Any]:
+def as_challenge(text: str) -> str:
+    """Prepare a text as the WebNLG challenge of 2017 does (its evaluation.py).
+
+    It is in lower case, accents are taken off, and every character that is no letter, digit or
+    underscore stands alone. The challenge turns all of Unicode into ASCII; here only what is a
+    letter with a mark.
+    """
+    plain = unicodedata.normalize("NFKD", text.lower())
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    return " ".join(" ".join(re.split(r"(\W)", plain)).split())
+
+
+def _metrics(challenge: bool = False) -> dict[str, Any]:
     try:
         from sacrebleu.metrics import BLEU, CHRF, TER
     except ImportError as error:
         raise RecipeError(
             "WebNLG is scored with sacrebleu. pip install 'surgery[recipes]'"
         ) from error
-    return {"bleu": BLEU(lowercase=True), "chrf": CHRF(word_order=2), "ter": TER()}
+    bleu = BLEU(lowercase=True, **(CHALLENGE if challenge else {}))
+    return {"bleu": bleu, "chrf": CHRF(word_order=2), "ter": TER()}

@@ -44,6 +44,8 @@ class WebNLG(Generation):
         with_segments: whether markers are segments too. GPT-2 takes segments.
         ter: whether to compute TER, which takes minutes over the whole test set.
         meteor: whether to compute METEOR, which needs Java.
+        scoring: ``sacrebleu``, or ``challenge``: texts prepared as the challenge of 2017 does,
+            three references, and BLEU as multi-bleu computes it.
     """
 
     name: ClassVar[str] = "webnlg"
@@ -53,9 +55,14 @@ class WebNLG(Generation):
     with_segments: bool = True
     ter: bool = True
     meteor: bool = True
+    scoring: Literal["sacrebleu", "challenge"] = "sacrebleu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scoring not in ("sacrebleu", "challenge"):
+            raise RecipeError(
+                f"task 'webnlg': scoring={self.scoring!r} must be sacrebleu or challenge."
+            )
         if self.linearisation not in ("markers", "bars"):
             raise RecipeError(
                 f"task 'webnlg': linearisation={self.linearisation!r} must be markers or bars."
@@ -111,13 +118,15 @@ class WebNLG(Generation):
         with meteor.scorer() if self.meteor else nullcontext() as measure:
             for suffix, wanted in (("_seen", [True]), ("_unseen", [False]), ("", [True, False])):
                 chosen = [
-                    (answer, list(example["references"]))
-                    for answer, example in zip(answers, examples, strict=True)
+                    pair
+                    for pair, example in zip(
+                        zip(*self._texts(answers, examples), strict=True), examples, strict=True
+                    )
                     if example["seen"] in wanted
                 ]
                 if chosen:
                     texts, references = map(list, zip(*chosen, strict=True))
-                    found = ngram_overlap.scores(texts, references, ter=self.ter)
+                    found = ngram_overlap.scores(texts, references, self.ter, self.challenge)
                     found |= measure(texts, references) if measure else {}
                     scores |= {name + suffix: value for name, value in found.items()}
         return scores
@@ -127,20 +136,37 @@ class WebNLG(Generation):
     ) -> dict[str, list[float]]:
         """BLEU and TER of resamples, see ``surgery_recipes.run.resampling``."""
         scores: dict[str, list[float]] = {}
-        references = [list(example["references"]) for example in examples]
+        texts, references = self._texts(answers, examples)
         for suffix, wanted in (("_seen", [True]), ("_unseen", [False]), ("", [True, False])):
             chosen = [[i for i in draw if examples[i]["seen"] in wanted] for draw in draws]
             if all(chosen):
-                found = ngram_overlap.resampled(answers, references, chosen, ter=self.ter)
+                found = ngram_overlap.resampled(texts, references, chosen, self.ter, self.challenge)
                 scores |= {name + suffix: values for name, values in found.items()}
         return scores
 
     def main_score(self, answers: Sequence[Any], examples: Sequence[Example]) -> float:
+        texts, references = self._texts(answers, examples)
+        return ngram_overlap.scores(texts, references, False, self.challenge)["bleu"]
+
+    @property
+    def challenge(self) -> bool:
+        return self.scoring == "challenge"
+
+    def _texts(
+        self, answers: Sequence[Any], examples: Sequence[Example]
+    ) -> tuple[list[str], list[list[str]]]:
+        """The answers and their references as they are scored."""
         references = [list(example["references"]) for example in examples]
-        return ngram_overlap.scores(list(answers), references, ter=False)["bleu"]
+        if not self.challenge:
+            return list(answers), references
+        clean = ngram_overlap.as_challenge
+        return [*map(clean, answers)], [[*map(clean, own[:3])] for own in references]
 
     def notes(self) -> dict[str, str]:
-        return {**ngram_overlap.signatures(), "meteor": meteor.why_not() or meteor.LABEL}
+        return {
+            **ngram_overlap.signatures(self.challenge),
+            "meteor": meteor.why_not() or meteor.LABEL,
+        }
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         folder = data_folder(self.path, "webnlg")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import surgery
 from surgery_recipes.metrics import coqa, meteor, ngram_overlap
 
 
@@ -80,3 +83,42 @@ def test_without_java_there_is_no_meteor_and_it_says_so(monkeypatch: pytest.Monk
     assert "Java" in meteor.why_not() or "pip install" in meteor.why_not()
     with meteor.scorer() as measure:
         assert measure(["a"], [["a"]]) == {}
+
+
+def multi_bleu(answers: list[str], references: list[list[str]]) -> float:
+    """BLEU as Papineni et al. 2002 define it: no smoothing, the closest length."""
+    right, total, ours, theirs = [0] * 4, [0] * 4, 0, 0
+    for answer, own in zip(answers, references, strict=True):
+        words, refs = answer.split(), [text.split() for text in own]
+        ours += len(words)
+        theirs += min((abs(len(r) - len(words)), len(r)) for r in refs)[1]
+        for n in range(1, 5):
+            have = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+            most: Counter[tuple[str, ...]] = Counter()
+            for r in refs:
+                most |= Counter(zip(*(r[i:] for i in range(n)), strict=False))
+            right[n - 1] += sum((have & most).values())
+            total[n - 1] += sum(have.values())
+    precision = sum(math.log(a / b) for a, b in zip(right, total, strict=True)) / 4
+    return 100 * math.exp(precision + min(0.0, 1 - theirs / ours))
+
+
+def test_the_challenge_s_bleu_is_that_of_its_definition() -> None:
+    references = [
+        ["Acharya's Institute is in Bangalore, India.", "It's (in) Bangalore, in India!"],
+        ["The élan of Müller_2 was born in 1990.", "Müller_2, born 1990."],
+    ]
+    answers = ["Acharya's Institute is in Bangalore.", "The elan of Müller_2 was born in 1990."]
+    clean = ngram_overlap.as_challenge
+    assert clean("It's (in) Müller_2!") == "it ' s ( in ) muller_2 !"
+    texts, refs = [*map(clean, answers)], [[*map(clean, own)] for own in references]
+    found = ngram_overlap.scores(texts, refs, ter=False, challenge=True)["bleu"]
+    assert found == pytest.approx(multi_bleu(texts, refs))
+    task = surgery.task("webnlg", path="", meteor=False, ter=False, scoring="challenge")
+    examples = [{"references": [*own, own[0], "a b c d"], "seen": True} for own in references]
+    assert task.score(answers, examples)["bleu"] == pytest.approx(found)
+    assert "tok:none" in task.notes()["bleu"]
+    plain = surgery.task("webnlg", path="", meteor=False, ter=False)
+    assert plain.score(answers, examples)["bleu"] != pytest.approx(found)
+    resampled = task.score_resamples(answers, examples, [[0, 1], [1, 1]])
+    assert resampled["bleu"][0] == pytest.approx(found)
