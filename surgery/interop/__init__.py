@@ -15,6 +15,7 @@ from surgery.interop.arguments import (
     tensors_in,
 )
 from surgery.interop.call_value import CallValue
+from surgery.interop.carried_over import carry_over, give_back, is_carried_over
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.interrupts import deliver
@@ -52,6 +53,7 @@ from surgery.interop.sharding import (
     is_sharded,
     joined,
     like,
+    several_processes,
     shard_like,
     wait_for_others,
     whole,
@@ -62,8 +64,10 @@ from surgery.interop.tensor_parallel import (
     division_mesh,
     is_divided_by_plan,
     own_part,
+    is_of_plan,
     sum_between,
     undivided,
+    why_never_whole,
 )
 from surgery.interop.thread_state import LeftOnce, keeping_thread_state
 from surgery.interop.trainer_decay import spare_from_decay
@@ -78,6 +82,7 @@ __all__ = [
     "base_children",
     "capture_running",
     "capturing",
+    "carry_over",
     "checkpointed_region",
     "deliver",
     "detached",
@@ -93,10 +98,13 @@ __all__ = [
     "exclusively",
     "explained_out_of_reach",
     "hookless",
+    "give_back",
     "huggingface",
     "in_backward",
     "input_key",
+    "is_carried_over",
     "is_divided_by_plan",
+    "is_of_plan",
     "is_first_process",
     "is_integer_tensor",
     "is_partitioned",
@@ -125,6 +133,7 @@ __all__ = [
     "snapshot",
     "spare_from_decay",
     "stored_parameters",
+    "several_processes",
     "sum_between",
     "tensors_equal",
     "tensors_in",
@@ -137,5 +146,6 @@ __all__ = [
     "updated_weight",
     "wait_for_others",
     "whole",
+    "why_never_whole",
     "without_checkpointing",
 ]
