@@ -1,8 +1,9 @@
 """Notice that a tensor-parallel plan has divided a host's projections after the splice.
 
 What is inserted is whole then. A plan of transformers sets a forward on each module that it
-divides, so the graphs of a host rely on there being none: the next call asks for a new graph. Before
-one is captured, the splicer divides what is inserted (``HostState.divide``), or the call raises.
+divides, so the graphs of a host rely on there being none: the next call asks for a new graph.
+Before one is captured, the splicer divides what is inserted (``HostState.divide``), or the call
+raises.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 
 class Share(NamedTuple):
-    """What a process computes with: ``count`` entries of an axis from ``start`` on, or all."""
+    """What a process computes with: ``length`` entries of an axis from ``start`` on, or all."""
 
     group: Any
     axis: int | None
     start: int
-    count: int
+    length: int
 
 
 class CarriedOver(nn.Parameter):
@@ -43,8 +43,9 @@ def carry_over(parameter: nn.Parameter, axis: int | None, mesh: Any) -> None:
     width = 0 if axis is None else parameter.shape[axis]
     each = -(-width // size)
     start = min(each * rank, width)
-    parameter.__class__ = CarriedOver
-    parameter.share = Share(group, axis, start, min(each, width - start))  # type: ignore[attr-defined]
+    divided: Any = parameter
+    divided.__class__ = CarriedOver
+    divided.share = Share(group, axis, start, min(each, width - start))
 
 
 def give_back(parameter: nn.Parameter) -> None:
@@ -64,7 +65,8 @@ def part_of(parameter: CarriedOver) -> Tensor:
     share = parameter.share
     if share is None or share.axis is None:
         return parameter.view_as(parameter)
-    part: Tensor = _Part.apply(parameter, share)
+    apply: Any = _Part.apply
+    part: Tensor = apply(parameter, share)
     return part
 
 
@@ -77,7 +79,7 @@ def group_of(parameter: Any) -> Any:
 @contextmanager
 def read_whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let each process compute with whole parameters inside the ``with`` block."""
-    held = [(p, p.share) for p in parameters if isinstance(p, CarriedOver)]
+    held: list[tuple[Any, Any]] = [(p, p.share) for p in parameters if isinstance(p, CarriedOver)]
     try:
         for parameter, _ in held:
             parameter.__class__ = nn.Parameter
@@ -94,12 +96,12 @@ class _Part(torch.autograd.Function):
     def forward(ctx: Any, parameter: Tensor, share: Share) -> Tensor:
         ctx.share, ctx.shape = share, parameter.shape
         assert share.axis is not None
-        return parameter.narrow(share.axis, share.start, share.count).contiguous()
+        return parameter.narrow(share.axis, share.start, share.length).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         share = ctx.share
         whole = gradients[0].new_zeros(ctx.shape)
-        whole.narrow(share.axis, share.start, share.count).copy_(gradients[0])
+        whole.narrow(share.axis, share.start, share.length).copy_(gradients[0])
         torch.distributed.all_reduce(whole, group=share.group)
         return whole, None

@@ -55,12 +55,12 @@ def sum_between(hidden: Tensor, a: Any, b: Any) -> Tensor:
     Example:
         ``hidden = surgery.sum_between(x @ surgery.own_part(a).T, a, b)``
     """
-    summed: Tensor = hidden
+    function: Any = None
     if (group := _group(a)) is not None:
-        summed = _Sum.apply(hidden, group)
+        function = _Sum
     elif (group := _group(b)) is not None:
-        summed = _SumOfGradients.apply(hidden, group)
-    return summed
+        function = _SumOfGradients
+    return hidden if function is None else function.apply(hidden, group)
 
 
 def _group(parameter: Any) -> Any:

@@ -31,7 +31,7 @@ from surgery.interop import (
     why_never_whole,
 )
 from surgery.splicer.division import projection_of, require_divisible, sides_of
-from surgery.splicer.division_trial import refresh_hosts, verify_division
+from surgery.splicer.division_trial import Todo, refresh_hosts, verify_division
 from surgery.splicer.record import Inserted, Report, reports
 
 
@@ -53,9 +53,8 @@ class LateDivision:
                 raise SpliceError("the model that it was spliced into is gone.")
             _divide(model, path, args, kwargs)
         except SpliceError as error:
-            for _, module in [] if model is None else _inserted(model):
-                for parameter in module.parameters():
-                    give_back(parameter)
+            if model is not None:
+                _give_back(model)
             raise ForwardError(
                 f"{path or 'the model'}: a tensor-parallel plan has divided {divided} after the "
                 f"splice, and what is spliced in is whole. {error} Nothing is divided now; "
@@ -71,11 +70,7 @@ def _inserted(model: nn.Module) -> list[tuple[Inserted, nn.Module]]:
 @outside_inference_mode
 def _divide(model: nn.Module, path: str, args: Any, kwargs: Any) -> None:
     """Check the whole model, then divide what is inserted in one host and not divided yet."""
-    mesh, host = division_mesh(model), model.get_submodule(path)
-    why_not = why_never_whole(model)
-    if why_not or mesh is None:
-        raise SpliceError(f"{why_not or 'No module of its own is divided'}.")
-    whole = [(i, m) for i, m in _inserted(model) if not all(map(_is_done, m.parameters()))]
+    whole = [(i, m) for i, m in _inserted(model) if not _is_done(m)]
     for i, module in whole:
         within = model.get_submodule(i.site.path)
         state = state_of(within)
@@ -83,21 +78,31 @@ def _divide(model: nn.Module, path: str, args: Any, kwargs: Any) -> None:
             require_divisible(model, i)
         if any(type(p) is not nn.Parameter for p in module.parameters()):
             raise SpliceError(f"A parameter of {i.path} is of a class of its own.")
-    if len(whole) == len(_inserted(model)):  # the first host
-        for parameter in (p for _, module in whole for p in module.parameters()):
-            torch.distributed.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
-    here = [i for i, _ in whole if i.site.path == path]
-    plans = [dataclasses.replace(i.site.host, args=args, kwargs=kwargs) for i in here]  # type: ignore[type-var]
-    todo = {
-        path: [
-            (i.method, dataclasses.replace(i.site, host=plan))
-            for i, plan in zip(here, plans, strict=True)
-        ]
-    }
-    report = Report("carried over", (), here)
-    with evaluating(host), saved_tensors_hooks(_same, _same):  # none of gradient checkpointing's
+    mesh, why_not = division_mesh(model), why_never_whole(model)
+    if why_not or mesh is None:
+        raise SpliceError(f"A splice cannot see it whole: {why_not or 'it has no mesh'}.")
+    every = [p for _, module in _inserted(model) for p in module.parameters()]
+    if not any(map(is_carried_over, every)):  # the first host
+        for parameter in every:
+            if not is_sharded(parameter):
+                torch.distributed.broadcast(parameter.data, group=mesh.get_group(), group_src=0)
+    _divide_host(model, path, [i for i, _ in whole if i.site.path == path], mesh, args, kwargs)
+
+
+def _divide_host(
+    model: nn.Module, path: str, inserted: list[Inserted], mesh: Any, args: Any, kwargs: Any
+) -> None:
+    """Divide what is inserted in one host, and verify it."""
+    todo: Todo = {path: []}
+    for i in inserted:
+        assert i.site.host is not None
+        plan = dataclasses.replace(i.site.host, args=args, kwargs=kwargs)
+        todo[path].append((i.method, dataclasses.replace(i.site, host=plan)))
+    report = Report("carried over", (), inserted)
+    not_checkpointed = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with evaluating(model.get_submodule(path)), not_checkpointed:
         sides = sides_of(model, report, todo, mesh)
-        for i in here:
+        for i in inserted:
             module: Any = model.get_submodule(i.path)
             side = sides[projection_of(i)]
             axes = module.divided_axes(side) if side else {}
@@ -109,9 +114,16 @@ def _divide(model: nn.Module, path: str, args: Any, kwargs: Any) -> None:
         refresh_hosts(model, todo)
 
 
-def _is_done(parameter: nn.Parameter) -> bool:
-    return is_sharded(parameter) or is_carried_over(parameter)
+def _give_back(model: nn.Module) -> None:
+    """Let every process compute with whole parameters again."""
+    for i, module in _inserted(model):
+        for parameter in module.parameters():
+            give_back(parameter)
+        state = state_of(model.get_submodule(i.site.path))
+        assert state is not None
+        state.refresh()
 
 
-def _same(tensor: Any) -> Any:
-    return tensor
+def _is_done(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(is_sharded(p) or is_carried_over(p) for p in parameters)
