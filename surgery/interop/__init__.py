@@ -42,6 +42,7 @@ from surgery.interop.offloading import (
     explained_out_of_reach,
     onloaded,
     out_of_reach,
+    require_no_engine,
     stored_parameters,
 )
 from surgery.interop.packed_weights import keep_unpacked, require_unpacked
@@ -49,9 +50,8 @@ from surgery.interop.patching import AttentionPatch, exclusively, patched, unpat
 from surgery.interop.random_streams import draw_anew
 from surgery.interop.sharding import (
     is_first_process,
-    is_partitioned,
+    is_in_parts,
     is_sharded,
-    joined,
     like,
     several_processes,
     shard_like,
@@ -72,6 +72,13 @@ from surgery.interop.tensor_parallel import (
 from surgery.interop.thread_state import LeftOnce, keeping_thread_state
 from surgery.interop.trainer_decay import spare_from_decay
 from surgery.interop.updated_weights import updated_weight
+from surgery.interop.zero_partitions import (
+    has_engine,
+    is_of_zero,
+    is_partitioned,
+    joined,
+    numbers_in,
+)
 
 __all__ = [
     "CONSTANT",
@@ -98,6 +105,7 @@ __all__ = [
     "exclusively",
     "explained_out_of_reach",
     "give_back",
+    "has_engine",
     "hookless",
     "huggingface",
     "in_backward",
@@ -105,8 +113,10 @@ __all__ = [
     "is_carried_over",
     "is_divided_by_plan",
     "is_first_process",
+    "is_in_parts",
     "is_integer_tensor",
     "is_of_plan",
+    "is_of_zero",
     "is_partitioned",
     "is_sharded",
     "joined",
@@ -118,6 +128,7 @@ __all__ = [
     "like",
     "map_leaves",
     "named_arguments",
+    "numbers_in",
     "on_trial",
     "onloaded",
     "out_of_reach",
@@ -127,6 +138,7 @@ __all__ = [
     "preference_trainers",
     "put_items_back",
     "real_tensors",
+    "require_no_engine",
     "require_unpacked",
     "several_processes",
     "shard_like",

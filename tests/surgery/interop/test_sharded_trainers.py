@@ -80,7 +80,6 @@ def zero(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     module = SimpleNamespace(GatheredParameters=GatheredParameters)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=module))
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", module)
     return take_apart
 
 
