@@ -45,6 +45,7 @@ from surgery.adapter.peft_saving import save_peft
 from surgery.adapter.row_training import trained_rows
 from surgery.errors import SpliceError
 from surgery.interop import (
+    division_mesh,
     huggingface,
     is_first_process,
     is_in_parts,
@@ -121,7 +122,8 @@ def save(
     given = state_dict or {}
     own = dict(model.named_parameters())
     trained = [own[n] for n in sorted(_trained(model)) if n in own and state_dict is None]
-    sharded = any(map(is_in_parts, trained))
+    divided = state_dict is None and division_mesh(model) is not None
+    sharded = divided or any(map(is_in_parts, trained))
     if format == "peft":
         if any(map(is_partitioned, model.parameters())):
             raise SpliceError(

@@ -66,6 +66,19 @@ def distributed(model: Any) -> Any:
     return type(model).maybe_distribute_model(model, config, mesh)
 
 
+def first_alone_writes(rank: int) -> None:
+    """Let a save of the library fail in every process but the first if it would write a file."""
+    from surgery.adapter import peft_saving, saving
+
+    def write(*_: Any) -> None:
+        raise AssertionError("a process that is not the first writes")
+
+    if rank:
+        for module, name in ((saving, "write"), (peft_saving, "_write")):
+            assert hasattr(module, name)
+            setattr(module, name, write)
+
+
 def _process(rank: int, folder: str, work: Callable[[int, str], None]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")

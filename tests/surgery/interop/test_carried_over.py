@@ -16,7 +16,14 @@ import surgery
 from surgery.interop import is_carried_over
 from surgery.splicer import late_division
 from tests.support.models import perturb
-from tests.support.sharding import IDS, distributed, divided, fresh, in_two_processes
+from tests.support.sharding import (
+    IDS,
+    distributed,
+    divided,
+    first_alone_writes,
+    fresh,
+    in_two_processes,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -210,10 +217,17 @@ def _learns(rank: int, folder: str) -> None:
     _close(model(IDS).logits, expected)
     given = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, **given), alone.generate(IDS, **given))
+    first_alone_writes(rank)
     surgery.save(model, f"{folder}/adapter")
     surgery.save(model, f"{folder}/peft", format="peft")
-    for adapter in ("adapter", "peft"):
+    model.save_pretrained(f"{folder}/checkpoint")
+    dist.barrier()
+    for adapter in ("adapter", "peft", "checkpoint"):
         _close(surgery.load(fresh(), f"{folder}/{adapter}")(IDS).logits, expected)
+    early = distributed(surgery.load(fresh(), f"{folder}/adapter"))
+    surgery.save(early, f"{folder}/early")  # before its first call
+    _close(surgery.load(fresh(), f"{folder}/early")(IDS).logits, expected)
+    _close(early(IDS).logits, expected)
     _close(surgery.load(distributed(fresh()), f"{folder}/adapter")(IDS).logits, expected)
     with pytest.raises(surgery.SpliceError, match="sharded"):
         surgery.merge(model)

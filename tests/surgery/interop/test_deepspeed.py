@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surgery
-from tests.support.sharding import IDS, fresh, in_two_processes
+from tests.support.sharding import IDS, first_alone_writes, fresh, in_two_processes
 
 pytestmark = [pytest.mark.cases, pytest.mark.filterwarnings("ignore")]
 
@@ -90,6 +90,7 @@ def _before(rank: int, folder: str) -> None:
     _train(rank, engine, alone)
     assert surgery.summary(engine).line == counts.line
     expected = alone(IDS).logits
+    first_alone_writes(rank)
     for name, each in (("model", model), ("engine", engine)):
         engine.empty_partition_cache()
         assert _all_in_parts(model)
