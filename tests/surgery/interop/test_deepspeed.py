@@ -139,8 +139,13 @@ def test_a_splice_before_zero_3_learns_what_one_process_does(tmp_path: Path) -> 
 
 def _in_parts(rank: int, folder: str) -> None:
     """Splice into a base that is in parts already, as a load under ZeRO-3 leaves it."""
-    model, alone = fresh(), _spliced(fresh())
-    _deepspeed().zero.Init(module=model, config_dict_or_path=CONFIG)
+    _deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = HfDeepSpeedConfig(CONFIG)  # while it lives, a load leaves a part in each process
+    model = type(fresh()).from_pretrained(f"{folder}/base").eval()
+    del config
+    alone = _spliced(fresh())
     assert _all_in_parts(model)
     assert str(surgery.locate(model)) == str(surgery.locate(fresh()))
     with pytest.raises(surgery.SurgeryError, match="no projection port 'nowhere'"):
