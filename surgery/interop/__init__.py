@@ -73,7 +73,6 @@ from surgery.interop.thread_state import LeftOnce, keeping_thread_state
 from surgery.interop.trainer_decay import spare_from_decay
 from surgery.interop.updated_weights import updated_weight
 from surgery.interop.zero_partitions import (
-    has_engine,
     is_of_zero,
     is_partitioned,
     joined,
@@ -105,7 +104,6 @@ __all__ = [
     "exclusively",
     "explained_out_of_reach",
     "give_back",
-    "has_engine",
     "hookless",
     "huggingface",
     "in_backward",
