@@ -57,13 +57,19 @@ def divided(model: Any, mesh: DeviceMesh) -> Any:
     return apply_tensor_parallelism(model, mesh, *([plan] if takes_plan else []))
 
 
+def documented(title: str) -> str:
+    """The example of a section below "Sharded" in docs/trainers.md."""
+    text = (Path(__file__).parents[2] / "docs/trainers.md").read_text()
+    section = next(s for s in text.split("\n### ") if s.startswith(title))
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str(code)
+
+
 def distributed(model: Any) -> Any:
     """Divide a model over two processes by what ``from_pretrained(tp_plan="auto")`` calls."""
-    from transformers import distributed as of_transformers
-
-    config = of_transformers.DistributedConfig(tp_plan="auto", tp_size=2)
-    config, _, mesh = type(model).prepare_distribute_model(config)
-    return type(model).maybe_distribute_model(model, config, mesh)
+    names = {"model": model}
+    exec(documented("Tensor-parallel plans"), names)
+    return names["model"]
 
 
 def first_alone_writes(rank: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surgery
-from tests.support.sharding import IDS, first_alone_writes, fresh, in_two_processes
+from tests.support.sharding import IDS, documented, first_alone_writes, fresh, in_two_processes
 
 pytestmark = [pytest.mark.cases, pytest.mark.filterwarnings("ignore")]
 
@@ -181,3 +181,20 @@ def _in_parts(rank: int, folder: str) -> None:
 
 def test_a_base_in_parts_is_spliced_into_and_an_engine_is_left_first(tmp_path: Path) -> None:
     in_two_processes(tmp_path, _in_parts)
+
+
+def _example(rank: int, folder: str) -> None:
+    """Run the example of docs/trainers.md in each process, with rows of its own."""
+    batches = [{"input_ids": ids, "labels": ids} for ids in IDS.split(2)[rank : rank + 1] * 3]
+    names = {"torch": torch, "surgery": surgery, "deepspeed": _deepspeed(), "model": fresh()}
+    torch.manual_seed(0)
+    exec(
+        documented("DeepSpeed ZeRO-3"),
+        {**names, "config": CONFIG, "batches": batches, "folder": f"{folder}/adapter"},
+    )
+    loaded = surgery.load(fresh(), f"{folder}/adapter")
+    assert not torch.equal(loaded(IDS).logits, fresh()(IDS).logits)
+
+
+def test_the_example_of_the_documentation_trains(tmp_path: Path) -> None:
+    in_two_processes(tmp_path, _example)
