@@ -36,7 +36,7 @@ from surgery.adapter.pushing import push
 from surgery.adapter.row_training import trained_rows
 from surgery.adapter.saving import save
 from surgery.formats import contents
-from surgery.interop import huggingface, is_first_process, is_sharded
+from surgery.interop import huggingface, is_first_process, is_in_parts
 from surgery.splicer import atomically, look_up, record_of, reports, spliced_model
 
 INDEX = "model.safetensors.index.json"
@@ -112,7 +112,7 @@ class SavePretrained:
                 model, save_directory, is_main_process, state_dict, push_to_hub, **options
             )
             return
-        joins = state_dict is None and any(map(is_sharded, model.parameters()))
+        joins = state_dict is None and any(map(is_in_parts, model.parameters()))
         if is_main_process or joins:
             names = in_use_or_trained(model)
             save(model, save_directory, plain=False, only=names, state_dict=state_dict)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from surgery.adapter.parameters import base_tensors, full_state, state_of_modules
 from surgery.errors import RefusedError, StoreError, printable, shown
-from surgery.interop import huggingface, like, whole
+from surgery.interop import huggingface, is_of_zero, like, whole
 from surgery.plugin import Method, Sites
 from surgery.splicer import Before, look_up, rehearse, reports
 
@@ -198,6 +198,12 @@ def fill(
     own, rows = base_tensors(model), description["rows"]
     wanted: dict[str, Tensor] = {f"inserted.{n}": t for n, t in full_state(model, names).items()}
     wanted |= _targets(own, description)
+    apart = next((key for key, target in wanted.items() if is_of_zero(target)), None)
+    if apart is not None:
+        raise StoreError(
+            f"the adapter in {folder} cannot be read into this model: DeepSpeed's ZeRO-3 has taken "
+            f"{apart.partition('.')[2]} apart. Do this before deepspeed.initialize."
+        )
     _require_alike(wanted, tensors, folder)
     before.note(target for key, target in wanted.items() if not key.startswith("rows."))
     for name, chosen in rows.items():

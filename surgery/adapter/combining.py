@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError, shown, suggest
-from surgery.interop import is_sharded, outside_inference_mode
+from surgery.interop import is_sharded, outside_inference_mode, require_no_engine
 from surgery.plugin import Factored, Method
 from surgery.splicer import (
     Report,
@@ -82,6 +82,7 @@ def combine(
             f"{shown(names)} has a splice twice. Give weights by name, as {{'a': 2}}."
         )
     require_free(whole, new)
+    require_no_engine(whole, "combine")
     _check_options(how, weights, rank, density)
     chosen = [reports(whole)[name] for name in weights]
     _require_alike(chosen)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from surgery.adapter.parameters import plain_state, spliced_parameters
+from surgery.adapter.parameters import full_state, plain_state, spliced_parameters
 from surgery.adapter.row_training import trained_rows
+from surgery.interop import is_partitioned, numbers_in
 from surgery.plugin import Method, html_table
 from surgery.rewrite import Rows
 from surgery.splicer import Report, look_up, reports, spliced_model
@@ -114,17 +115,21 @@ def summary(model: nn.Module) -> Summary:
     named = list(model.named_parameters())
     rows = trained_rows(model)
     numbers = {n: len(rows[n]) * p[0].numel() for n, p in named if n in rows}
+    apart = any(map(is_partitioned, inserted.values()))
+    stored = full_state(model) if apart else plain_state(model)
     return Summary(
         model=type(model).__name__,
         reports=tuple(reports(model).values()),
-        base=sum(p.numel() for p in base),
-        inserted=sum(p.numel() for p in inserted.values()),
-        stored=sum(t.numel() for t in plain_state(model).values()),
+        base=sum(map(numbers_in, base)),
+        inserted=sum(map(numbers_in, inserted.values())),
+        stored=sum(map(numbers_in, stored.values())),
         states={name: _state(model, name) for name in reports(model)},
         dtypes=(_dtypes(inserted.values()), _dtypes(base)),
-        trainable=sum(numbers.get(n, p.numel()) for n, p in named if p.requires_grad),
+        trainable=sum(numbers.get(n, numbers_in(p)) for n, p in named if p.requires_grad),
         kept=sum(
-            numbers.get(n, p.numel()) for n, p in named if p.requires_grad and id(p) not in inserted
+            numbers.get(n, numbers_in(p))
+            for n, p in named
+            if p.requires_grad and id(p) not in inserted
         ),
     )
 

@@ -32,6 +32,7 @@ from surgery.splicer import (
     look_up,
     reports,
     require_spliced,
+    spliced_model,
 )
 
 
@@ -146,6 +147,7 @@ def merge(
     Example:
         ``merged = surgery.merge(model)``; ``surgery.unmerge(model, merged)``
     """
+    model = spliced_model(model)
     require_spliced(model, *([] if name is None else [name]))
     names = _on(model, name)
     reason = out_of_reach(model, but_in_memory=not (untie or dequantize))

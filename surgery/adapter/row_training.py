@@ -61,18 +61,18 @@ def train_rows(model: nn.Module, name: str, rows: Sequence[int]) -> None:
     own = dict(model.named_parameters())
     if name not in own:
         raise SpliceError(f"no parameter {name!r} in the model. {suggest(name, own)}")
+    if is_sharded(own[name]):
+        raise SpliceError(
+            f"{name} is sharded over processes, and its rows with it, so single rows cannot be "
+            "trained. Call train_rows before the model is sharded (fully_shard, "
+            "deepspeed.initialize), or load the base without tp_plan=."
+        )
     count = own[name].shape[0]
     wrong = [row for row in rows if not 0 <= row < count]
     if wrong or not rows:
         raise SpliceError(
             f"{name} has rows 0 to {count - 1}; asked for {wrong or 'none'}. "
             "Resize the embedding before training its new rows."
-        )
-    if is_sharded(own[name]):
-        raise SpliceError(
-            f"{name} is sharded over processes, and its rows with it, so single rows cannot be "
-            "trained. Call train_rows before the model is sharded (fully_shard), or load the base "
-            "without tp_plan=."
         )
     own[name].requires_grad_(True)
     hooks: dict[str, RowGradient] = record_of(model).rows

@@ -45,10 +45,11 @@ from surgery.adapter.peft_saving import save_peft
 from surgery.adapter.row_training import trained_rows
 from surgery.errors import SpliceError
 from surgery.interop import (
+    division_mesh,
     huggingface,
     is_first_process,
+    is_in_parts,
     is_partitioned,
-    is_sharded,
     joined,
     keeping_thread_state,
     onloaded,
@@ -121,7 +122,8 @@ def save(
     given = state_dict or {}
     own = dict(model.named_parameters())
     trained = [own[n] for n in sorted(_trained(model)) if n in own and state_dict is None]
-    sharded = any(map(is_sharded, trained))
+    divided = state_dict is None and division_mesh(model) is not None
+    sharded = divided or any(map(is_in_parts, trained))
     if format == "peft":
         if any(map(is_partitioned, model.parameters())):
             raise SpliceError(
@@ -194,14 +196,14 @@ def _require_whole(
     own = dict(model.named_parameters())
     for name in sorted(_trained(model)):
         tensor = state_dict.get(name, own.get(name))
-        if tensor is not None and is_sharded(tensor):
+        if tensor is not None and is_in_parts(tensor):
             fault = "holds a part of" if name in state_dict else "lacks"
             raise SpliceError(
                 f"state_dict= {fault} {name}, of which each process has a part, {then}, or pass "
                 "whole tensors."
             )
     for module in made_plain:
-        if isinstance(module, Reparametrised) and any(map(is_sharded, module.parameters())):
+        if isinstance(module, Reparametrised) and any(map(is_in_parts, module.parameters())):
             raise SpliceError(
                 f"what inference needs of {type(module).__name__} is computed from parameters of "
                 f"which each process has a part, {then}, or pass plain=False."

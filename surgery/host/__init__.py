@@ -2,6 +2,7 @@
 
 from surgery.host.active_set import ALL_ON, Choice, Switches, chosen
 from surgery.host.call_signature import signature
+from surgery.host.divided_later import divided_in
 from surgery.host.execution import apply_all, capture_host, run, run_graph
 from surgery.host.foreign_forward import own_forward
 from surgery.host.installation import install, subclass, uninstall
@@ -23,6 +24,7 @@ __all__ = [
     "apply_all",
     "capture_host",
     "chosen",
+    "divided_in",
     "hosts",
     "install",
     "is_host",

@@ -30,7 +30,7 @@ from surgery.capture import Captured, Read, capture, run_always_called_hooks
 from surgery.errors import ForwardError, PortError, RefusedError
 from surgery.host.call_signature import signature
 from surgery.host.containers import hiding
-from surgery.host.divided_later import plan_reads, require_divided_alike
+from surgery.host.divided_later import divide_alike, divide_wrapped, plan_reads
 from surgery.host.dynamo import prepare
 from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
 from surgery.host.selection import KEPT, Selection
@@ -51,6 +51,8 @@ def run(
     on = on or state.selection()
     if not on.wraps:
         return run_graph(module, state, args, kwargs, on)
+    if not _compiling():
+        divide_wrapped(module, state, args, kwargs)
 
     own = unbound_forward(module, state)
 
@@ -117,7 +119,11 @@ def _find_and_run(
                 continue
 
     def capture_as_now() -> Any:
-        """Capture a variant, unless another thread has spliced or removed since the call began."""
+        """Capture a variant, unless another thread has spliced or removed since the call began.
+
+        What was spliced in before a tensor-parallel plan is divided here, once.
+        """
+        divide_alike(module, state, args, kwargs)
         now = on if _compiling() else state.selection()
         if now is not on:
             return now, None, False
@@ -154,6 +160,7 @@ def ensure_variant(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Capture a variant for calls like this one, if there is none."""
     state = state_of(module)
     assert state is not None
+    divide_alike(module, state, args, kwargs)
     on = state.selection()
     variants, inputs = on.find(args, kwargs)
     for variant in variants:
@@ -190,7 +197,6 @@ def new_variant(
 
 def _edited(module: nn.Module, state: HostState, args: Any, kwargs: Any, on: Selection) -> Captured:
     """Capture the host's own forward, and apply the edits that are on."""
-    require_divided_alike(module, state.path, [child for _, child in on.edits])
     try:
         captured, matches = capture_host(module, state.path, state.through, args, kwargs)
         apply_all(module, state, captured, matches, on)

@@ -38,6 +38,9 @@ class HostState:
         own: a forward that another library has set on the object, in place of the class's.
         around: functions that another library has set on the object around the host's forward, the
             innermost first.
+        divide: divides what is inserted, where a tensor-parallel plan came after the splice
+            (host/divided_later.py); a copy of the host has none.
+        watched: what showed, at the last call that was wrapped, whether there is such a plan.
     """
 
     path: str
@@ -51,6 +54,8 @@ class HostState:
     told: bool = False
     own: Callable[..., Any] | None = None
     around: tuple[Callable[..., Any], ...] = ()
+    divide: Callable[..., None] | None = None
+    watched: tuple[Any, ...] = ()
 
     def selection(self) -> Selection:
         """Return the splices that are on in this context."""
@@ -147,7 +152,7 @@ class HostState:
     def __getstate__(self) -> dict[str, Any]:
         # Graphs refer to this very module; a copy captures its own.
         left = {"everything": Selection(self.operations.values()), "selections": ByName()}
-        return {**self.__dict__, **left, "trial": None}
+        return {**self.__dict__, **left, "trial": None, "divide": None, "watched": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

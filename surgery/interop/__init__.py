@@ -15,6 +15,7 @@ from surgery.interop.arguments import (
     tensors_in,
 )
 from surgery.interop.call_value import CallValue
+from surgery.interop.carried_over import carry_over, give_back, is_carried_over
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
 from surgery.interop.interrupts import deliver
@@ -41,6 +42,7 @@ from surgery.interop.offloading import (
     explained_out_of_reach,
     onloaded,
     out_of_reach,
+    require_no_engine,
     stored_parameters,
 )
 from surgery.interop.packed_weights import keep_unpacked, require_unpacked
@@ -48,10 +50,10 @@ from surgery.interop.patching import AttentionPatch, exclusively, patched, unpat
 from surgery.interop.random_streams import draw_anew
 from surgery.interop.sharding import (
     is_first_process,
-    is_partitioned,
+    is_in_parts,
     is_sharded,
-    joined,
     like,
+    several_processes,
     shard_like,
     wait_for_others,
     whole,
@@ -61,13 +63,21 @@ from surgery.interop.tensor_parallel import (
     divide_parameters,
     division_mesh,
     is_divided_by_plan,
+    is_of_plan,
     own_part,
     sum_between,
     undivided,
+    why_never_whole,
 )
 from surgery.interop.thread_state import LeftOnce, keeping_thread_state
 from surgery.interop.trainer_decay import spare_from_decay
 from surgery.interop.updated_weights import updated_weight
+from surgery.interop.zero_partitions import (
+    is_of_zero,
+    is_partitioned,
+    joined,
+    numbers_in,
+)
 
 __all__ = [
     "CONSTANT",
@@ -78,6 +88,7 @@ __all__ = [
     "base_children",
     "capture_running",
     "capturing",
+    "carry_over",
     "checkpointed_region",
     "deliver",
     "detached",
@@ -92,13 +103,18 @@ __all__ = [
     "example_inputs",
     "exclusively",
     "explained_out_of_reach",
+    "give_back",
     "hookless",
     "huggingface",
     "in_backward",
     "input_key",
+    "is_carried_over",
     "is_divided_by_plan",
     "is_first_process",
+    "is_in_parts",
     "is_integer_tensor",
+    "is_of_plan",
+    "is_of_zero",
     "is_partitioned",
     "is_sharded",
     "joined",
@@ -110,6 +126,7 @@ __all__ = [
     "like",
     "map_leaves",
     "named_arguments",
+    "numbers_in",
     "on_trial",
     "onloaded",
     "out_of_reach",
@@ -119,7 +136,9 @@ __all__ = [
     "preference_trainers",
     "put_items_back",
     "real_tensors",
+    "require_no_engine",
     "require_unpacked",
+    "several_processes",
     "shard_like",
     "silenced",
     "snapshot",
@@ -137,5 +156,6 @@ __all__ = [
     "updated_weight",
     "wait_for_others",
     "whole",
+    "why_never_whole",
     "without_checkpointing",
 ]

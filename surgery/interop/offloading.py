@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from surgery.errors import SpliceError
 from surgery.interop.sharding import gathered, is_sharded
 from surgery.interop.tensor_parallel import divided_parameter, undivided, why_never_whole
+from surgery.interop.zero_partitions import has_engine, is_of_zero
+
+_ENGINE = (
+    "DeepSpeed's engine has taken its parameters apart (ZeRO-3), and its optimizer knows no "
+    "others. Do this before deepspeed.initialize, or call engine.destroy() first and "
+    "deepspeed.initialize again afterwards."
+)
 
 
 def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
@@ -37,6 +44,8 @@ def out_of_reach(model: nn.Module, but_in_memory: bool = False) -> str:
                 "accelerate.hooks.remove_hook_from_submodules(model)."
             )
         if any(map(is_sharded, module.parameters(recurse=False))):
+            if has_engine(model):
+                return _ENGINE
             return (
                 f"the parameters of {path or 'the model'} are sharded. Do this before the model is "
                 "sharded (fully_shard, tensor parallelism, deepspeed.initialize)."
@@ -76,11 +85,22 @@ def _stored(module: nn.Module) -> dict[str, Tensor] | None:
     return found
 
 
+def require_no_engine(model: nn.Module, what: str) -> None:
+    """Raise if DeepSpeed's engine trains a model in parts, and would not train what is new in it.
+
+    Raises:
+        SpliceError: it does.
+    """
+    if has_engine(model):
+        raise SpliceError(f"{what} fails on this {type(model).__name__}: {_ENGINE}")
+
+
 def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function(model, ...)`` with weights whole; its errors say so if they are not."""
 
     @functools.wraps(function)
     def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        require_no_engine(model, function.__name__.lstrip("_"))
         split = ""
         try:
             with gathered(model):
@@ -90,7 +110,9 @@ def explained_out_of_reach(function: Callable[..., Any]) -> Callable[..., Any]:
                     with undivided(model) if split else nullcontext():
                         return function(model, *args, **kwargs)
         except Exception as error:
-            reason = "" if split else out_of_reach(model)
+            reason = (
+                "" if split or any(map(is_of_zero, model.parameters())) else out_of_reach(model)
+            )
             if not reason:
                 raise
             name = function.__name__.lstrip("_")

@@ -1,13 +1,11 @@
-"""Deal with parameters that FSDP2 or DeepSpeed's ZeRO-3 has sharded over several processes.
+"""Deal with parameters that FSDP2 has sharded over several processes.
 
     splice before sharding    fully_shard shards what is inserted with its layer
     splice after sharding     the base is gathered while the splice is verified, then sharded again;
                               each inserted module with parameters is sharded by itself
 
 The first way takes fewer collectives in a step. Every process must do the same, in one order.
-ZeRO-3 replaces the data of a parameter by an empty tensor between forwards. A model is spliced
-before ``deepspeed.initialize``.
-Tensor parallelism is another matter (tensor_parallel.py).
+ZeRO-3 and tensor parallelism are other matters (zero_partitions.py, tensor_parallel.py).
 """
 
 from __future__ import annotations
@@ -19,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.interop.zero_partitions import is_gathered_by_user, is_of_zero, joined
+
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Make the parameters that FSDP2 has sharded whole inside the ``with`` block.
+    """Make the parameters that FSDP2 or ZeRO-3 has sharded whole inside the ``with`` block.
 
     The memory of the whole model is needed meanwhile.
     """
@@ -30,7 +30,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         for module in sharded:
             module.unshard()
-        yield
+        with joined(model.parameters()):
+            yield
     finally:
         for module in sharded:
             module.reshard()
@@ -49,15 +50,19 @@ def _sharded(model: nn.Module) -> list[Any]:
 def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
     """Shard new modules over the processes over which the model is sharded, if it is.
 
-    Their parameters are first made those of the first process.
+    Their parameters are first made those of the first process. ``deepspeed.initialize`` takes them
+    apart later.
     """
-    units = _sharded(model)
+    units, made = _sharded(model), list(inserted)
+    if several_processes() and any(map(is_of_zero, model.parameters())):
+        for parameter in (p for module in made for p in module.parameters()):
+            torch.distributed.broadcast(parameter.data, src=0)
     if not units:
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = next(p for p in units[0].parameters() if is_distributed(p)).device_mesh
-    for module in {id(m): m for each in inserted for m in each.modules()}.values():
+    for module in {id(m): m for each in made for m in each.modules()}.values():
         own = list(module.parameters(recurse=False))
         if own and not any(map(is_distributed, own)):
             for parameter in own:
@@ -75,33 +80,17 @@ def shard_like(model: nn.Module, inserted: Iterable[nn.Module]) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a process has only a part of a tensor."""
-    return is_distributed(tensor) or is_partitioned(tensor)
+    return is_distributed(tensor) or is_of_zero(tensor)
+
+
+def is_in_parts(tensor: Any) -> bool:
+    """Whether a tensor is sharded, and no process alone can read all of it now."""
+    return is_distributed(tensor) or (is_of_zero(tensor) and not is_gathered_by_user(tensor))
 
 
 def is_distributed(tensor: Tensor) -> Any:
     """Whether a tensor is a ``DTensor``, as FSDP2 and tensor parallelism make them."""
     return hasattr(tensor, "full_tensor")
-
-
-def is_partitioned(tensor: Any) -> bool:
-    """Whether ZeRO-3 has taken a parameter apart, and not gathered it now."""
-    return getattr(getattr(tensor, "ds_status", None), "name", "") == "NOT_AVAILABLE"
-
-
-@contextmanager
-def joined(parameters: Iterable[Any]) -> Iterator[bool]:
-    """Make parameters that ZeRO-3 has taken apart whole inside the ``with`` block, for reading.
-
-    Every process must enter the block. It yields whether there are such parameters.
-    """
-    apart = [p for p in parameters if is_partitioned(p)]
-    if not apart:
-        yield False
-        return
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(apart):
-        yield True
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ transformers holds such a weight as a ``DTensor``, and sets a ``forward`` on its
 and returns the parts. :func:`undivided` puts whole weights and the modules' own forwards in their
 place, so what a splice sees is the model of a single process. Every process must enter the block.
 
+A parameter that was spliced in before the plan stays whole, and is read in part (carried_over.py).
+
 In a product ``(x A) B`` beside a divided projection, A or B is divided. Whichever it is, one sum of
 the narrow product over the processes is enough (:func:`sum_between`).
 """
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.interop.carried_over import CarriedOver, group_of, part_of, read_whole
 from surgery.interop.isolation import base_children
 from surgery.interop.sharding import is_distributed, several_processes
 
@@ -33,6 +36,8 @@ def own_part(parameter: Any) -> Any:
     Example:
         ``hidden = torch.nn.functional.linear(x, surgery.own_part(weight))``
     """
+    if isinstance(parameter, CarriedOver):
+        return part_of(parameter)
     return parameter.to_local() if is_distributed(parameter) else parameter
 
 
@@ -50,16 +55,17 @@ def sum_between(hidden: Tensor, a: Any, b: Any) -> Tensor:
     Example:
         ``hidden = surgery.sum_between(x @ surgery.own_part(a).T, a, b)``
     """
-    if not is_distributed(a):
-        return hidden
-    if _is_split(a):
-        return _apply(_Sum, hidden, a)
-    return _apply(_SumOfGradients, hidden, b) if _is_split(b) else hidden
+    function: Any = None
+    if (group := _group(a)) is not None:
+        function = _Sum
+    elif (group := _group(b)) is not None:
+        function = _SumOfGradients
+    return hidden if function is None else function.apply(hidden, group)
 
 
-def _apply(function: Any, hidden: Tensor, parameter: Any) -> Tensor:
-    summed: Tensor = function.apply(hidden, parameter.device_mesh.get_group())
-    return summed
+def _group(parameter: Any) -> Any:
+    """Return the processes of which each computes with a part of a parameter; None if none do."""
+    return parameter.device_mesh.get_group() if _is_split(parameter) else group_of(parameter)
 
 
 class _Sum(torch.autograd.Function):
@@ -149,8 +155,14 @@ def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module
 def _plan_forward(module: nn.Module) -> Any:
     """Return the forward that a plan of transformers has set on a module; None if there is none."""
     forward = vars(module).get("forward")
-    of_plan = getattr(forward, "__qualname__", "").endswith("install_forward.<locals>.tp_forward")
-    return forward if of_plan and forward.__module__.startswith("transformers.") else None
+    return forward if is_of_plan(forward) else None
+
+
+def is_of_plan(forward: Any) -> bool:
+    """Whether a plan of transformers has made this forward."""
+    name = getattr(forward, "__qualname__", "")
+    of_plan = name.endswith("install_forward.<locals>.tp_forward")
+    return of_plan and forward.__module__.startswith("transformers.")
 
 
 @contextmanager
@@ -178,7 +190,8 @@ def undivided(model: nn.Module) -> Iterator[None]:
             held[name] = wholes[id(parameter)]
         for module, forward in forwards:
             _set_forward(module, inspect.getclosurevars(forward).nonlocals["original_forward"])
-        yield
+        with read_whole(model.parameters()):
+            yield
     finally:
         for held, name, parameter in weights:
             held[name] = parameter

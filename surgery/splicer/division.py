@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SpliceError
-from surgery.host import own_forward
-from surgery.interop import any_process, divide_parameters, division_mesh, evaluating
+from surgery.host import own_forward, state_of
+from surgery.interop import any_process, divide_parameters, division_mesh, evaluating, is_of_plan
 from surgery.plugin import Divisible, Dropout, Port
 from surgery.splicer.division_trial import ELSEWHERE, Todo, refresh_hosts, verify_division
 from surgery.splicer.outputs import floats, outputs
@@ -35,28 +35,29 @@ def divide(model: nn.Module, report: Report, todo: Todo) -> None:
     if mesh is None:
         return
     for i in report.inserted:
-        _require_divisible(model, i)
+        require_divisible(model, i)
     with evaluating(model):
         _divide(model, report, todo, mesh)
 
 
 def _divide(model: nn.Module, report: Report, todo: Todo, mesh: Any) -> None:
     """Do what :func:`divide` says, in evaluation mode."""
-    sides = _sides(model, report, todo, mesh)
+    sides = sides_of(model, report, todo, mesh)
     made: dict[int, Any] = {}
     for i in report.inserted:
         module: Any = model.get_submodule(i.path)
-        side = sides[_projection(i)]
+        side = sides[projection_of(i)]
         divide_parameters(module, module.divided_axes(side) if side else {}, mesh, made)
     refresh_hosts(model, todo)
     verify_division(model, report, todo, mesh)
     refresh_hosts(model, todo)
 
 
-def _require_divisible(model: nn.Module, i: Inserted) -> None:
+def require_divisible(model: nn.Module, i: Inserted) -> None:
     """Raise unless a module updates a projection, and can be divided with it."""
     module, port = model.get_submodule(i.path), i.site.ports[i.edit.port]
     host = model.get_submodule(i.site.path)
+    state = state_of(host)
     reason = ""
     if not isinstance(module, Divisible):
         reason = "what it inserts has no divided_axes(side)"
@@ -64,7 +65,9 @@ def _require_divisible(model: nn.Module, i: Inserted) -> None:
         reason = "it does not add to the output of a projection"
     elif any(isinstance(m, Dropout) and m.p for m in module.modules()):
         reason = "dropout draws masks for whole features"
-    elif "forward" in vars(host):
+    elif "forward" in vars(host) or (
+        state is not None and any(map(is_of_plan, (*state.around, state.own)))
+    ):
         reason = "a forward is set on this module itself"
     if reason:
         raise SpliceError(
@@ -73,11 +76,12 @@ def _require_divisible(model: nn.Module, i: Inserted) -> None:
         )
 
 
-def _projection(i: Inserted) -> str:
+def projection_of(i: Inserted) -> str:
+    """Return the path of the module that computes the port at which a module was inserted."""
     return i.site.ports[i.edit.port].module
 
 
-def _sides(model: nn.Module, report: Report, todo: Todo, mesh: Any) -> dict[str, str]:
+def sides_of(model: nn.Module, report: Report, todo: Todo, mesh: Any) -> dict[str, str]:
     """Return for each projection which side a process has a part of: input, output, or "".
 
     Raises:
@@ -87,10 +91,10 @@ def _sides(model: nn.Module, report: Report, todo: Todo, mesh: Any) -> dict[str,
     for path, pairs in todo.items():
         host, plan = model.get_submodule(path), pairs[0][1].host
         assert plan is not None
-        names = [_projection(i) for i in report.inserted if i.site.path == path]
+        names = [projection_of(i) for i in report.inserted if i.site.path == path]
         with _observed(model, names, seen):
             outputs(host, own_forward(host), plan.args, plan.kwargs)
-    ports = {_projection(i): i.site.ports[i.edit.port] for i in report.inserted}
+    ports = {projection_of(i): i.site.ports[i.edit.port] for i in report.inserted}
     parts: list[bool] = []
     for name, port in ports.items():
         given, returned = seen[name]

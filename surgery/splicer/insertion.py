@@ -42,6 +42,7 @@ from surgery.rewrite import (
     require_applied,
     share_products,
 )
+from surgery.splicer.late_division import LateDivision
 from surgery.splicer.outputs import Result, checked, difference, outputs, present_outputs
 from surgery.splicer.record import Inserted, Report, record_of
 from surgery.splicer.transaction import Transaction
@@ -158,6 +159,7 @@ def _insert(
     children = [child for child, _ in made]
     state = install(module, plan)
     state.switches = record_of(transaction.model).switches
+    state.divide = LateDivision(transaction.model)
     transaction.try_out(state)
     for child, new in made:
         new.train(module.training)

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.errors import SpliceError
 from surgery.host import Choice, HostState, Operation, state_of
-from surgery.interop import outside_inference_mode
+from surgery.interop import outside_inference_mode, require_no_engine
 from surgery.plugin import Method
 from surgery.splicer.activation import require_spliced
 from surgery.splicer.all_or_nothing import atomically
@@ -45,6 +45,7 @@ def copy(model: nn.Module, name: str, new: str) -> Report:
     whole = spliced_model(model)
     require_spliced(whole, name)
     require_free(whole, new)
+    require_no_engine(whole, "copy")
     if reports(whole)[name].merged:
         raise SpliceError(
             f"splice {name!r} is partly merged into the base, and a copy would lack that part. "

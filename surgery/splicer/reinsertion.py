@@ -12,6 +12,7 @@ from torch import nn
 from surgery.host import Choice, Operation, install, state_of
 from surgery.interop import encoder_fastpath, huggingface, keep_unpacked
 from surgery.plugin import settle_advance
+from surgery.splicer.late_division import LateDivision
 from surgery.splicer.record import Report, look_up, record_of, reports
 
 
@@ -72,7 +73,7 @@ class Spliced:
             state = state_of(model.get_submodule(path))
             assert state is not None
             state.operations, state.weights = operations, self.weights[path] | state.weights
-            state.switches = record.switches
+            state.switches, state.divide = record.switches, LateDivision(model)
             state.refresh()
         record.reports, record.kept = dict(self.reports), list(self.kept)
         record.settle()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -51,3 +55,45 @@ def divided(model: Any, mesh: DeviceMesh) -> Any:
             plan[name] = style
     takes_plan = len(inspect.signature(apply_tensor_parallelism).parameters) > 2
     return apply_tensor_parallelism(model, mesh, *([plan] if takes_plan else []))
+
+
+def documented(title: str) -> str:
+    """The example of a section below "Sharded" in docs/trainers.md."""
+    text = (Path(__file__).parents[2] / "docs/trainers.md").read_text()
+    section = next(s for s in text.split("\n### ") if s.startswith(title))
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return str(code)
+
+
+def distributed(model: Any) -> Any:
+    """Divide a model over two processes by what ``from_pretrained(tp_plan="auto")`` calls."""
+    names = {"model": model}
+    exec(documented("Tensor-parallel plans"), names)
+    return names["model"]
+
+
+def first_alone_writes(rank: int) -> None:
+    """Let a save of the library fail in every process but the first if it would write a file."""
+    from surgery.adapter import peft_saving, saving
+
+    def write(*_: Any) -> None:
+        raise AssertionError("a process that is not the first writes")
+
+    if rank:
+        for module, name in ((saving, "write"), (peft_saving, "_write")):
+            assert hasattr(module, name)
+            setattr(module, name, write)
+
+
+def _process(rank: int, folder: str, work: Callable[[int, str], None]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    work(rank, folder)
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder: Path, work: Callable[[int, str], None]) -> None:
+    """Run ``work(rank, folder)`` in two processes; a fresh model lies in ``folder/base``."""
+    fresh().save_pretrained(folder / "base")
+    torch.multiprocessing.spawn(_process, args=(str(folder), work), nprocs=2)

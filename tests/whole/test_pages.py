@@ -26,6 +26,7 @@ FENCED = re.compile(r"^(```|~~~).*?^\1$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NOT_RUN = re.compile(r"<!-- not run: (.{10,}) -->")
 DOCS = "tests/test_docs.py::"
+INTEROP = "tests/surgery/interop/"
 RUN_BY = {  # how many blocks, and the tests that run them
     "README.md": (1, [f"{DOCS}test_the_readme_example_runs"]),
     "CONTRIBUTING.md": (
@@ -40,10 +41,12 @@ RUN_BY = {  # how many blocks, and the tests that run them
     "docs/reference.md": (1, [f"{DOCS}test_the_readme_example_runs"]),
     "docs/serving.md": (2, [f"{DOCS}test_the_page_on_serving_runs"]),
     "docs/trainers.md": (
-        4,
+        6,
         [
             "tests/whole/test_trainers.py::test_an_example_trains_and_its_checkpoint_holds_no_base",
             "tests/whole/test_trainers.py::test_the_example_of_a_loop_trains",
+            f"{INTEROP}test_deepspeed.py::test_the_example_of_the_documentation_trains",
+            f"{INTEROP}test_carried_over.py::test_two_processes_learn_what_one_does",
         ],
     ),
     "docs/architecture.md": (
