@@ -1,5 +1,6 @@
 """Recognise attention, FFN and projections by the dataflow of a captured graph."""
 
+from surgery.patterns.block import match_block
 from surgery.patterns.dataflow import (
     PRODUCTS,
     inputs,
@@ -27,6 +28,7 @@ from surgery.patterns.projection import (
     is_whole,
     module_call_of,
     packs_weights,
+    projection,
     stacks_weights,
 )
 from surgery.patterns.projection_weights import bias_of, weight_of
@@ -51,12 +53,14 @@ __all__ = [
     "is_whole",
     "joins_residual",
     "linear_matches",
+    "match_block",
     "module_call_of",
     "module_match",
     "op_name",
     "origin",
     "packs_weights",
     "place",
+    "projection",
     "projections",
     "rows_sum_to_one",
     "runs_experts",
