@@ -14,6 +14,7 @@ from surgery.interop.arguments import (
     tensors_equal,
     tensors_in,
 )
+from surgery.interop.call_facts import CALL_FACTS, tell_calls
 from surgery.interop.call_value import CallValue
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
@@ -70,6 +71,7 @@ from surgery.interop.trainer_decay import spare_from_decay
 from surgery.interop.updated_weights import updated_weight
 
 __all__ = [
+    "CALL_FACTS",
     "CONSTANT",
     "AttentionPatch",
     "CallValue",
@@ -126,6 +128,7 @@ __all__ = [
     "spare_from_decay",
     "stored_parameters",
     "sum_between",
+    "tell_calls",
     "tensors_equal",
     "tensors_in",
     "undivided",

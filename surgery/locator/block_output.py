@@ -18,7 +18,7 @@ from surgery.locator.run_record import Observation, floats_in
 from surgery.patterns import bias_of, inputs, op_name, projection, value
 from surgery.plugin import Port
 
-_ADD = ("add", "iadd", "radd")
+_PASSED = ("add", "iadd", "radd", "dropout", "view", "reshape")
 
 
 def ports_of_block(path: str, observation: Observation, model: nn.Module) -> dict[str, Port]:
@@ -37,15 +37,16 @@ def ports_of_block(path: str, observation: Observation, model: nn.Module) -> dic
 
 def _added_last(node: fx.Node, path: str, shape: torch.Size, model: nn.Module) -> str:
     """Return the name of the bias that is added to a block's output; empty if none is found."""
-    waiting = [node]
+    waiting, size = [node], shape.numel()
     while waiting:
         node = waiting.pop()
-        if getattr(value(node), "shape", None) != shape:
+        held = value(node)
+        if not isinstance(held, Tensor) or held.shape[-1:] != shape[-1:] or held.numel() != size:
             continue
         name = _bias(node, path, model)
         if name:
             return name
-        if op_name(node) in (*_ADD, "dropout") or _passes(node, model):
+        if op_name(node) in _PASSED or _passes(node, model):
             waiting += [each for each in inputs(node) if len(each.users) == 1]  # the last first
     return ""
 
