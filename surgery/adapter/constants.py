@@ -24,7 +24,7 @@ def why_no_constant(inserted: Inserted, module: nn.Module, port: Port) -> str:
     if not port.bias:
         return "the block adds no bias last of all into which a constant could be folded"
     if edit.verb not in ("insert", "add") or set(edit.reads) - {edit.port}:
-        return f"it does not only add to port {port.name!r}, and only a constant can be folded there"
+        return f"it does more than add to port {port.name!r}, and only a constant folds there"
     try:
         with torch.no_grad(), onloaded([module]):
             made, folded = _updates(module, edit.verb, port.width), _folded(module, port.width)

@@ -68,7 +68,8 @@ def _bias(node: fx.Node, path: str, model: nn.Module) -> str:
     target = str(node.target)
     module: Any = model.get_submodule(target)
     inside = not path or target.startswith(f"{path}.")
-    calls = [n.meta["call"] for n in node.graph.nodes if n.op == "call_module" and n.target == target]
+    every = node.graph.find_nodes(op="call_module", target=target)
+    calls = [each.meta["call"] for each in every]
     bias = getattr(module, "bias", None)
     if not inside or len(set(calls)) < len(calls) or not isinstance(bias, nn.Parameter):
         return ""

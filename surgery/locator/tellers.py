@@ -33,11 +33,8 @@ def with_tellers(sites: Sequence[Site], model: nn.Module, observation: Observati
         if path not in known:
             call = observation.calls[path]
             named = named_arguments(type(model.get_submodule(path)).forward, call.args, call.kwargs)
-            whole = {
-                name: x
-                for name, x in named.items()
-                if is_integer_tensor(x) and x.dim() == 2 and not any(part in name for part in _OTHER)
-            }
+            rows = {n: x for n, x in named.items() if is_integer_tensor(x) and x.dim() == 2}
+            whole = {n: x for n, x in rows.items() if not any(part in n for part in _OTHER)}
             same = [n for n, x in whole.items() if any(tensors_equal(x, each) for each in ids)]
             known[path] = next(iter([*same, *whole]), "")
         return known[path]

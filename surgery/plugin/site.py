@@ -145,8 +145,8 @@ class Site:
             method edits; empty if the site was chosen whole.
         memory: of a decoder's trunk: the arguments that belong to the sequence that it attends to,
             as far as the example shows: hidden states, and what another trunk is given, too.
-        teller: the path of the module whose call tells what ``positions``, ``padding`` and ``cached``
-            are, and its argument with the token ids, if it has one.
+        teller: the path of the module whose call tells what a module can read of it (``positions``,
+            ``padding``, ``cached``), and its argument with the token ids, if it has one.
         batch_first: whether the batch is the first axis of the ports; False where the sequence is
             first, or the tokens of all examples lie in one row.
 

@@ -159,7 +159,9 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly 
 def _batched(reads: Iterable[fx.Node | None], names: Iterable[str]) -> tuple[bool, ...]:
     """Return which of the nodes that a module reads have the batch as their first axis."""
     return tuple(
-        not name.endswith(".bias") and name != "cached" and (name != "mask" or getattr(value(node), "ndim", 0) > 3)
+        not name.endswith(".bias")
+        and name != "cached"
+        and (name != "mask" or getattr(value(node), "ndim", 0) > 3)
         for node, name in zip(reads, names, strict=True)
     )
 

@@ -90,9 +90,7 @@ def _edits(transaction: Transaction, path: str, method: Method, site: Site) -> l
     return [_New(method, site, edit, new) for edit, new in site_now.edits]
 
 
-def _rewrite(
-    transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]
-) -> None:
+def _rewrite(transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]) -> None:
     """Insert modules into the graph of a host."""
     path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
@@ -132,9 +130,7 @@ def _rewrite(
         verify_reach(module, state, variant, children, others, plan.args, plan.kwargs)
 
 
-def _wrap(
-    transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]
-) -> None:
+def _wrap(transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]) -> None:
     """Insert modules around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
     state, inserted = _insert(transaction, module, plan, made)
