@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from surgery.locator.run_record import Observation, floats_in
-from surgery.patterns import bias_of, inputs, op_name, projection, value
+from surgery.patterns import inputs, op_name, value
 from surgery.plugin import Port
 
 _PASSED = ("add", "iadd", "radd", "dropout", "view", "reshape")
@@ -61,10 +61,10 @@ def _passes(node: fx.Node, model: nn.Module) -> bool:
 def _bias(node: fx.Node, path: str, model: nn.Module) -> str:
     """Return the name of the bias that a node adds last of all; empty if it adds none."""
     if node.op != "call_module":
-        made = projection(node, model)
-        bias = bias_of(made, model) if made is not None else None
-        own = isinstance(bias, fx.Node) and bias.op == "get_attr"
-        return str(bias.target) if own and len(bias.users) == 1 else ""  # type: ignore[union-attr]
+        given = {"linear": node.args[2:3], "addmm": node.args[:1]}.get(op_name(node), ())
+        found = next(iter(given), node.kwargs.get("bias"))
+        own = isinstance(found, fx.Node) and found.op == "get_attr" and len(found.users) == 1
+        return str(found.target) if own else ""  # type: ignore[union-attr]
     target = str(node.target)
     module: Any = model.get_submodule(target)
     inside = not path or target.startswith(f"{path}.")

@@ -28,7 +28,6 @@ from surgery.patterns.projection import (
     is_whole,
     module_call_of,
     packs_weights,
-    projection,
     stacks_weights,
 )
 from surgery.patterns.projection_weights import bias_of, weight_of
@@ -60,7 +59,6 @@ __all__ = [
     "origin",
     "packs_weights",
     "place",
-    "projection",
     "projections",
     "rows_sum_to_one",
     "runs_experts",

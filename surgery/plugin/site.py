@@ -111,7 +111,8 @@ class Site:
     ``call``): the *trunk* is the smallest module that contains the embedding and every
     attention (an encoder and a decoder that embed tokens have one each); the *stack* is its
     child that contains every attention but not the embedding, if there is one; a *block* is the
-    smallest module with one attention and one FFN.
+    smallest module with one attention and one FFN. A block has the ports ``input`` and ``output``,
+    too: the hidden states (B, n, D) in front of it and behind it.
 
     Attributes:
         path: the host, i.e. the smallest module that contains the site whole, output projection

@@ -13,7 +13,7 @@ import surgery
 from surgery.testing import check_method
 from tests.support import loreft
 from tests.support.loreft import LoReFT
-from tests.support.models import build, inputs, losses_of_training, perturb
+from tests.support.models import build, inputs, losses_of_imitation, perturb
 
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
 LAST = {"cached": "the last tokens of a prompt are those of its first call"}
@@ -81,8 +81,5 @@ def test_a_padded_prompt_is_continued_as_it_is_alone() -> None:
 
 
 def test_it_learns() -> None:
-    model = build("gpt2")
-    surgery.splice(model, LoReFT(rank=16, first=7))
-    surgery.freeze_base(model)
-    losses = losses_of_training(model, inputs("gpt2")["input_ids"], 0.1)
-    assert losses[-1] < 0.7 * losses[0]
+    losses = losses_of_imitation("gpt2", LoReFT(rank=4, first=7), 0.02)
+    assert losses[-1] < 0.2 * losses[0]
