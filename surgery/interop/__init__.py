@@ -14,7 +14,7 @@ from surgery.interop.arguments import (
     tensors_equal,
     tensors_in,
 )
-from surgery.interop.call_facts import CALL_FACTS, tell_calls
+from surgery.interop.call_facts import CALL_FACTS, tell_calls, told_again
 from surgery.interop.call_value import CallValue
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
 from surgery.interop.huggingface import without_checkpointing
@@ -131,6 +131,7 @@ __all__ = [
     "tell_calls",
     "tensors_equal",
     "tensors_in",
+    "told_again",
     "undivided",
     "unobserved",
     "unpatched",

@@ -13,7 +13,8 @@ module can compute with them in a compiled graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,19 @@ class Telling:
 def call_ends(*_: Any) -> None:
     """Forget what a call was about: a hook behind it."""
     CALL_FACTS.end()
+
+
+@contextmanager
+def told_again(module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+    """Note what a call is about anew: what wraps it may have put other tokens into it."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Telling)]
+    for hook in hooks:
+        hook(module, args, kwargs)
+    try:
+        yield
+    finally:
+        for _ in hooks:
+            CALL_FACTS.end()
 
 
 def tell_calls(model: nn.Module, tellers: Mapping[str, str]) -> None:

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.testing import batches, models
-from tests.support.models import IDS, VOCABULARY, build, checkpointing, inputs
+from tests.support.models import (
+    IDS,
+    VOCABULARY,
+    PlainDecoder,
+    build,
+    checkpointing,
+    inputs,
+)
 
 READS = ("positions", "padding", "cached")
 CALLS: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -214,13 +221,40 @@ def test_a_mask_of_another_kind_is_an_error_that_names_the_read() -> None:
             model(input_ids=ids, attention_mask=torch.zeros(2, 7, 7))
 
 
+class Shortened(PlainDecoder):
+    """A decoder whose blocks run on the first three tokens."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.tokens(input_ids)[:, :3]
+        for block in self.stack:
+            x = block(x)
+        return self.head(self.last(x))
+
+
 def test_a_site_with_other_tokens_is_an_error() -> None:
-    model = build("roberta")
-    ids = inputs("roberta")["input_ids"]
-    surgery.splice(model, surgery.method("prompt", length=3), name="prompt")
-    with noted(model, kinds=("ffn",), reads=("positions",)):
+    model, ids = Shortened().eval(), inputs("gpt2")["input_ids"]
+    with noted(model, ids, kinds=("ffn",), reads=("positions",)):
         with pytest.raises(surgery.ForwardError, match="adds, drops or sorts tokens"):
-            model(input_ids=ids)
+            model(ids)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_the_tokens_of_a_prompt_are_told_too(name: str) -> None:
+    model, ids = build(name), inputs(name)["input_ids"]
+    mask = LEFT if name != "roberta" else LEFT.flip(1)
+    surgery.splice(model, surgery.method("prompt", length=3), name="prompt")
+    with torch.no_grad():
+        base = model(input_ids=ids, attention_mask=mask)[0]
+    with noted(model, kinds=("block",)) as calls:
+        with_notes = model(input_ids=ids, attention_mask=mask)[0]
+        assert torch.equal(with_notes, base)
+        padding = calls[-1][1]
+        if name == "roberta":  # the sequence itself is longer
+            assert torch.equal(padding, torch.cat([torch.ones(2, 3), mask], 1).bool())
+            assert torch.equal(calls[-1][0], counted(padding.long()))
+        else:  # the prompt has run by itself
+            assert [c[1].shape for c in calls[::2]] == [(1, 3), (2, 7)]
+            assert torch.equal(padding, mask.bool())
 
 
 @pytest.mark.parametrize("read", READS)
