@@ -61,7 +61,7 @@ def _both(module: nn.Module, site: Site) -> HostGraphs:
     assert plan is not None
     through = plan.through if state is None else plan.through | state.through
     captured, matches = capture_host(module, plan.path, through, plan.args, plan.kwargs)
-    named = [m for m in matches if m.kind != "block" or site.kind == "block"]
+    named = [m for m in matches if m.kind != ("module" if site.kind == "block" else "block")]
     given = argument_names(module, captured.graph, plan.args, plan.kwargs)
     ports = port_names(named)
     base, copies = _copied(captured)

@@ -122,3 +122,12 @@ def test_an_ffn_and_its_block_in_one_host_are_edited_in_any_order() -> None:
             surgery.insert(model, chosen[kind], "output", lambda h: 2 * h, name=kind)
         outs.append(first(model, given))
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta"])
+def test_an_edit_behind_a_block_is_drawn(name: str) -> None:
+    model, given = made(name)
+    block = next(iter(surgery.locate(model, given).block))
+    surgery.insert(model, block, "output", nn.Identity())
+    lines = surgery.diff(model, site=block.path).splitlines()
+    assert any(line.startswith("+") and "at_output" in line for line in lines)
