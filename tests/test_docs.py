@@ -46,15 +46,27 @@ def test_the_reference_has_every_public_name() -> None:
     assert missing == []
 
 
-@pytest.mark.slow
-def test_the_example_with_lse_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+def example(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example of CONTRIBUTING that defines a method of this class; the method is offered."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    code = next(text for text in examples if "class AttentionSink" in text)
-    module = types.ModuleType("attention_sink_example")
+    code = next(text for text in examples if f"class {kind}" in text)
+    module: Any = types.ModuleType(f"{kind}_example")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(code, vars(module))
-    offered = registry()._offered["method"]
-    monkeypatch.setitem(offered, "attention_sink", (module.AttentionSink, "tests"))
+    made = getattr(module, kind)
+    monkeypatch.setitem(registry()._offered["method"], made.name, (made, "tests"))
+    return module
+
+
+@pytest.mark.slow
+def test_the_example_at_the_first_token_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = check_method(example("FirstToken", monkeypatch).FirstToken())
+    assert not contract.refused
+
+
+@pytest.mark.slow
+def test_the_example_with_lse_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("AttentionSink", monkeypatch)
     contract = check_method(module.AttentionSink())
     assert not contract.refused
     sink = module.Sink(2)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter.constants import why_no_constant
 from surgery.adapter.folding import call_fold, protocol_of, reads_bias
 from surgery.errors import SpliceError
 from surgery.interop import stored_parameters
@@ -80,12 +81,12 @@ class MergePlan:
         self.parts: list[Inserted] = []
         self.left: list[Inserted] = []
         ports: dict[tuple[Any, str], list[tuple[Inserted, bool]]] = {}
-        for report in reports(model).values():
-            for i in report.inserted:
-                place = (i.site.identity, i.edit.port)
-                ports.setdefault(place, []).append((i, report.name in names))
+        self.every = [(i, r.name in names) for r in reports(model).values() for i in r.inserted]
+        for i, is_chosen in self.every:
+            ports.setdefault((i.site.identity, i.edit.port), []).append((i, is_chosen))
         self.refused: set[str] = set()
-        for entries in ports.values():
+        last = [entries for entries in ports.values() if entries[0][0].site.kind == "block"]
+        for entries in [each for each in ports.values() if each not in last] + last:
             self.plan_port(entries)
 
     def plan_port(self, entries: list[tuple[Inserted, bool]]) -> None:
@@ -217,7 +218,11 @@ class MergePlan:
             )
         if isinstance(module, PartlyFoldable) and not self.partial:
             return "only a part of its module is linear"
-        if not port.weight and not (inserted.site.kind == "norm" and port.bias):
+        if inserted.site.kind == "block":
+            why = why_no_constant(inserted, module, port) or self.why_between(inserted, port)
+            if why:
+                return why
+        elif not port.weight and not (inserted.site.kind == "norm" and port.bias):
             hint = "; if it is quantised, merge(..., dequantize=True) makes it one"
             return (
                 f"port {port.name!r} is not made by one plain floating-point matrix"
@@ -248,6 +253,19 @@ class MergePlan:
             overlap = other.columns is None or not {*other.columns}.isdisjoint(port.columns or ())
             if other.name != port.name and port.weight and other.weight == port.weight and overlap:
                 return f"its weight {port.weight} also makes port {other.name!r}"
+        return ""
+
+    def why_between(self, inserted: Inserted, port: Port) -> str:
+        """Return what stays at the port whose bias a block adds last; '' if nothing does."""
+        for other, is_chosen in self.every:
+            ports = other.site.ports.values() if other.site.kind != "block" else ()
+            names = {each.name for each in ports if each.bias == port.bias}
+            near = names & {other.edit.port, *(read.split(".")[0] for read in other.edit.reads)}
+            if near and not (is_chosen and self.folds_whole(other)):
+                return (
+                    f"{other.method.name!r} at {other.site.path} stays, and works with port "
+                    f"{near.pop()!r}, whose bias would hold the constant"
+                )
         return ""
 
     def why_blocked(self, inserted: Inserted, entries: list[tuple[Inserted, bool]]) -> str:

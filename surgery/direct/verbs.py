@@ -34,7 +34,7 @@ def insert(
         model: any model; see :func:`surgery.splice`.
         sites: one site, or several.
         port: the name of the port, such as ``"output"``; see :class:`surgery.Site` for shapes. At
-            the ``"call"`` of a block, y is the hidden states that the block returns.
+            the ``"output"`` or the ``"call"`` of a block, y is the hidden states that it returns.
         what: a module or a function, from y to a tensor of y's shape; or a list with one for each
             site. One module for several sites has one set of parameters. A module gets the device
             of the site, and its dtype, but float32 in place of half precision; it is tried here

@@ -44,8 +44,8 @@ def watch(
 
     Args:
         model: any model, spliced or not; ports have the values that its splices give them.
-        ports: the name of a port, or several. At the ``"call"`` of a block it is the hidden states
-            that the block returns.
+        ports: the name of a port, or several. At the ``"call"`` of a block, and at the
+            ``"output"`` of one that ``at`` names, it is the hidden states that the block returns.
         at: the sites; by default every attention and FFN, and every block for ``"call"``. A site
             that lacks a port is left out.
         gradients: keep the graph and the gradients: ``seen[...]`` is the tensor of the forward
@@ -71,6 +71,8 @@ def watch(
     else:
         sites = chosen_sites(at)
     wanted = [(site, port) for site in sites for port in names if port in site.ports]
+    if at is None:
+        wanted = [(site, port) for site, port in wanted if site.kind != "block" or port == "call"]
     _require_ports(names, sites, wanted)
     seen = Seen(wanted)
     owner = threading.get_ident()

@@ -61,8 +61,9 @@ def _both(module: nn.Module, site: Site) -> HostGraphs:
     assert plan is not None
     through = plan.through if state is None else plan.through | state.through
     captured, matches = capture_host(module, plan.path, through, plan.args, plan.kwargs)
+    named = [m for m in matches if m.kind != ("module" if site.kind == "block" else "block")]
     given = argument_names(module, captured.graph, plan.args, plan.kwargs)
-    ports = port_names(matches)
+    ports = port_names(named)
     base, copies = _copied(captured)
     old = set(captured.graph.nodes)
     edits = edits_of(module)
@@ -70,7 +71,7 @@ def _both(module: nn.Module, site: Site) -> HostGraphs:
     kinds, shapes = _values(captured.graph)
     if inside and state is not None:
         apply_all(module, state, captured, matches, state.all_on())
-        more = {n: t for n, t in port_names(matches).items() if n not in old}
+        more = {n: t for n, t in port_names(named).items() if n not in old}
     Variant(base)
     on_base = {copies[node]: found for node, found in ports.items() if node in copies}
     names = variable_names(base.graph, {copies[n]: t for n, t in given.items()}, on_base)

@@ -140,7 +140,9 @@ def _places(model: nn.Module, sites: Sites) -> list[Place]:
 def _look(model: nn.Module, place: Place) -> None:
     """Capture the graphs of a place, or note why there are none."""
     place.edits = edits_of(model.get_submodule(place.path))
+    block = any(e.kind == "block" and e.verb != "wrap" for e in place.edits.values())
     inside = [site for site in place.sites if site.kind not in CALLS]
+    inside += [site for site in place.sites if site.kind == "block" and block]
     if not inside:
         return
     try:

@@ -36,8 +36,15 @@ from surgery.host.foreign_forward import own_forward, unbound, unbound_forward
 from surgery.host.selection import KEPT, Selection
 from surgery.host.state import HostState, original_class, state_of
 from surgery.host.variant import GuardFlipped, Variant
-from surgery.interop import exclusively, huggingface, named_arguments, unspliced_forward, untraced
-from surgery.patterns import Match, find_matches, module_match, uses_of
+from surgery.interop import (
+    exclusively,
+    huggingface,
+    named_arguments,
+    told_again,
+    unspliced_forward,
+    untraced,
+)
+from surgery.patterns import Match, find_matches, match_block, module_match, uses_of
 from surgery.plugin import Edit, is_leaf
 from surgery.rewrite import apply_edit, dtype_reads, lead_caches, share_products
 
@@ -57,10 +64,11 @@ def run(
     own = unbound_forward(module, state)
 
     def forward(*given: Any, **named: Any) -> Any:
-        if on.edited:
-            return run_graph(module, state, given, named, on)
-        with hiding(module):
-            return own(module, *given, **named)
+        with told_again(module, given, named):
+            if on.edited:
+                return run_graph(module, state, given, named, on)
+            with hiding(module):
+                return own(module, *given, **named)
 
     children = module if _compiling() else on.children_of(module)
     for child in on.wraps:
@@ -268,4 +276,5 @@ def capture_host(
     captured.reads += plan_reads(captured.graph, module)
     if own == types.MethodType(original_class(module).forward, module):
         captured.reads.append(Read("attribute", original_class(module), "forward", forward))
-    return captured, find_matches(captured.graph, module) or module_match(captured.graph)
+    matches = find_matches(captured.graph, module) or module_match(captured.graph)
+    return captured, matches + match_block(captured.graph)

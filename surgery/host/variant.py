@@ -58,7 +58,7 @@ class Variant:
         self._guards = Guards(
             captured.reads,
             _items_of(captured.reads, _FOLLOWED),
-            _items_of(captured.reads, (types.FunctionType,)),
+            [f for f in _items_of(captured.reads, (types.FunctionType,)) if _followed(f[2])],
             [(m._modules, name, part) for m, name, part in captured.parts],
             captured.ambient,
             _early_function(captured.graph, early),
@@ -121,6 +121,11 @@ def _items_of(reads: list[Read], kinds: tuple[type, ...]) -> list[tuple[dict[str
         for read in reads
         if read.how == "item" and type(read.answer) in kinds
     ]
+
+
+def _followed(function: Any) -> bool:
+    """Whether Dynamo can compare a function with another: it replaces those of ``inspect``."""
+    return bool(function.__module__ != "inspect")
 
 
 def _behind_a_change(graph: fx.Graph) -> set[fx.Node]:

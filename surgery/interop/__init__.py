@@ -14,6 +14,7 @@ from surgery.interop.arguments import (
     tensors_equal,
     tensors_in,
 )
+from surgery.interop.call_facts import CALL_FACTS, tell_calls, told_again
 from surgery.interop.call_value import CallValue
 from surgery.interop.carried_over import carry_over, give_back, is_carried_over
 from surgery.interop.checkpointing import checkpointed_region, in_backward, keep, kept
@@ -80,6 +81,7 @@ from surgery.interop.zero_partitions import (
 )
 
 __all__ = [
+    "CALL_FACTS",
     "CONSTANT",
     "AttentionPatch",
     "CallValue",
@@ -145,8 +147,10 @@ __all__ = [
     "spare_from_decay",
     "stored_parameters",
     "sum_between",
+    "tell_calls",
     "tensors_equal",
     "tensors_in",
+    "told_again",
     "undivided",
     "unobserved",
     "unpatched",

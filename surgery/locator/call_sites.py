@@ -1,11 +1,12 @@
-"""Find the sites whose only port is ``call``: a whole module call, to be wrapped (``Port.wrap``).
+"""Find the sites with the port ``call``: a whole module call, to be wrapped (``Port.wrap``).
 
 trunk    the smallest module that contains the embedding and every attention, and is called with
          token ids: around a language model that is called with embeddings, the module that embeds;
          an encoder and a decoder that embed tokens have one each
 stack    the trunk's child that contains every attention but not the embedding; the trunk itself
          if no such child is called
-block    the smallest module that contains one FFN and at least one attention
+block    the smallest module that contains one FFN and at least one attention; it has the ports
+         input and output, too, the hidden states
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections import Counter
 from torch import Tensor, fx, nn
 
 from surgery.interop import is_integer_tensor, leaves, named_arguments, tensors_equal
+from surgery.locator.block_output import ports_of_block
 from surgery.locator.run_record import Observation
 from surgery.plugin import HostPlan, Kind, Port, Site
 
@@ -29,9 +31,7 @@ def call_sites(
         sites: the attention and FFN sites.
         others: the sites of :func:`module_sites`, the embedding among them.
     """
-    blocks = [
-        _site("block", path, sites[0], model, observation) for path in _blocks(observation, sites)
-    ]
+    blocks = [_block(path, model, observation, sites) for path in _blocks(observation, sites)]
     return blocks + _stacks_and_trunks(model, observation, sites, others)
 
 
@@ -47,6 +47,18 @@ def _blocks(observation: Observation, sites: list[Site]) -> list[str]:
         if path and count[path] == 1:
             found[path] = None
     return list(found)
+
+
+def _block(path: str, model: nn.Module, observation: Observation, sites: list[Site]) -> Site:
+    """Describe a block; it may be the host of its FFN, too, and is then traced through alike."""
+    made = _site("block", path, sites[0], model, observation)
+    through = [s.host.through for s in sites if s.path == path and s.host is not None]
+    assert made.host is not None
+    host = dataclasses.replace(made.host, through=made.host.through.union(*through))
+    ports = {**ports_of_block(path, observation, model), **made.ports}
+    width = ports["output"].width if "output" in ports else made.width
+    missing = {} if "output" in ports else {"output": "the block gives no hidden states first"}
+    return dataclasses.replace(made, host=host, ports=ports, missing=missing, width=width)
 
 
 def with_ancestors(path: str) -> list[str]:

@@ -174,6 +174,7 @@ class _Observer(LeftOnce, TorchFunctionMode):
         finally:
             self.owners.pop()
             self.call_numbers.pop()
+        self.observation.note_result(path, result, self.nodes)
         for hook in module._forward_hooks.values():
             if self.keeps_hook(hook):  # the model collects its outputs with this hook
                 hook(module, args, result)

@@ -32,6 +32,7 @@ class Observation:
         experts: paths of experts in lists, those that got no token included.
         mixtures: paths of modules with such experts that are kept whole.
         stacks: for modules that own the stacked weights of experts, how each weight is used.
+        results: by the path of a module, the node of the hidden states that its first call gave.
     """
 
     graph: fx.Graph
@@ -41,6 +42,20 @@ class Observation:
     experts: set[str] = field(default_factory=set)
     mixtures: set[str] = field(default_factory=set)
     stacks: dict[str, dict[str, StackedMap]] = field(default_factory=dict)
+    results: dict[str, fx.Node] = field(default_factory=dict)
+
+    def note_result(self, path: str, result: Any, nodes: dict[int, fx.Node]) -> None:
+        """Note the node of the hidden states that a module gave, if it is the module's first."""
+        first = first_of(result)
+        if isinstance(first, Tensor) and id(first) in nodes:
+            self.results.setdefault(path, nodes[id(first)])
+
+
+def first_of(result: Any) -> Any:
+    """Return what a module gives, or the first of several values: its hidden states, of a block."""
+    if isinstance(result, dict):
+        return next(iter(result.values()), None)
+    return (result[0] if result else None) if isinstance(result, (tuple, list)) else result
 
 
 def floats_in(structure: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@
       |  module_sites.py     add the sites that are one module: norm, position, embedding
       |  experts_sites.py    add the modules with the stacked weights of experts
       |  call_sites.py       add the sites that wrap a module's call: block, stack, trunk
+      |  tellers.py          note whose call tells of the tokens of a site
       |  overlooked.py       name the projections and modules that no site reaches
       v
     Sites
@@ -54,6 +55,7 @@ from surgery.locator.overlooked import overlooked
 from surgery.locator.pattern_sites import batches_marked, pattern_site
 from surgery.locator.run_record import Observation
 from surgery.locator.shared_weights import shares_noted, ties_noted
+from surgery.locator.tellers import with_tellers
 from surgery.patterns import (
     Match,
     find_matches,
@@ -118,6 +120,8 @@ def locate(model: nn.Module, example_inputs: Any = None) -> Sites:
     others += experts_sites(model, observation)
     others += call_sites(model, observation, sites, others)
     sites, others = batches_marked(shares_noted(sites), ties_noted(linear + others, model))
+    told = with_tellers([*sites, *others], model, observation)
+    sites, others = told[: len(sites)], told[len(sites) :]
     return Sites(
         sites,
         type(model).__name__,

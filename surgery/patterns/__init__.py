@@ -1,5 +1,6 @@
 """Recognise attention, FFN and projections by the dataflow of a captured graph."""
 
+from surgery.patterns.block import match_block
 from surgery.patterns.dataflow import (
     PRODUCTS,
     inputs,
@@ -51,6 +52,7 @@ __all__ = [
     "is_whole",
     "joins_residual",
     "linear_matches",
+    "match_block",
     "module_call_of",
     "module_match",
     "op_name",

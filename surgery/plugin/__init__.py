@@ -2,7 +2,7 @@
 
 from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
-from surgery.plugin.edit import CALLS, Edit, HostPlan, Kind
+from surgery.plugin.edit import CALLS, TOLD, Edit, HostPlan, Kind
 from surgery.plugin.forwards import adds_onto, starts_with_product
 from surgery.plugin.found_attention import FoundAttention
 from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
@@ -45,6 +45,7 @@ from surgery.plugin.training_hooks import bound, overridden
 
 __all__ = [
     "CALLS",
+    "TOLD",
     "ActsOnTokens",
     "AddsOnto",
     "CountsVirtualKeys",

@@ -14,6 +14,9 @@ Kind = Literal[
 CALLS = ("trunk", "stack", "block", "experts")  # kinds of site that are edited around a call
 
 
+TOLD = ("positions", "padding", "cached")  # what a module can read of the call that runs
+
+
 Verb = Literal["insert", "add", "replace", "feed", "wrap"]
 
 

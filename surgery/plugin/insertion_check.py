@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import PortError
+from surgery.plugin.edit import TOLD
 from surgery.plugin.protocol_names import METHODS
 from surgery.plugin.site import Port, Site
 
@@ -48,6 +49,12 @@ def require_insertable(
     for read in reads:
         if read == "mask" and site.kind == "attention":
             continue  # None where a call has no mask
+        if read in TOLD and site.kind in ("attention", "ffn", "block"):
+            if not site.batch_first:
+                raise PortError(
+                    f"{where}: {read!r} cannot be read: the batch is not the first axis there."
+                )
+            continue
         name_of_port, _, part = read.partition(".")
         read_port = site.port(name_of_port)
         if part and (part not in ("source", "bias") or not (read_port.in_width or read_port.bias)):

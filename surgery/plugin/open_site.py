@@ -58,7 +58,9 @@ class OpenPort(Port):
 
         Besides ports, ``"query.source"`` (the input of the query's projection) and
         ``"query.bias"`` (the bias that the projection adds, or None) can be read wherever a
-        projection makes the port.
+        projection makes the port. At an attention, an FFN and a block, ``"positions"`` and
+        ``"padding"`` (B, n) and ``"cached"`` tell of the running call: the position of each token,
+        whether it is real, and how many places the KV cache held before, 0 in a prefill.
         """
         self.site.note(self, "replace", module, name, reads)
 

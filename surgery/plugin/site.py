@@ -111,7 +111,8 @@ class Site:
     ``call``): the *trunk* is the smallest module that contains the embedding and every
     attention (an encoder and a decoder that embed tokens have one each); the *stack* is its
     child that contains every attention but not the embedding, if there is one; a *block* is the
-    smallest module with one attention and one FFN.
+    smallest module with one attention and one FFN. A block has the ports ``input`` and ``output``,
+    too: the hidden states (B, n, D) in front of it and behind it.
 
     Attributes:
         path: the host, i.e. the smallest module that contains the site whole, output projection
@@ -145,6 +146,8 @@ class Site:
             method edits; empty if the site was chosen whole.
         memory: of a decoder's trunk: the arguments that belong to the sequence that it attends to,
             as far as the example shows: hidden states, and what another trunk is given, too.
+        teller: the path of the module whose call tells what a module can read of it (``positions``,
+            ``padding``, ``cached``), and its argument with the token ids, if it has one.
         batch_first: whether the batch is the first axis of the ports; False where the sequence is
             first, or the tokens of all examples lie in one row.
 
@@ -180,6 +183,7 @@ class Site:
     memory: tuple[str, ...] = ()
     batch_first: bool = True
     picked: tuple[str, ...] = ()
+    teller: tuple[str, str] = field(default=("", ""), repr=False)
 
     @property
     def identity(self) -> tuple[str, str, str]:

@@ -39,6 +39,7 @@ from surgery.patterns import (
     value,
 )
 from surgery.plugin import CountsVirtualKeys, Edit, adds_onto
+from surgery.rewrite.call_facts import ASKS, read_fact
 from surgery.rewrite.casts import as_module_takes, cast, needed_cast
 from surgery.rewrite.channels import features_to_the_end, in_tokens, read_tokens
 from surgery.rewrite.feed import feed
@@ -92,7 +93,7 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly 
     port = match.ports[edit.port]
     before = set(port.node.graph.nodes)
     module = root.get_submodule(child)
-    given = [_read(match, name, root) for name in edit.reads]
+    given = [_read(match, name, port, root) for name in edit.reads]
     alone = partly is None or partly.children is None  # a group casts for each of its modules
     reads = as_module_takes(given, edit.reads, port.node, module) if alone else tuple(given)
     dtype = needed_cast(port.node, module) if alone else None
@@ -158,7 +159,9 @@ def _edit(match: Match, edit: Edit, child: str, root: nn.Module, partly: Partly 
 def _batched(reads: Iterable[fx.Node | None], names: Iterable[str]) -> tuple[bool, ...]:
     """Return which of the nodes that a module reads have the batch as their first axis."""
     return tuple(
-        not name.endswith(".bias") and (name != "mask" or getattr(value(node), "ndim", 0) > 3)
+        not name.endswith(".bias")
+        and name != "cached"
+        and (name != "mask" or getattr(value(node), "ndim", 0) > 3)
         for node, name in zip(reads, names, strict=True)
     )
 
@@ -202,13 +205,15 @@ def _bias(port: PortNode, root: nn.Module) -> fx.Node | None:
         return graph.call_function(column_functions(port.features, device_of(port)).take, (node,))
 
 
-def _read(match: Match, name: str, root: nn.Module) -> fx.Node | None:
+def _read(match: Match, name: str, port: PortNode, root: nn.Module) -> fx.Node | None:
     """Return the node for one name of ``reads``, in the shape that the legend of sites gives.
 
     None stands for a bias or a mask that there is not.
     """
     if name == "mask" and "mask" not in match.ports:
         return None
+    if name in ASKS and name not in match.ports:
+        return read_fact(match, port, name)
     if name.endswith(".bias"):
         return _bias(match.ports[name.removesuffix(".bias")], root)
     if name == "lse" and "lse" not in match.ports:

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,23 +53,45 @@ from surgery.splicer.verification import verify_reach, verify_start, verify_wrap
 def operate(transaction: Transaction, path: str, pairs: list[tuple[Method, Site]]) -> None:
     """Build, insert and verify one host."""
     module = transaction.model.get_submodule(path)
-    around = [pair for pair in pairs if pair[1].kind in CALLS]
-    inside = [pair for pair in pairs if pair not in around]
+    for _, site in pairs:
+        if site.host is None or not (site.host.args or site.host.kwargs):
+            raise SpliceError(
+                f"{path}: this site holds no example of a call, as sites of a report do not. "
+                "Take the site from surgery.locate(model)."
+            )
+    pairs = sorted(pairs, key=lambda pair: pair[1].kind in CALLS)
+    made = [edit for pair in pairs for edit in _edits(transaction, path, *pair)]
+    inside = [each for each in made if each.edit.verb != "wrap"]
+    around = [each for each in made if each.edit.verb == "wrap"]
     for act, group in ((_rewrite, inside), (_wrap, around)):
         if group:
-            plan = group[0][1].host
-            assert plan is not None
-            if not plan.args and not plan.kwargs:
-                raise SpliceError(
-                    f"{path}: this site holds no example of a call, as sites of a report do not. "
-                    "Take the site from surgery.locate(model)."
-                )
-            act(transaction, module, plan, group)
+            assert group[0].site.host is not None
+            act(transaction, module, group[0].site.host, group)
 
 
-def _rewrite(
-    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
-) -> None:
+@dataclass(frozen=True)
+class _New:
+    """One edit that a method makes, and the module that it inserts."""
+
+    method: Method
+    site: Site
+    edit: Edit
+    module: nn.Module
+
+
+def _edits(transaction: Transaction, path: str, method: Method, site: Site) -> list[_New]:
+    """Call ``splice`` of a method with one site."""
+    site_now = transaction.opened(method, site)
+    with _named(f"{path}: method {method.name!r} fails in its splice(site)"):
+        method.splice(site_now)
+    if not site_now.edits:
+        raise SpliceError(
+            f"method {method.name!r} at {path}: splice(site) inserted nothing. Edit a port in it."
+        )
+    return [_New(method, site, edit, new) for edit, new in site_now.edits]
+
+
+def _rewrite(transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]) -> None:
     """Insert modules into the graph of a host."""
     path, report = plan.path, transaction.report
     base = present_outputs(module, plan.args, plan.kwargs, around=False)
@@ -81,7 +104,7 @@ def _rewrite(
         for edit, child in known.all_on().edits:
             apply_edit(matches, edit, child, module)
     one_key = {(p.kind, p.key) for p in matches if p.one_key}
-    state, inserted = _insert(transaction, module, plan, pairs)
+    state, inserted = _insert(transaction, module, plan, made)
     state.weights |= {(i.edit.kind, i.edit.site): _weights(matches, i.edit) for i in inserted}
     transaction.close_fused_path(path)
     results: list[Result] = []
@@ -108,12 +131,10 @@ def _rewrite(
         verify_reach(module, state, variant, children, others, plan.args, plan.kwargs)
 
 
-def _wrap(
-    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
-) -> None:
+def _wrap(transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]) -> None:
     """Insert modules around the call of a host."""
     base = present_outputs(module, plan.args, plan.kwargs)
-    state, inserted = _insert(transaction, module, plan, pairs)
+    state, inserted = _insert(transaction, module, plan, made)
     if any(map(transaction.waits, inserted)):
         return
 
@@ -131,37 +152,27 @@ def _wrap(
 
 
 def _insert(
-    transaction: Transaction, module: nn.Module, plan: HostPlan, pairs: list[tuple[Method, Site]]
+    transaction: Transaction, module: nn.Module, plan: HostPlan, made: list[_New]
 ) -> tuple[HostState, list[Inserted]]:
-    """Call ``splice`` of each method; make ``module`` a host with the new modules as children."""
+    """Make ``module`` a host with the new modules as children."""
     name = transaction.report.name
-    made: list[tuple[str, nn.Module]] = []
+    children: list[str] = []
     inserted: list[Inserted] = []
     seen: set[int] = set()  # modules of one site may share parameters
-    for method, site in pairs:
-        site_now = transaction.opened(method, site)
-        with _named(f"{plan.path}: method {method.name!r} fails in its splice(site)"):
-            method.splice(site_now)
-        if not site_now.edits:
-            raise SpliceError(
-                f"method {method.name!r} at {plan.path}: splice(site) inserted nothing. "
-                "Edit a port in it."
-            )
-        for edit, new in site_now.edits:
-            child = free_name(module, edit.child, name, [c for c, _ in made])
-            made.append((child, new))
-            fresh = {id(p): p for p in new.parameters() if id(p) not in seen}
-            seen.update(fresh)
-            count = sum(p.numel() for p in fresh.values())
-            full = f"{plan.path}.{child}" if plan.path else child
-            frozen = tuple(n for n, p in new.named_parameters() if not p.requires_grad)
-            inserted.append(Inserted(_lean(site), method, edit, full, count, frozen))
-    children = [child for child, _ in made]
+    for each in made:
+        child, new = free_name(module, each.edit.child, name, children), each.module
+        children.append(child)
+        fresh = {id(p): p for p in new.parameters() if id(p) not in seen}
+        seen.update(fresh)
+        count = sum(p.numel() for p in fresh.values())
+        full = f"{plan.path}.{child}" if plan.path else child
+        frozen = tuple(n for n, p in new.named_parameters() if not p.requires_grad)
+        inserted.append(Inserted(_lean(each.site), each.method, each.edit, full, count, frozen))
     state = install(module, plan)
     state.switches = record_of(transaction.model).switches
     state.divide = LateDivision(transaction.model)
     transaction.try_out(state)
-    for child, new in made:
+    for child, new in zip(children, (each.module for each in made), strict=True):
         new.train(module.training)
         draw_by_name(new, f"{plan.path}.{child}")
         module.add_module(child, new)

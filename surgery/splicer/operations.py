@@ -49,6 +49,7 @@ from surgery.splicer.record import (
     reports,
     require_free,
     spliced_model,
+    tell_of_calls,
 )
 from surgery.splicer.references import give_references
 from surgery.splicer.transaction import Transaction
@@ -247,6 +248,7 @@ def forget(model: nn.Module, report: Report, folded: set[str]) -> None:
 def _settle(model: nn.Module) -> None:
     """Put back what splicing changed outside hosts, wherever no splice needs it any more."""
     settle_advance(model)
+    tell_of_calls(model)
     look_up(model).settle()
     closed = look_up(model).closed
     closed -= encoder_fastpath.reopen(model, closed, is_host)

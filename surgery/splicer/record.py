@@ -25,7 +25,8 @@ from torch import nn
 
 from surgery.errors import SpliceError, shown
 from surgery.host import Choice, Switches
-from surgery.plugin import Edit, Method, Site, Sites, html_table, overlooked_lines
+from surgery.interop import tell_calls
+from surgery.plugin import TOLD, Edit, Method, Site, Sites, html_table, overlooked_lines
 
 RECORD = "_surgery_record"
 
@@ -130,6 +131,13 @@ class Report:
         rows = [(i.path, f"{i.parameters:,}", i.place) for i in self.inserted]
         columns = ("module", "parameters", "edit")
         return html_table(heading, columns, rows, lines[len(rows) :])
+
+
+def tell_of_calls(model: nn.Module) -> None:
+    """Let the modules whose calls tell what inserted modules read of a call note it."""
+    every = [i for report in reports(model).values() for i in report.inserted]
+    reading = [i.site for i in every if not set(i.edit.reads).isdisjoint(TOLD)]
+    tell_calls(model, dict(site.teller for site in reading))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from surgery.host import Choice, Operation, install, state_of
 from surgery.interop import encoder_fastpath, huggingface, keep_unpacked
 from surgery.plugin import settle_advance
 from surgery.splicer.late_division import LateDivision
-from surgery.splicer.record import Report, look_up, record_of, reports
+from surgery.splicer.record import Report, look_up, record_of, reports, tell_of_calls
 
 
 @dataclass(frozen=True)
@@ -79,5 +79,6 @@ class Spliced:
         record.settle()
         record.switches.default = self.choice
         settle_advance(model)
+        tell_of_calls(model)
         huggingface.let_train(model, adapted=True)
         keep_unpacked(model, adapted=True)

@@ -16,7 +16,7 @@ from torch import nn
 from surgery.host import HostState
 from surgery.interop import encoder_fastpath, huggingface, keep_unpacked
 from surgery.plugin import Method, OpenSite, Site, opened, referred, settle_advance
-from surgery.splicer.record import Inserted, Report, record_of, reports
+from surgery.splicer.record import Inserted, Report, record_of, reports, tell_of_calls
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Transaction:
         record.settle()
         record.closed |= self.closed
         settle_advance(self.model)
+        tell_of_calls(self.model)
         huggingface.let_train(self.model, adapted=True)
         keep_unpacked(self.model, adapted=True)
         return self.report

@@ -77,12 +77,13 @@ def sites(model: nn.Module, kinds: Sequence[str] = ("attention", "ffn")) -> Sear
     """Draw one or more of the sites of a model, for ``at=``; it shrinks to one.
 
     Args:
-        kinds: the kinds to choose from.
+        kinds: the kinds to choose from, such as ``("block",)``; a selection iterates over attention
+            and FFN alone, and holds the others for methods of their kinds.
     """
     from hypothesis import strategies as st
 
     found = surgery.locate(model)
-    chosen = [site for site in found if site.kind in kinds]
+    chosen = [site for site in [*found, *found.others] if site.kind in kinds]
     some = st.lists(st.sampled_from(range(len(chosen))), min_size=1, unique=True)
 
     def picked(numbers: list[int]) -> Sites:

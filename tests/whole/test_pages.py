@@ -30,12 +30,13 @@ INTEROP = "tests/surgery/interop/"
 RUN_BY = {  # how many blocks, and the tests that run them
     "README.md": (1, [f"{DOCS}test_the_readme_example_runs"]),
     "CONTRIBUTING.md": (
-        4,
+        5,
         [
             "tests/surgery/adapter/test_life_cycle.py::test_the_hook_in_contributing_runs",
             "tests/plugins/test_examples.py::test_the_example_plugin_lives_a_whole_life",
             f"{DOCS}test_the_plugin_in_contributing_is_the_one_that_is_tested",
             f"{DOCS}test_the_example_with_lse_keeps_the_contract",
+            f"{DOCS}test_the_example_at_the_first_token_keeps_the_contract",
         ],
     ),
     "docs/reference.md": (1, [f"{DOCS}test_the_readme_example_runs"]),

@@ -54,6 +54,9 @@ def test_only_the_wanted_kinds_are_drawn() -> None:
     def law(data: Any) -> None:
         model = data.draw(models(["grouped"]))
         assert {site.kind for site in data.draw(sites(model, kinds=["ffn"]))} == {"ffn"}
+        blocks = data.draw(sites(model, kinds=["block"]))
+        assert not len(blocks)
+        assert {site.kind for site in blocks.others} == {"block"}
 
     law()
 
