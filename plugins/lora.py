@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery_plugins.lora_updates import LowRankConvolution, LowRankExperts, LowRankRows
+from surgery_plugins.lora_updates import LowRankExperts, LowRankRows, low_rank_convolution
 
 PROJECTIONS = {
     "attention": ("query", "key", "value", "output"),
@@ -182,6 +182,10 @@ class LoRA(surgery.Method):
             no such input.
         bias: whether to add a trainable bias, scaled as the product is; not for an embedding or
             experts.
+        across_groups: whether the update of a convolution with groups reads the channels of all
+            groups, as PEFT's does: A (rank, in, h, w), and B in groups, which must divide the rank.
+            Such an update cannot be merged. By default the groups share one A, each for its own
+            channels.
 
     Start: exact. Mergeable. Cost: rank * (d_in + d_out) [+ d_out] per projection.
 
@@ -201,6 +205,7 @@ class LoRA(surgery.Method):
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     fused: bool = False
+    across_groups: bool = False
 
     def __post_init__(self) -> None:
         self.require(self.rank >= 1, "rank", "an integer >= 1")
@@ -259,7 +264,8 @@ class LoRA(surgery.Method):
                 rows = LowRankRows(port.in_width, port.width, rank, scale, site.base().padding_idx)
                 port.add(rows, name=self.name, reads=("ids",))
             elif site.kind == "convolution":
-                kernel = LowRankConvolution(site.base(), rank, scale, self.dropout, self.bias)
+                options = rank, scale, self.dropout, self.bias
+                kernel = low_rank_convolution(site.base(), self.across_groups, *options)
                 port.add(kernel, name=self.name, reads=("input",))
             elif site.kind == "experts":
                 stack = port.parameter()

@@ -18,7 +18,7 @@ Place = tuple[str, str, str, str]  # path, key and kind of a site, and a port
 def projections(sites: Sites) -> dict[str, Ports]:
     """Return for each module that makes projections the sites and ports that it makes."""
     found: dict[str, Ports] = {}
-    for site in [*sites, *sites.linear, *sites.embedding]:
+    for site in [*sites, *sites.linear, *sites.embedding, *sites.convolution]:
         for port in site.ports.values():
             if port.module and port.in_width is not None:
                 found.setdefault(port.module, []).append((site, port))
@@ -79,7 +79,7 @@ def at_ports(
         picks.setdefault((path, key, kind), []).append(port)
     chosen = [
         dataclasses.replace(site, picked=tuple(p for p in site.ports if p in picks[site.identity]))
-        for site in [*sites, *sites.linear, *sites.embedding]
+        for site in [*sites, *sites.linear, *sites.embedding, *sites.convolution]
         if site.identity in picks
     ]
 

@@ -21,6 +21,12 @@ from surgery.formats.foreign import Foreign, Translation, option, require_shape
 from surgery.formats.modules import Place, Ports, at_ports, out_width, places
 from surgery.formats.peft_announced import require_announced
 from surgery.formats.peft_config import is_positive, matched, pattern
+from surgery.formats.peft_convolutions import (
+    convolution_at,
+    kernel_shapes,
+    kernels_here,
+    require_convolution,
+)
 from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
 from surgery.formats.peft_targets import require_targets
 from surgery.plugin import Port, Sites
@@ -42,7 +48,8 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     bias = option(adapter, "lora_bias", False, bool)
 
     def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
-        wanted, end = _wanted(made, matched(ranks, path, rank), bias)
+        kernel = convolution_at(model, path)
+        wanted, end = _wanted(made, matched(ranks, path, rank), bias, kernel)
         return {f"{PREFIX}{path}.{what}{end}": shape for what, shape in wanted.items()}
 
     values: dict[Place, dict[str, Tensor]] = {}
@@ -53,7 +60,8 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
             raise adapter.refuse(f"the rank of {path} is {shown(own[path][0])}.")
         if not is_positive(own[path][1]):
             raise adapter.refuse(f"lora_alpha of {path} is {shown(own[path][1])}.")
-        whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias)
+        kernel = convolution_at(model, path)
+        whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias, kernel)
         for site, port in ports[path]:
             values[(*site.identity, port.name)] = _of_port(whole, port)
     require_targets(adapter, keys, model, sites, needed)
@@ -63,18 +71,23 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
         "dropout": float(option(adapter, "lora_dropout", 0.0, int, float)),
         "bias": bias,
         "fused": any(len(found) > 1 for found in ports.values()),
+        "across_groups": any(getattr(convolution_at(model, p), "groups", 1) > 1 for p in ports),
     }
     found = at_ports("lora", options, sites, values)
     return _with_base(adapter, model, keys, found)
 
 
 def _of_module(
-    adapter: Foreign, path: str, parts: Mapping[str, str], ports: Ports, rank: int, bias: bool
-) -> dict[str, Tensor]:
+    adapter: Foreign, path: str, parts: Mapping[str, str], ports: Ports, rank: int, bias: bool,
+    kernel: Any,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
+    if kernel is not None:
+        require_convolution(adapter, path, kernel, rank)
     width, out = ports[0][1].in_width, out_width(ports)
-    wanted, end = _wanted(ports, rank, bias)
-    why = f"r is {rank}, and {path} maps {width} to {out} features"
+    wanted, end = _wanted(ports, rank, bias, kernel)
+    what = f"is a {type(kernel).__name__}" if kernel else f"maps {width} to {out} features"
+    why = f"r is {rank}, and {path} {what}"
     found = {
         what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
         for what, shape in wanted.items()
@@ -82,17 +95,21 @@ def _of_module(
     if parts.keys() - wanted.keys():
         raise adapter.refuse(f"{min(parts[what] for what in parts.keys() - wanted.keys())} is "
                              "there although its config does not say so.")  # fmt: skip
-    a, b = list(wanted)[:2]
-    whole = {"a": found[a], "b": found[b].T}
+    a, b = (found[what] for what in list(wanted)[:2])
+    projects = ports[0][0].kind != "convolution"
+    whole = {"a": a, "b": b.T} if kernel is None else kernels_here(kernel, a, b, projects)
     return whole | ({"bias": found["lora_B.bias"]} if bias else {})
 
 
-def _wanted(ports: Ports, rank: int, bias: bool) -> tuple[dict[str, tuple[int, ...]], str]:
+def _wanted(
+    ports: Ports, rank: int, bias: bool, kernel: Any
+) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shapes of a module's A, B and c by what they are, and how their names end."""
     width, out = ports[0][1].in_width, out_width(ports)
     assert width is not None
     a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
-    wanted: dict[str, tuple[int, ...]] = {a: (rank, width), b: (out, rank)}
+    shapes: Any = ((rank, width), (out, rank)) if kernel is None else kernel_shapes(kernel, rank)
+    wanted: dict[str, tuple[int, ...]] = dict(zip((a, b), shapes, strict=True))
     wanted |= {"lora_B.bias": (out,)} if bias else {}
     return wanted, "" if (a, b) == A_B_OF_ROWS else ".weight"
 
@@ -102,7 +119,7 @@ def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:
     if port.columns is None:
         return dict(whole)
     columns = list(port.columns)
-    return {name: x if name == "a" else x[..., columns] for name, x in whole.items()}
+    return {name: x if name.startswith("a") else x[..., columns] for name, x in whole.items()}
 
 
 def ranks_and_alphas(adapter: Foreign, own: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

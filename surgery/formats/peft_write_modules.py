@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SpliceError
 from surgery.formats.peft_base import short_names
+from surgery.formats.peft_convolutions import convolution_at, kernels_of
 from surgery.formats.peft_lora import A_B_OF_ROWS, PREFIX
 from surgery.plugin import Port
 from surgery.splicer import Report
@@ -43,6 +44,8 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
             tensors |= {f"{PREFIX}{path}.{n}": x for n, x in zip(A_B_OF_ROWS, both, strict=True)}
             continue
         a, b, bias, scales[path] = _joined(parts, width, gather)
+        if (kernel := convolution_at(model, path)) is not None:
+            a, b = kernels_of(kernel, path, a, b)
         ranks[path] = len(a)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
@@ -105,7 +108,8 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
                 f"{i.path} updates {port.weight}, a stack of experts' weights, which this writer "
                 "of PEFT's format has no place for. Save in the own format: leave format= out."
             )
-        if not port.module or (port.weight and model.get_parameter(port.weight).dim() != 2):
+        whole = port.weight and model.get_parameter(port.weight).dim() == 2
+        if not port.module or not (not port.weight or whole or convolution_at(model, port.module)):
             raise SpliceError(
                 f"PEFT's format names modules, and what {i.path} updates is no module with one "
                 "matrix. Save in the own format: leave format= out."
@@ -128,6 +132,10 @@ def _joined(
     parts: Parts, width: int, gather: Gather
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """Return A (r, in), B (out, r), c (out,) or None, and the scale of a whole module."""
+    if isinstance(parts[0][1].a, nn.Module):  # a convolution, with its one port
+        kernel = parts[0][1]
+        bias = None if kernel.bias is None else gather(kernel.bias)
+        return gather(kernel.a.weight), gather(kernel.b).T, bias, float(kernel.scale)
     shared = all(module.a is parts[0][1].a for _, module in parts)
     factors = [(gather(module.a), gather(module.b)) for _, module in parts]
     scale = float(parts[0][1].scale)
