@@ -166,9 +166,9 @@ class LoRA(surgery.Method):
         rslora: s = alpha / sqrt(r) instead of alpha / r.
         ranks: other ranks for some projections, as ``{"layers.0.": 16, "mlp": 4, "q_proj": 2}``:
             regular expressions that are searched for in the path of the site, and of the module
-            that makes the projection; the first that is found gives the rank, and before all the
-            whole path of the module. They are of a kind that ends soon in any path (see
-            ``surgery.are_quick_patterns``).
+            that makes the projection, or of the weights of experts; the first that is found gives
+            the rank, and before all the whole path of the module. They are of a kind that ends soon
+            in any path (see ``surgery.are_quick_patterns``).
         alphas: other numerators for some projections, likewise.
         fused: whether the ports of one fused projection share A, as one update of the whole
             projection does.
@@ -281,9 +281,10 @@ class LoRA(surgery.Method):
 
 def _of(values: Mapping[str, Any], site: surgery.Site, port: surgery.Port) -> Any:
     """Return the value whose pattern is found in the paths of a projection, None if none is."""
-    if port.module in values:
-        return values[port.module]
-    paths = (site.path, port.module)
+    maker = port.weight if port.stacked else port.module
+    if maker in values:
+        return values[maker]
+    paths = (site.path, maker)
     return next((v for p, v in values.items() if any(re.search(p, path) for path in paths)), None)
 
 

@@ -26,8 +26,8 @@ Gather = Callable[[Tensor], Tensor]
 
 
 def convolution_at(model: nn.Module, path: str) -> Any:
-    """Return the convolution at a path of a model, None if another module stands there."""
-    module = model.get_submodule(path)
+    """Return the convolution at a path of a model, None if something else stands there."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
     return module if isinstance(module, _KINDS) else None
 
 

@@ -28,6 +28,7 @@ from surgery.formats.peft_convolutions import (
     require_convolution,
 )
 from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
+from surgery.formats.peft_parameters import parameter_here, parameter_shapes
 from surgery.formats.peft_targets import require_targets
 from surgery.plugin import Port, Sites
 
@@ -48,20 +49,19 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     bias = option(adapter, "lora_bias", False, bool)
 
     def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
-        kernel = convolution_at(model, path)
-        wanted, end = _wanted(made, matched(ranks, path, rank), bias, kernel)
+        wanted, end = _wanted(model, path, made, matched(ranks, path, rank), bias)
         return {f"{PREFIX}{path}.{what}{end}": shape for what, shape in wanted.items()}
 
     values: dict[Place, dict[str, Tensor]] = {}
     own: dict[str, tuple[int, float]] = {}
     for path, parts in keys.modules.items():
-        own[path] = matched(ranks, path, rank), matched(alphas, path, alpha)
-        if not is_positive(own[path][0]) or type(own[path][0]) is not int:
-            raise adapter.refuse(f"the rank of {path} is {shown(own[path][0])}.")
-        if not is_positive(own[path][1]):
-            raise adapter.refuse(f"lora_alpha of {path} is {shown(own[path][1])}.")
-        kernel = convolution_at(model, path)
-        whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias, kernel)
+        r, numerator = matched(ranks, path, rank), matched(alphas, path, alpha)
+        if not is_positive(r) or type(r) is not int:
+            raise adapter.refuse(f"the rank of {path} is {shown(r)}.")
+        if not is_positive(numerator):
+            raise adapter.refuse(f"lora_alpha of {path} is {shown(numerator)}.")
+        own[ports[path][0][1].module or path] = r, numerator
+        whole = _of_module(adapter, model, path, parts, ports[path], r, bias)
         for site, port in ports[path]:
             values[(*site.identity, port.name)] = _of_port(whole, port)
     require_targets(adapter, keys, model, sites, needed)
@@ -78,16 +78,15 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
 
 
 def _of_module(
-    adapter: Foreign, path: str, parts: Mapping[str, str], ports: Ports, rank: int, bias: bool,
-    kernel: Any,
+    adapter: Foreign, model: nn.Module, path: str, parts: Mapping[str, str], ports: Ports,
+    rank: int, bias: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
+    kernel, (site, port) = convolution_at(model, path), ports[0]
     if kernel is not None:
         require_convolution(adapter, path, kernel, rank)
-    width, out = ports[0][1].in_width, out_width(ports)
-    wanted, end = _wanted(ports, rank, bias, kernel)
-    what = f"is a {type(kernel).__name__}" if kernel else f"maps {width} to {out} features"
-    why = f"r is {rank}, and {path} {what}"
+    wanted, end = _wanted(model, path, ports, rank, bias)
+    why = f"r is {rank}, and {path} maps {port.in_width} to {out_width(ports)} features"
     found = {
         what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
         for what, shape in wanted.items()
@@ -96,22 +95,28 @@ def _of_module(
         raise adapter.refuse(f"{min(parts[what] for what in parts.keys() - wanted.keys())} is "
                              "there although its config does not say so.")  # fmt: skip
     a, b = (found[what] for what in list(wanted)[:2])
-    projects = ports[0][0].kind != "convolution"
+    if path == port.weight:
+        return parameter_here(model, path, port, a, b)
+    projects = site.kind != "convolution"
     whole = {"a": a, "b": b.T} if kernel is None else kernels_here(kernel, a, b, projects)
     return whole | ({"bias": found["lora_B.bias"]} if bias else {})
 
 
 def _wanted(
-    ports: Ports, rank: int, bias: bool, kernel: Any
+    model: nn.Module, path: str, ports: Ports, rank: int, bias: bool
 ) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shapes of a module's A, B and c by what they are, and how their names end."""
-    width, out = ports[0][1].in_width, out_width(ports)
-    assert width is not None
-    a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
-    shapes: Any = ((rank, width), (out, rank)) if kernel is None else kernel_shapes(kernel, rank)
-    wanted: dict[str, tuple[int, ...]] = dict(zip((a, b), shapes, strict=True))
+    port, kernel, out = ports[0][1], convolution_at(model, path), out_width(ports)
+    assert port.in_width is not None
+    named = A_B_OF_ROWS if port.name == "rows" and path != port.weight else ("lora_A", "lora_B")
+    shapes: Any = (rank, port.in_width), (out, rank)
+    if path == port.weight:
+        shapes, bias = parameter_shapes(model, path, port, rank), False
+    elif kernel is not None:
+        shapes = kernel_shapes(kernel, rank)
+    wanted: dict[str, tuple[int, ...]] = dict(zip(named, shapes, strict=True))
     wanted |= {"lora_B.bias": (out,)} if bias else {}
-    return wanted, "" if (a, b) == A_B_OF_ROWS else ".weight"
+    return wanted, "" if named == A_B_OF_ROWS else ".weight"
 
 
 def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:

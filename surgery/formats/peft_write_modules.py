@@ -7,6 +7,7 @@ ports with an A of their own       A stacked (r_1 + r_2, in), B with their block
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.formats.peft_base import short_names
+from surgery.formats.peft_base import short_names, short_parameters
 from surgery.formats.peft_convolutions import convolution_at, kernels_of
 from surgery.formats.peft_lora import A_B_OF_ROWS, PREFIX
+from surgery.formats.peft_parameters import paths_of_wrappers, stack_of
 from surgery.plugin import Port
 from surgery.splicer import Report
 
@@ -36,12 +38,21 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
     by_module = _by_module(model, report)
+    stacks = [path for path, (_, parts) in by_module.items() if parts[0][0].stacked]
+    wrappers = paths_of_wrappers(model, stacks)
     for path, (width, parts) in by_module.items():
         if parts[0][0].name == "rows":
             rows = parts[0][1]
             ranks[path], scales[path] = len(rows.a), float(rows.scale)
             both = gather(rows.a), gather(rows.b).T
             tensors |= {f"{PREFIX}{path}.{n}": x for n, x in zip(A_B_OF_ROWS, both, strict=True)}
+            continue
+        if parts[0][0].stacked:
+            (port, stack), wrapper = parts[0], wrappers[path]
+            ranks[path], scales[path] = stack.a.shape[1], float(stack.scale)
+            a, b = stack_of(model, path, port, gather(stack.a), gather(stack.b))
+            tensors |= {f"{PREFIX}{wrapper}.lora_A.weight": a,
+                        f"{PREFIX}{wrapper}.lora_B.weight": b}  # fmt: skip
             continue
         a, b, bias, scales[path] = _joined(parts, width, gather)
         if (kernel := convolution_at(model, path)) is not None:
@@ -61,8 +72,9 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": method.dropout,
-        "target_modules": short_names(model, by_module),
+        "lora_dropout": _dropout(method, stacks),
+        "target_modules": short_names(model, by_module.keys() - {*stacks}),
+        "target_parameters": short_parameters(model, stacks) or None,
         "fan_in_fan_out": _stored_in_out(by_module),
         "bias": "none",
         "lora_bias": method.bias,
@@ -71,6 +83,17 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }, tensors
+
+
+def _dropout(method: Any, stacks: list[str]) -> float:
+    """Return the dropout; PEFT has none beside updates of parameters, and inference needs none."""
+    if stacks and method.dropout:
+        warnings.warn(
+            f"PEFT has no dropout in an adapter of {stacks[0]}, so dropout={method.dropout} of the "
+            "other modules is left out. It has a part in training alone.",
+            stacklevel=2,
+        )
+    return 0.0 if stacks else float(method.dropout)
 
 
 def ia3_files(model: nn.Module, report: Report, gather: Gather) -> Files:
@@ -103,11 +126,9 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
     found: dict[str, tuple[int, Parts]] = {}
     for i in report.inserted:
         port = i.site.ports[i.edit.port]
-        if i.site.kind == "experts":
-            raise SpliceError(
-                f"{i.path} updates {port.weight}, a stack of experts' weights, which this writer "
-                "of PEFT's format has no place for. Save in the own format: leave format= out."
-            )
+        if port.stacked:
+            found[port.weight] = port.width, [(port, model.get_submodule(i.path))]
+            continue
         whole = port.weight and model.get_parameter(port.weight).dim() == 2
         if not port.module or not (not port.weight or whole or convolution_at(model, port.module)):
             raise SpliceError(
@@ -125,7 +146,7 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
 def _stored_in_out(by_module: Mapping[str, tuple[int, Parts]]) -> bool:
     """Whether a weight is stored as (in, out), which PEFT calls ``fan_in_fan_out``."""
     ports = [port for _, parts in by_module.values() for port, _ in parts]
-    return any(p.weight and not p.transposed and p.name != "rows" for p in ports)
+    return any(p.weight and not (p.transposed or p.stacked or p.name == "rows") for p in ports)
 
 
 def _joined(

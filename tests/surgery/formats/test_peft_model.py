@@ -67,32 +67,6 @@ def test_there_and_back(name: str, kind: str, tmp_path: Path) -> None:
     assert not hasattr(in_hand, "peft_config")
 
 
-def test_experts_have_no_place_and_are_named(tmp_path: Path) -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    adapted("mixtral", config).save_pretrained(tmp_path)
-    with pytest.raises(surgery.StoreError, match=r"experts.*3-D|target_parameters"):
-        surgery.load(base("mixtral"), tmp_path)
-
-
-def test_stacked_experts_are_refused_by_name_both_ways(tmp_path: Path) -> None:
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )  # fmt: skip
-    adapted("mixtral", config).save_pretrained(tmp_path / "theirs")
-    model = base("mixtral")
-    with pytest.raises(surgery.StoreError, match=r"target_parameters=.*3-D weights of experts"):
-        surgery.load(model, tmp_path / "theirs")
-    surgery.splice(
-        model, surgery.method("lora", rank=2, ports=("all",)), at=surgery.locate(model).experts
-    )
-    with pytest.raises(
-        surgery.SpliceError, match=r"experts.lora_up updates .*gate_up_proj, a stack"
-    ):
-        surgery.save(model, tmp_path / "ours", format="peft")
-    assert not (tmp_path / "ours").exists()
-
-
 @pytest.mark.parametrize(("name", "table"), [("gpt2", "wpe"), ("roberta", "position_embeddings")])
 def test_a_table_of_positions_is_refused_by_name(name: str, table: str, tmp_path: Path) -> None:
     theirs = adapted(name, lora(target_modules=[table])(name))

@@ -1,0 +1,127 @@
+"""Say how PEFT lays out LoRA of a parameter, which its ``target_parameters`` name.
+
+    PEFT    W_e + s B_e A_e      A (E r, in), B (out, r E) of a stack W (E, out, in); E and r in
+                                 this order in A, and in the other in B
+            W_e + s A_e^T B_e^T  where the module has ``is_transposed``: W (E, in, out)
+            W + s B A            A (r, columns of W), B (rows of W, r) of a matrix
+    here    a (E, r, in), b (E, r, out)
+
+PEFT wraps the module once for each parameter, and each wrapper holds the one before it. So the
+factors of the last one are at the path of the module, and those of the one before that at
+``path.base_layer``. The order is that of the module's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import shown
+from surgery.formats.foreign import Foreign, option
+from surgery.plugin import Port
+
+Shape = tuple[int, ...]
+
+
+def targeted(adapter: Foreign, model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of the parameters that an adapter's config chooses, by their modules.
+
+    Raises:
+        StoreError: ``target_parameters`` is no list of names, or the model has none of a name.
+    """
+    names: Any = option(adapter, "target_parameters", [], list)
+    if not all(isinstance(name, str) and name for name in names):
+        raise adapter.refuse(
+            f"its config has target_parameters={shown(names)}; names must stand there."
+        )
+    found = {path: _chosen(path, module, names) for path, module in model.named_modules()}
+    every = [each for chosen in found.values() for each in chosen]
+    if lost := next((n for n in names if not any(_ends(each, n) for each in every)), None):
+        raise adapter.refuse(
+            f"its config has target_parameters={shown(names)}, and this model has no parameter "
+            f"whose name ends with {shown(lost)}."
+        )
+    return {path: chosen for path, chosen in found.items() if chosen}
+
+
+def _chosen(path: str, module: nn.Module, names: Iterable[str]) -> list[str]:
+    own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+    return [n for n in own if any(_ends(n, each) for each in names)]
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def parameter_at(
+    adapter: Foreign, key: str, parts: list[str], chosen: Mapping[str, list[str]]
+) -> str | None:
+    """Return the parameter that a wrapper at a path updates; None if it wraps a whole module.
+
+    Raises:
+        StoreError: the config chooses fewer parameters of that module.
+    """
+    path = [part for part in parts if part != "base_layer"]
+    depth, names = len(parts) - len(path), chosen.get(".".join(path))
+    if names is None or parts[: len(path)] != path:
+        return None
+    if depth >= len(names):
+        raise adapter.refuse(
+            f"{key} belongs to one of {depth + 1} parameters of {'.'.join(path)}, and its config "
+            f"chooses {', '.join(names)} of these."
+        )
+    return names[-1 - depth]
+
+
+def paths_of_wrappers(model: nn.Module, updated: Collection[str]) -> dict[str, str]:
+    """Return the paths that PEFT's wrappers of these parameters have, by the parameters."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        names = [name for name in own if name in updated]
+        for depth, name in enumerate(reversed(names)):
+            found[name] = path + ".base_layer" * depth
+    return found
+
+
+def _other_way(model: nn.Module, name: str, port: Port) -> bool:
+    """Whether PEFT takes the input of a parameter's map for its output."""
+    stacked = model.get_parameter(name).dim() == 3
+    owner = model.get_submodule(name.rpartition(".")[0])
+    in_out = stacked and bool(getattr(owner, "is_transposed", False))
+    return port.transposed == in_out
+
+
+def parameter_shapes(model: nn.Module, name: str, port: Port, rank: int) -> tuple[Shape, Shape]:
+    """Return the shapes of A and B that PEFT gives to a parameter."""
+    weight = model.get_parameter(name)
+    rows = rank * (len(weight) if weight.dim() == 3 else 1)
+    out, width = weight.shape[-2:]
+    if port.transposed == _other_way(model, name, port):
+        out, width = width, out
+    return (rows, width), (out, rows)
+
+
+def parameter_here(
+    model: nn.Module, name: str, port: Port, a: Tensor, b: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors of the inserted module for PEFT's A and B of a parameter."""
+    weight = model.get_parameter(name)
+    if weight.dim() == 3:
+        experts = len(weight)
+        a = a.reshape(experts, -1, a.shape[-1])  # (E, r, in)
+        b = b.reshape(len(b), -1, experts).permute(2, 1, 0)  # (E, r, out)
+    else:
+        b = b.T
+    return {"a": b, "b": a} if _other_way(model, name, port) else {"a": a, "b": b}
+
+
+def stack_of(
+    model: nn.Module, name: str, port: Port, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return PEFT's A (E r, in) and B (out, r E) for a (E, r, in) and b (E, r, out)."""
+    if _other_way(model, name, port):
+        a, b = b, a
+    return a.flatten(0, 1).contiguous(), b.permute(2, 1, 0).flatten(1).contiguous()
