@@ -22,7 +22,9 @@ from surgery.errors import shown
 from surgery.formats.foreign import Foreign, option
 from surgery.formats.peft_parameters import parameter_at, targeted
 
-_PARTS = ("lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B")
+_PARTS = (
+    "lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
 _ROWS = "token_adapter"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,8 +35,8 @@ class Keys:
 
     Attributes:
         modules: for each updated module the names of its tensors by what they are: ``lora_A``,
-            ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``, ``ia3_l``;
-            and for each parameter that is updated by its name.
+            ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``,
+            ``lora_magnitude_vector``, ``ia3_l``; and for each parameter that is updated by name.
         parameters: those of these that are parameters.
         rows: the tensors of rows, by the path of the embedding.
         base: the tensors of the base, by their names there.
@@ -62,8 +64,6 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
             raise adapter.refuse(f"the tensor {shown(key)} is named without {prefix!r}.")
         parts = key.removeprefix(prefix).split(".")
         at = next((i for i, part in enumerate(parts) if part in (*_PARTS, _ROWS)), None)
-        if any(part.startswith("lora_magnitude") for part in parts):
-            raise adapter.refuse(f"{key} belongs to DoRA, which rescales the updated weight.")
         if at is None:
             _note_base(adapter, found, key, parts, names)
             continue

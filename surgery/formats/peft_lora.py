@@ -27,8 +27,9 @@ from surgery.formats.peft_convolutions import (
     kernels_here,
     require_convolution,
 )
+from surgery.formats.peft_dora import MAGNITUDE, require_dora
 from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
-from surgery.formats.peft_parameters import parameter_here, parameter_shapes
+from surgery.formats.peft_parameters import parameter_here, parameter_shapes, require_parameters
 from surgery.formats.peft_targets import require_targets
 from surgery.plugin import Port, Sites
 
@@ -46,10 +47,11 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     ports = places(adapter, keys.modules, sites)
     rank, alpha = option(adapter, "r", 8, int), option(adapter, "lora_alpha", 8, int, float)
     ranks, alphas = pattern(adapter, "rank_pattern"), pattern(adapter, "alpha_pattern")
-    bias = option(adapter, "lora_bias", False, bool)
+    bias, dora = (option(adapter, name, False, bool) for name in ("lora_bias", "use_dora"))
+    require_parameters(adapter, model)
 
     def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
-        wanted, end = _wanted(model, path, made, matched(ranks, path, rank), bias)
+        wanted, end = _wanted(model, path, made, matched(ranks, path, rank), bias, dora)
         return {f"{PREFIX}{path}.{what}{end}": shape for what, shape in wanted.items()}
 
     values: dict[Place, dict[str, Tensor]] = {}
@@ -61,7 +63,7 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
         if not is_positive(numerator):
             raise adapter.refuse(f"lora_alpha of {path} is {shown(numerator)}.")
         own[ports[path][0][1].module or path] = r, numerator
-        whole = _of_module(adapter, model, path, parts, ports[path], r, bias)
+        whole = _of_module(adapter, model, path, parts, ports[path], r, bias, dora)
         for site, port in ports[path]:
             values[(*site.identity, port.name)] = _of_port(whole, port)
     require_targets(adapter, keys, model, sites, needed)
@@ -69,23 +71,25 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     options = ranks_and_alphas(adapter, own) | {
         "rslora": option(adapter, "use_rslora", False, bool),
         "dropout": float(option(adapter, "lora_dropout", 0.0, int, float)),
-        "bias": bias,
         "fused": any(len(found) > 1 for found in ports.values()),
-        "across_groups": any(getattr(convolution_at(model, p), "groups", 1) > 1 for p in ports),
     }
-    found = at_ports("lora", options, sites, values)
+    across = any(getattr(convolution_at(model, p), "groups", 1) > 1 for p in ports)
+    options |= {} if dora else {"bias": bias, "across_groups": across}
+    found = at_ports("dora" if dora else "lora", options, sites, values)
     return _with_base(adapter, model, keys, found)
 
 
 def _of_module(
     adapter: Foreign, model: nn.Module, path: str, parts: Mapping[str, str], ports: Ports,
-    rank: int, bias: bool,
+    rank: int, bias: bool, dora: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
     kernel, (site, port) = convolution_at(model, path), ports[0]
     if kernel is not None:
         require_convolution(adapter, path, kernel, rank)
-    wanted, end = _wanted(model, path, ports, rank, bias)
+    if dora:
+        require_dora(adapter, model, path, ports, bias)
+    wanted, end = _wanted(model, path, ports, rank, bias, dora)
     why = f"r is {rank}, and {path} maps {port.in_width} to {out_width(ports)} features"
     found = {
         what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
@@ -99,11 +103,12 @@ def _of_module(
         return parameter_here(model, path, port, a, b)
     projects = site.kind != "convolution"
     whole = {"a": a, "b": b.T} if kernel is None else kernels_here(kernel, a, b, projects)
+    whole |= {"magnitude": found[MAGNITUDE]} if dora else {}
     return whole | ({"bias": found["lora_B.bias"]} if bias else {})
 
 
 def _wanted(
-    model: nn.Module, path: str, ports: Ports, rank: int, bias: bool
+    model: nn.Module, path: str, ports: Ports, rank: int, bias: bool, dora: bool
 ) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shapes of a module's A, B and c by what they are, and how their names end."""
     port, kernel, out = ports[0][1], convolution_at(model, path), out_width(ports)
@@ -116,6 +121,7 @@ def _wanted(
         shapes = kernel_shapes(kernel, rank)
     wanted: dict[str, tuple[int, ...]] = dict(zip(named, shapes, strict=True))
     wanted |= {"lora_B.bias": (out,)} if bias else {}
+    wanted |= {MAGNITUDE: (out,)} if dora else {}
     return wanted, "" if named == A_B_OF_ROWS else ".weight"
 
 

@@ -29,7 +29,7 @@ def targeted(adapter: Foreign, model: nn.Module) -> dict[str, list[str]]:
     """Return the names of the parameters that an adapter's config chooses, by their modules.
 
     Raises:
-        StoreError: ``target_parameters`` is no list of names, or the model has none of a name.
+        StoreError: ``target_parameters`` is no list of names.
     """
     names: Any = option(adapter, "target_parameters", [], list)
     if not all(isinstance(name, str) and name for name in names):
@@ -37,13 +37,22 @@ def targeted(adapter: Foreign, model: nn.Module) -> dict[str, list[str]]:
             f"its config has target_parameters={shown(names)}; names must stand there."
         )
     found = {path: _chosen(path, module, names) for path, module in model.named_modules()}
-    every = [each for chosen in found.values() for each in chosen]
-    if lost := next((n for n in names if not any(_ends(each, n) for each in every)), None):
-        raise adapter.refuse(
-            f"its config has target_parameters={shown(names)}, and this model has no parameter "
-            f"whose name ends with {shown(lost)}."
-        )
     return {path: chosen for path, chosen in found.items() if chosen}
+
+
+def require_parameters(adapter: Foreign, model: nn.Module) -> None:
+    """Raise unless the model has a parameter of each name that an adapter's config chooses.
+
+    Raises:
+        StoreError: it has none of one name.
+    """
+    every = [each for names in targeted(adapter, model).values() for each in names]
+    for name in adapter.config.get("target_parameters") or []:
+        if not any(_ends(each, name) for each in every):
+            raise adapter.refuse(
+                f"its config has target_parameters={shown(adapter.config['target_parameters'])}, "
+                f"and this model has no parameter whose name ends with {shown(name)}."
+            )
 
 
 def _chosen(path: str, module: nn.Module, names: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.errors import SpliceError
 from surgery.formats.peft_base import short_names, short_parameters
 from surgery.formats.peft_convolutions import convolution_at, kernels_of
+from surgery.formats.peft_dora import MAGNITUDE, magnitudes
 from surgery.formats.peft_lora import A_B_OF_ROWS, PREFIX
 from surgery.formats.peft_parameters import paths_of_wrappers, stack_of
 from surgery.plugin import Port
@@ -29,12 +30,13 @@ Files = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
-    """Return config and tensors of a LoRA.
+    """Return config and tensors of a LoRA, or a DoRA.
 
     Raises:
         SpliceError: a projection is no module with a matrix of its own.
     """
     method: Any = report.methods[0]
+    dora = method.name == "dora"
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
     by_module = _by_module(model, report)
@@ -62,6 +64,8 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
         if bias is not None:
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
+        if dora:
+            tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = magnitudes(model, path, width, parts, gather)
     alphas = {
         path: _number(scale * (math.sqrt(ranks[path]) if method.rslora else ranks[path]))
         for path, scale in scales.items()
@@ -77,9 +81,9 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         "target_parameters": short_parameters(model, stacks) or None,
         "fan_in_fan_out": _stored_in_out(by_module),
         "bias": "none",
-        "lora_bias": method.bias,
+        "lora_bias": not dora and method.bias,
         "use_rslora": method.rslora,
-        "use_dora": False,
+        "use_dora": dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }, tensors
@@ -164,7 +168,8 @@ def _joined(
                   for (a, _), (_, m) in zip(factors, parts, strict=True))  # fmt: skip
     a = factors[0][0] if shared else torch.cat([a for a, _ in factors])
     b = torch.zeros(width, len(a), dtype=a.dtype)
-    bias = None if parts[0][1].bias is None else torch.zeros(width, dtype=a.dtype)
+    no_bias = getattr(parts[0][1], "bias", None) is None
+    bias = None if no_bias else torch.zeros(width, dtype=a.dtype)
     start = 0
     for (port, module), (own, out) in zip(parts, factors, strict=True):
         ratio, columns = module.scale / scale, _columns(port, width)

@@ -18,7 +18,8 @@ from tests.support.peft_cases import CONFIGS, TASKS, adapted, base, lora, reload
 
 QUICK = [("gpt2", "lora_rs"), ("roberta", "lora_everywhere"), ("llama", "lora_patterns"),
          ("t5", "prompt"), ("mixtral", "prefix"), ("gpt2", "ia3"),
-         ("gpt2", "lora_embedding"), ("t5", "lora_rows")]  # fmt: skip
+         ("gpt2", "lora_embedding"), ("t5", "lora_rows"),
+         ("gpt2", "dora"), ("llama", "dora")]  # fmt: skip
 DISTANCES = [("t5", "prefix"), ("t5", "prefix_mlp")]
 NOT_REACHED = [("t5", "lora_embedding")]  # PEFT wraps T5's table at a path that no forward uses
 ALL = [(m, c) for m in TASKS for c in CONFIGS if (m, c) not in DISTANCES + NOT_REACHED]
@@ -117,10 +118,10 @@ def test_what_is_no_peft_model_or_is_merged_is_refused_and_stays() -> None:
 
 
 def test_what_has_no_place_leaves_the_peft_model_as_it_was() -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"])
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     theirs = adapted("llama", config)
     expected = scores(theirs, "llama")
-    with pytest.raises(surgery.StoreError, match="use_dora=True"):
+    with pytest.raises(surgery.StoreError, match="peft_type is 'LOHA'"):
         surgery.from_peft(theirs)
     assert torch.equal(scores(theirs, "llama"), expected)
 
