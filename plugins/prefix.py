@@ -8,7 +8,7 @@ Li and Liang 2021, arXiv:2101.00190. The second line equals the first (Chen et a
 arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no position shifts.
 Without gradients a decoded token attends to [P_k ; K] in one call (``surgery.LeadsCache``).
 Prefix keys are always visible and never rotated. Where the model adds s_h j to the scores of key j
-(ALiBi), ``slopes`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
+(ALiBi), ``shift`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
 tokens. ``gate`` multiplies g by tanh of a trained scalar
 per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
 
@@ -61,7 +61,8 @@ class Prefix(nn.Module):
         self.gate = nn.Parameter(torch.zeros(site.heads)) if method.gate else None
         self.tau = nn.Parameter(torch.ones(2)) if method.residual else None
         self.lower: Tensor | None
-        self.register_buffer("lower", _lower(site, method), persistent=False)
+        lower = _lower(site, method.length) if method.shift else None
+        self.register_buffer("lower", lower, persistent=False)
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._leading: tuple[Tensor, Tensor] | None = None
 
@@ -129,15 +130,11 @@ class Prefix(nn.Module):
         return scores + outer * torch.tanh(inner * scores)
 
 
-def _lower(site: surgery.OpenSite, method: PrefixTuning) -> Tensor | None:
-    """Return what ALiBi adds to the scores of the keys, (H, 1, P); None without slopes."""
-    if not method.slopes:
+def _lower(site: surgery.OpenSite, length: int) -> Tensor | None:
+    """Return what ALiBi adds to the scores of the keys, (H, 1, P); None without ALiBi."""
+    if not site.slopes:
         return None
-    if len(method.slopes) != site.heads:
-        method.require(False, "slopes", f"{site.heads} numbers, one for each head of {site.path}")
-    return torch.tensor(method.slopes)[:, None, None] * (
-        torch.arange(method.length) - method.length
-    )
+    return torch.tensor(site.slopes)[:, None, None] * (torch.arange(length) - length)
 
 
 class Later(nn.Module):
@@ -163,10 +160,9 @@ class PrefixTuning(surgery.Method):
         share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see the top of this file.
         hidden: inner width m of the MLP of ``layer`` and ``global``.
         shift: whether real tokens get the positions P, P + 1, ..., as where a prefix is put into
-            a KV cache. Needs a model that encodes positions by number.
+            a KV cache. Needs a model that encodes positions by number, or adds to the scores of a
+            key by its place (ALiBi); there prefix keys get the places in front of the tokens.
         dropout: probability, on keys and values.
-        slopes: s_h for each head of a model with ALiBi, in which prefix keys then have the places
-            in front of the tokens; by default all have the place of the first token.
 
     Start: none; gated with ``gate`` and without ``shift``. Not mergeable. A KV cache stays that of
     the base. Cost per layer: 2 P G d [+ H], which is also the size stored. Trained instead:
@@ -184,7 +180,6 @@ class PrefixTuning(surgery.Method):
     hidden: int = 512
     shift: bool = False
     dropout: float = 0.0
-    slopes: tuple[float, ...] = ()
 
     residual = False  # True in NoRGa
 
@@ -212,7 +207,9 @@ class PrefixTuning(surgery.Method):
         return dataclasses.replace(self, share="none")
 
     def check(self, sites: list[surgery.Site]) -> None:
-        if self.shift and not any(site.kind == "position" for site in sites):
+        attention = [site for site in sites if site.kind == "attention"]
+        by_slopes = bool(attention) and all(site.slopes for site in attention)
+        if self.shift and not by_slopes and not any(site.kind == "position" for site in sites):
             raise surgery.SiteError(
                 f"method {self.name!r} with shift=True: no module of this model encodes positions "
                 "by number, or the selection leaves that module out. "

@@ -27,7 +27,10 @@ Gather = Callable[[Tensor], Tensor]
 
 def convolution_at(model: nn.Module, path: str) -> Any:
     """Return the convolution at a path of a model, None if something else stands there."""
-    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:  # a parameter, or nothing
+        return None
     return module if isinstance(module, _KINDS) else None
 
 

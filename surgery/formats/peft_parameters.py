@@ -13,7 +13,7 @@ factors of the last one are at the path of the module, and those of the one befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def targeted(adapter: Foreign, model: nn.Module) -> dict[str, list[str]]:
         raise adapter.refuse(
             f"its config has target_parameters={shown(names)}; names must stand there."
         )
-    found = {path: _chosen(path, module, names) for path, module in model.named_modules()}
+    wanted = frozenset(names)
+    found = {path: _chosen(path, module, wanted) for path, module in model.named_modules()}
     return {path: chosen for path, chosen in found.items() if chosen}
 
 
@@ -46,22 +47,28 @@ def require_parameters(adapter: Foreign, model: nn.Module) -> None:
     Raises:
         StoreError: it has none of one name.
     """
-    every = [each for names in targeted(adapter, model).values() for each in names]
-    for name in adapter.config.get("target_parameters") or []:
-        if not any(_ends(each, name) for each in every):
-            raise adapter.refuse(
-                f"its config has target_parameters={shown(adapter.config['target_parameters'])}, "
-                f"and this model has no parameter whose name ends with {shown(name)}."
-            )
+    names = option(adapter, "target_parameters", [], list)
+    found = {
+        end for own in targeted(adapter, model).values() for each in own for end in _ends(each)
+    }
+    if lost := next((name for name in names if name not in found), None):
+        raise adapter.refuse(
+            f"its config has target_parameters={shown(names)}, and this model has no parameter "
+            f"whose name ends with {shown(lost)}."
+        )
 
 
-def _chosen(path: str, module: nn.Module, names: Iterable[str]) -> list[str]:
+def _chosen(path: str, module: nn.Module, names: frozenset[str]) -> list[str]:
+    if not names or not path:
+        return []
     own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
-    return [n for n in own if any(_ends(n, each) for each in names)]
+    return [name for name in own if not names.isdisjoint(_ends(name))]
 
 
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
+def _ends(name: str) -> list[str]:
+    """Return the names that PEFT finds a parameter by: its own, and what follows each dot."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 def parameter_at(

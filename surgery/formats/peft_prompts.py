@@ -4,17 +4,15 @@
     prompt    prompt_embeddings (P, D)
 
 PEFT saves no more than these tables, whatever they were made by. It puts a prefix into the KV cache
-of a decoder's self-attention, where real tokens then have the positions P, P + 1, .... BLOOM adds
-s_h j to the scores of key j, and so s_h (p - P) to those of prefix key p. T5 adds t_h(P + i - p) to
-those of query i, which no method here does. Of a decoder behind an encoder it deals the table out
-in fours, for cross-attention, too, and then drops that:
+of a decoder's self-attention, where real tokens then have the positions P, P + 1, .... A model that
+adds s_h j to the scores of key j (ALiBi) adds s_h (p - P) to those of prefix key p. One that adds a
+number t_h(i - j) for each distance adds t_h(P + i - p), which no method here does. Of a decoder
+behind an encoder it deals the table out in fours, for cross-attention, too, and then drops that:
 
     layer l    rows 4 l and 4 l + 1 of the 2 L, beginning again at the end
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +21,6 @@ from surgery.formats.foreign import Foreign, Translation, option, require_shape
 from surgery.formats.peft_announced import require_announced
 from surgery.formats.peft_config import is_positive
 from surgery.formats.peft_keys import Keys, base_tensors_of, sorted_keys
-from surgery.interop import huggingface
 from surgery.plugin import Edit, Site, Sites, method
 
 TABLE = "prompt_embeddings"
@@ -70,8 +67,7 @@ def prefix(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     positions = [s for s in sites.position if s.path.startswith(decoders(sites))]
     if not layers or not all("lse" in site.ports for site in layers):
         raise adapter.refuse("this model has no self-attention that can attend to a prefix.")
-    slopes = () if positions else huggingface.alibi_slopes(model, layers[0].heads)
-    if not positions and not slopes:
+    if not positions and not all(site.slopes for site in layers):
         raise adapter.refuse(
             "this model places tokens by their distances, which PEFT counts for a prefix's keys, "
             "too: such a key's score depends on how many tokens have been read before the query, "
@@ -97,8 +93,7 @@ def prefix(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
         return both[int(parameter == "values")]
 
     chosen = Sites([*layers], others=positions)
-    placed: dict[str, Any] = {"slopes": slopes} if slopes else {"shift": True}
-    made = method("prefix", length=length, **placed)
+    made = method("prefix", length=length, shift=True)
     return Translation([made], chosen, value, base_tensors_of(adapter, keys, model))
 
 

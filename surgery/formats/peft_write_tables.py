@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from surgery.errors import SpliceError
 from surgery.formats.peft_base import task_of
 from surgery.formats.peft_prompts import TABLE, places_of_layers
-from surgery.interop import huggingface
 from surgery.splicer import Inserted, Report
 
 Gather = Callable[[Tensor], Tensor]
@@ -29,11 +28,9 @@ def prefix_files(model: nn.Module, report: Report, gather: Gather) -> Files:
     layers = [i for i in report.inserted if i.site.kind == "attention"]
     shapes = {(i.site.kv_heads, i.site.head_width, i.site.value_width) for i in layers}
     every = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
-    slopes, alibi = tuple(method.slopes), huggingface.alibi_slopes(model, layers[0].site.heads)
     behind = task_of(model) == "SEQ_2_SEQ_LM"
     for wrong, what in (
-        (slopes not in ((), alibi), f"slopes={slopes}: PEFT takes the model's"),
-        (not (method.shift or slopes), "shift=False: PEFT gives real tokens the positions P, ..."),
+        (not method.shift, "shift=False: PEFT gives real tokens the positions P, ..."),
         (method.gate, "gate=True"),
         (any(i.site.cross for i in layers), "a prefix in cross-attention"),
         (behind and not all(i.site.causal for i in layers), "a prefix in an encoder"),

@@ -189,21 +189,6 @@ def _grows(kind: Any) -> bool:
     return kind is DynamicLayer
 
 
-def alibi_slopes(model: nn.Module, heads: int) -> tuple[float, ...]:
-    """Return the s_h of a model that adds ``s_h j`` to the scaled scores of key j; () if none.
-
-    Only BLOOM is known to. Others scale the sum (Falcon), or count keys from the last one (MPT).
-    The slopes are those of Press et al. 2021, arXiv:2108.12409: the powers of 2^(-8 / H) where H is
-    a power of two, else those for the next lower one, and odd powers of that for the next higher.
-    """
-    if getattr(getattr(model, "config", None), "model_type", "") != "bloom":
-        return ()
-    lower = 2 ** (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * k / lower) for k in range(1, lower + 1)]
-    slopes += [2 ** (-4 * k / lower) for k in range(1, 2 * (heads - lower), 2)]
-    return tuple(slopes)
-
-
 def let_train(model: nn.Module, adapted: bool) -> None:
     """Tell ``Trainer`` that a quantised model has something to train, or no longer has.
 

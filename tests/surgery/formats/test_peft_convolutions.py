@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as tr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -142,6 +144,36 @@ def test_convolutions_of_one_position_are_projections(groups: int, tmp_path: Pat
     close(ours(x), expected)
     surgery.save(ours, tmp_path / "ours", format="peft")
     close(reloaded(model, tmp_path / "ours")(x), expected)
+
+
+SIZES = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: tr.ResNetForImageClassification(tr.ResNetConfig(**SIZES)), {}),
+        (
+            lambda: tr.RegNetForImageClassification(tr.RegNetConfig(**SIZES, groups_width=4)),
+            {"rank_pattern": {"layer.0.convolution": 8}},
+        ),
+    ],
+    ids=["resnet", "regnet"],
+)
+def test_every_convolution_of_a_vision_model(
+    make: Callable[[], Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of one position or of more, with strides and, in RegNet, in groups."""
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(2, 3, 32, 32)
+    theirs = adapted(model, r=4, target_modules=["convolution"], **options)
+    expected = theirs(x).logits.detach()
+    save(theirs, tmp_path / "theirs")
+    example = {"pixel_values": x}
+    ours = surgery.load(copy.deepcopy(model), tmp_path / "theirs", example_inputs=example)
+    close(ours(x).logits, expected)
+    surgery.save(ours, tmp_path / "ours", format="peft")
+    close(reloaded(model, tmp_path / "ours")(x).logits, expected)
 
 
 @pytest.mark.parametrize(

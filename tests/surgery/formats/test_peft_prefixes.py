@@ -122,13 +122,15 @@ def test_bloom_generates_what_pefts_does(options: dict[str, Any], tmp_path: Path
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
-def test_a_prefix_with_other_slopes_than_the_models_is_refused(tmp_path: Path) -> None:
-    model = bloom()
-    surgery.splice(model, surgery.method("prefix", length=3, slopes=(0.5, 0.5, 0.5, 0.5)))
-    with pytest.raises(surgery.SpliceError, match=r"slopes=.*PEFT takes the model's"):
-        surgery.save(model, tmp_path / "ours", format="peft")
-    with pytest.raises(surgery.MethodError, match=r"slopes=.*4 numbers, one for each head"):
-        surgery.splice(bloom(), surgery.method("prefix", length=3, slopes=(0.5,)))
+def test_slopes_are_found_where_the_model_adds_them() -> None:
+    assert {site.slopes for site in surgery.locate(bloom())} == {(), (0.25, 2**-4, 2**-6, 2**-8)}
+    for model in (mpt(), base("t5"), base("llama"), base("gpt2")):  # MPT counts from the last key
+        assert {site.slopes for site in surgery.locate(model)} == {()}
+
+
+def test_a_shift_needs_places() -> None:
+    with pytest.raises(surgery.SiteError, match="shift=True: no module"):
+        surgery.splice(mpt(), surgery.method("prefix", length=3, shift=True))
 
 
 @pytest.mark.parametrize(
