@@ -9,28 +9,17 @@ arXiv:2210.14469), which also multiplies it by s.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgery
-from surgery_plugins.lora_updates import LowRankConvolution, LowRankExperts, LowRankRows
-
-PROJECTIONS = {
-    "attention": ("query", "key", "value", "output"),
-    "ffn": ("up", "gate", "output"),
-    "linear": ("output",),
-    "convolution": ("output",),
-    "experts": ("up", "gate", "output"),
-    "embedding": ("rows",),
-}
+from surgery_plugins.lora_options import PROJECTIONS, LowRankMethod
+from surgery_plugins.lora_updates import LowRankExperts, LowRankRows, low_rank_convolution
 
 
 class LowRank(nn.Module):
@@ -153,7 +142,7 @@ def _stacked(factors: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LoRA(surgery.Method):
+class LoRA(LowRankMethod):
     """Add a low-rank update to projections of attention or FFN, and to other maps that are named.
 
     In a fused projection only the columns of the named ports are updated. Linear layers outside
@@ -166,9 +155,9 @@ class LoRA(surgery.Method):
         rslora: s = alpha / sqrt(r) instead of alpha / r.
         ranks: other ranks for some projections, as ``{"layers.0.": 16, "mlp": 4, "q_proj": 2}``:
             regular expressions that are searched for in the path of the site, and of the module
-            that makes the projection; the first that is found gives the rank, and before all the
-            whole path of the module. They are of a kind that ends soon in any path (see
-            ``surgery.are_quick_patterns``).
+            that makes the projection, or of the weights of experts; the first that is found gives
+            the rank, and before all the whole path of the module. They are of a kind that ends soon
+            in any path (see ``surgery.are_quick_patterns``).
         alphas: other numerators for some projections, likewise.
         fused: whether the ports of one fused projection share A, as one update of the whole
             projection does.
@@ -182,6 +171,10 @@ class LoRA(surgery.Method):
             no such input.
         bias: whether to add a trainable bias, scaled as the product is; not for an embedding or
             experts.
+        across_groups: whether the update of a convolution with groups reads the channels of all
+            groups, as PEFT's does: A (rank, in, h, w), and B in groups, which must divide the rank.
+            Such an update cannot be merged. By default the groups share one A, each for its own
+            channels.
 
     Start: exact. Mergeable. Cost: rank * (d_in + d_out) [+ d_out] per projection.
 
@@ -191,55 +184,10 @@ class LoRA(surgery.Method):
     """
 
     name = "lora"
+    projections = PROJECTIONS
 
-    rank: int = 8
-    alpha: float = 16.0
-    ports: tuple[str, ...] = ("query", "value")
-    dropout: float = 0.0
     bias: bool = False
-    rslora: bool = False
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    fused: bool = False
-
-    def __post_init__(self) -> None:
-        self.require(self.rank >= 1, "rank", "an integer >= 1")
-        self.require(all(r >= 1 for r in self.ranks.values()), "ranks", "integers >= 1")
-        self.require(all(a > 0 for a in self.alphas.values()), "alphas", "numbers > 0")
-        for option in ("ranks", "alphas"):
-            self.require(
-                surgery.are_quick_patterns(getattr(self, option)), option,
-                "regular expressions that end soon: with at most three open repeats (* + ? {m,n}; "
-                "digits are free), none of a group but (...)?, without (?...) but (?:...), "
-                "without \\1",
-            )  # fmt: skip
-        self.require(self.alpha > 0, "alpha", "a number > 0")
-        self.require(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        known = sorted({port for ports in PROJECTIONS.values() for port in ports})
-        self.require(bool(self.ports), "ports", f"some of {known}")
-        for port in self.ports if self.ports != ("all",) else ():
-            if port not in known:
-                raise surgery.PortError(
-                    f"method 'lora': no projection port {port!r}. {surgery.suggest(port, known)}"
-                    f"Ports with a projection: {', '.join(known)}."
-                )
-
-    def suits(self, site: surgery.Site) -> bool:
-        return bool(self.present_ports(site))
-
-    def named_ports(self, site: surgery.Site) -> tuple[str, ...]:
-        own = PROJECTIONS.get(site.kind, ())
-        if self.ports == ("all",):
-            return tuple(p for p in own if p in site.ports)
-        addressed = (set(own) - {"output"}) & set(self.ports) or set(self.ports) == {"output"}
-        return tuple(p for p in self.ports if p in own) if addressed else ()
-
-    def at_rank(self, rank: int) -> LoRA:
-        plain = {"rslora": False, "ranks": {}, "alphas": {}, "fused": False}
-        return dataclasses.replace(self, rank=rank, alpha=float(rank), **plain)
-
-    def without_attention(self) -> LoRA:
-        return dataclasses.replace(self, ports=("all",))
+    across_groups: bool = False
 
     def check(self, sites: list[surgery.Site]) -> None:
         kinds = {site.kind for site in sites}
@@ -252,14 +200,13 @@ class LoRA(surgery.Method):
         whole: dict[str, LowRank] = {}  # the first update of each fused projection
         for port in site.select(self.present_ports(site)):
             assert port.in_width is not None
-            rank = _of(self.ranks, site, port) or self.rank
-            alpha = _of(self.alphas, site, port) or self.alpha
-            scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+            rank, scale = self.rank_and_scale(site, port)
             if site.kind == "embedding":
                 rows = LowRankRows(port.in_width, port.width, rank, scale, site.base().padding_idx)
                 port.add(rows, name=self.name, reads=("ids",))
             elif site.kind == "convolution":
-                kernel = LowRankConvolution(site.base(), rank, scale, self.dropout, self.bias)
+                options = rank, scale, self.dropout, self.bias
+                kernel = low_rank_convolution(site.base(), self.across_groups, *options)
                 port.add(kernel, name=self.name, reads=("input",))
             elif site.kind == "experts":
                 stack = port.parameter()
@@ -271,14 +218,6 @@ class LoRA(surgery.Method):
                 if self.fused and port.module:
                     update.a = whole.setdefault(port.module, update).a
                 port.add(update, name=self.name)
-
-
-def _of(values: Mapping[str, Any], site: surgery.Site, port: surgery.Port) -> Any:
-    """Return the value whose pattern is found in the paths of a projection, None if none is."""
-    if port.module in values:
-        return values[port.module]
-    paths = (site.path, port.module)
-    return next((v for p, v in values.items() if any(re.search(p, path) for path in paths)), None)
 
 
 @surgery.hookimpl

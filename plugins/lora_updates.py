@@ -6,7 +6,7 @@
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3, applied to the matrix that is stored: a kernel is one row
 of in / groups h w numbers for each output. In a convolution with groups all of them share A, so the
-sum has the shape of W and can be folded into it.
+sum has the shape of W and can be folded into it; ``LowRankAcrossGroups`` is the other choice.
 """
 
 from __future__ import annotations
@@ -81,13 +81,9 @@ class LowRankConvolution(nn.Module):
         super().__init__()
         self.scale, self.groups = scale, base.groups
         self.dropout = surgery.Dropout(dropout)
-        kind = next(each for each in _CONVOLUTIONS if isinstance(base, each))
-        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        settings = {name: getattr(base, name) for name in names}
-        self.a = kind(base.in_channels // base.groups, rank, bias=False, **settings)
+        self.a = _like(base, base.in_channels // base.groups, rank)
         self.b = nn.Parameter(torch.zeros(rank, base.out_channels))
         self.bias = nn.Parameter(torch.zeros(base.out_channels)) if bias else None
-        nn.init.kaiming_uniform_(self.a.weight, a=math.sqrt(5))
 
     @property
     def needs_bias(self) -> bool:
@@ -107,12 +103,76 @@ class LowRankConvolution(nn.Module):
         each = x.reshape(-1, self.a.in_channels, *x.shape[2:])  # (B groups, in / groups, h, w)
         hidden = self.a(each)  # (B groups, r, h', w')
         hidden = hidden.reshape(len(x), -1, *hidden.shape[2:])  # (B, groups r, h', w')
-        kernel = self.b.T.reshape(*self.b.T.shape, *[1] * (x.dim() - 2))  # (out, r, 1, 1)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        out = convolve(hidden * self.scale, kernel, groups=self.groups)
-        if self.bias is None:
-            return out
-        return out + self.scale * self.bias.reshape(-1, *[1] * (x.dim() - 2))
+        return _out(hidden * self.scale, self.b, self.groups, self.bias, self.scale)
+
+
+class LowRankAcrossGroups(nn.Module):
+    """Compute s (B (drop(x) * A) + c) for a convolution with groups, where A reads all channels.
+
+    The update maps channels of one group to another, so it has no place in the convolution's own
+    weight and cannot be folded into it. It is what PEFT makes of LoRA there.
+
+    Args:
+        base: the convolution; its settings are read, its parameters are not.
+        rank: inner width r, which the groups divide.
+        scale: s.
+        dropout: probability, on the input of A.
+        bias: whether to add c.
+
+    Shape:
+        x (B, in, h, w) -> (B, out, h', w'), or with one axis of positions, or three
+    Parameters:
+        a.weight (rank, in, h, w)   A transposed: Kaiming-uniform with a = sqrt(5)
+        b (rank / groups, out)      B: zeros; group g of the outputs reads the g-th part of x * A
+        bias (out,)                 c: zeros, if ``bias``
+    Cost: rank * (in h w + out / groups) [+ out] parameters.
+    """
+
+    def __init__(self, base: Any, rank: int, scale: float, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.scale, self.groups = scale, base.groups
+        self.dropout = surgery.Dropout(dropout)
+        self.a = _like(base, base.in_channels, rank)
+        self.b = nn.Parameter(torch.zeros(rank // base.groups, base.out_channels))
+        self.bias = nn.Parameter(torch.zeros(base.out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.a(self.dropout(x) if self.training else x)  # (B, r, h', w')
+        return _out(hidden * self.scale, self.b, self.groups, self.bias, self.scale)
+
+
+def low_rank_convolution(base: Any, across_groups: bool, rank: int, *options: Any) -> nn.Module:
+    """Return the update of a convolution.
+
+    Raises:
+        MethodError: it reads the channels of all groups, and they do not divide the rank.
+    """
+    if not across_groups or base.groups == 1:
+        return LowRankConvolution(base, rank, *options)
+    if rank % base.groups:
+        raise surgery.MethodError(
+            f"method 'lora': rank={rank} at a convolution with {base.groups} groups. With "
+            "across_groups=True the groups must divide the rank; take a multiple of them."
+        )
+    return LowRankAcrossGroups(base, rank, *options)
+
+
+def _like(base: Any, channels: int, rank: int) -> Any:
+    """Return a convolution to r channels with the positions of another, Kaiming-uniform."""
+    kind = next(each for each in _CONVOLUTIONS if isinstance(base, each))
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    a = kind(channels, rank, bias=False, **{name: getattr(base, name) for name in names})
+    nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+    return a
+
+
+def _out(hidden: Tensor, b: Tensor, groups: int, bias: Tensor | None, scale: float) -> Tensor:
+    """Return ``B hidden + s c`` at each position, group by group."""
+    ones = [1] * (hidden.dim() - 2)
+    kernel = b.T.reshape(*b.T.shape, *ones)  # (out, r, 1, 1)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+    out = convolve(hidden, kernel, groups=groups)
+    return out if bias is None else out + scale * bias.reshape(-1, *ones)
 
 
 class LowRankExperts(nn.Module):

@@ -7,7 +7,9 @@
 Li and Liang 2021, arXiv:2101.00190. The second line equals the first (Chen et al. 2022,
 arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no position shifts.
 Without gradients a decoded token attends to [P_k ; K] in one call (``surgery.LeadsCache``).
-Prefix keys are always visible and never rotated. ``gate`` multiplies g by tanh of a trained scalar
+Prefix keys are always visible and never rotated. Where the model adds s_h j to the scores of key j
+(ALiBi), ``shift`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
+tokens. ``gate`` multiplies g by tanh of a trained scalar
 per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
 
 ``share`` selects how P_k and P_v are made (Le et al. 2024, arXiv:2410.02200); rows p are (P, D):
@@ -58,6 +60,9 @@ class Prefix(nn.Module):
         self.dropout = surgery.Dropout(method.dropout)
         self.gate = nn.Parameter(torch.zeros(site.heads)) if method.gate else None
         self.tau = nn.Parameter(torch.ones(2)) if method.residual else None
+        self.lower: Tensor | None
+        lower = _lower(site, method.length) if method.shift else None
+        self.register_buffer("lower", lower, persistent=False)
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._leading: tuple[Tensor, Tensor] | None = None
 
@@ -97,11 +102,11 @@ class Prefix(nn.Module):
         return surgery.virtual_lse(query, lse, **self.tokens())
 
     def leading_keys(self) -> tuple[Tensor, Tensor] | None:
-        """The keys and values, unless a gate or NoRGa's residual changes how they are attended to.
+        """The keys and values, unless a gate, NoRGa's residual or slopes change their scores.
 
         The tuple is a new one after ``train()`` and ``eval()``, and where tables are new tensors.
         """
-        if self.gate is not None or self.tau is not None:
+        if self.gate is not None or self.tau is not None or self.lower is not None:
             return None
         keys, values = self.tables()
         known = self._leading
@@ -113,14 +118,23 @@ class Prefix(nn.Module):
         """The arguments of ``surgery.virtual_tokens`` that describe this prefix."""
         keys, values = self.tables()
         gate = None if self.gate is None else torch.tanh(self.gate)
-        bend = None if self.tau is None else self.bend
+        bend = None if self.tau is None and self.lower is None else self.bend
         return {"keys": keys, "values": values, "scores": bend, "gate": gate, **self.scored}
 
     def bend(self, scores: Tensor) -> Tensor:
-        """Return NoRGa's ``s + tau_2 tanh(tau_1 s)``."""
-        assert self.tau is not None
+        """Return NoRGa's ``s + tau_2 tanh(tau_1 s)``, and what ALiBi adds to s first."""
+        scores = scores if self.lower is None else scores + self.lower.to(scores.dtype)
+        if self.tau is None:
+            return scores
         inner, outer = self.tau.to(scores.dtype)
         return scores + outer * torch.tanh(inner * scores)
+
+
+def _lower(site: surgery.OpenSite, length: int) -> Tensor | None:
+    """Return what ALiBi adds to the scores of the keys, (H, 1, P); None without ALiBi."""
+    if not site.slopes:
+        return None
+    return torch.tensor(site.slopes)[:, None, None] * (torch.arange(length) - length)
 
 
 class Later(nn.Module):
@@ -146,7 +160,8 @@ class PrefixTuning(surgery.Method):
         share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see the top of this file.
         hidden: inner width m of the MLP of ``layer`` and ``global``.
         shift: whether real tokens get the positions P, P + 1, ..., as where a prefix is put into
-            a KV cache. Needs a model that encodes positions by number.
+            a KV cache. Needs a model that encodes positions by number, or adds to the scores of a
+            key by its place (ALiBi); there prefix keys get the places in front of the tokens.
         dropout: probability, on keys and values.
 
     Start: none; gated with ``gate`` and without ``shift``. Not mergeable. A KV cache stays that of
@@ -192,7 +207,9 @@ class PrefixTuning(surgery.Method):
         return dataclasses.replace(self, share="none")
 
     def check(self, sites: list[surgery.Site]) -> None:
-        if self.shift and not any(site.kind == "position" for site in sites):
+        attention = [site for site in sites if site.kind == "attention"]
+        by_slopes = bool(attention) and all(site.slopes for site in attention)
+        if self.shift and not by_slopes and not any(site.kind == "position" for site in sites):
             raise surgery.SiteError(
                 f"method {self.name!r} with shift=True: no module of this model encodes positions "
                 "by number, or the selection leaves that module out. "

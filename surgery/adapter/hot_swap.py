@@ -32,6 +32,8 @@ from surgery.splicer import (
 Place = tuple[Any, ...]
 _SCALED = ("b", "bias")  # of a LoRA
 
+_LOW_RANK = ("lora", "dora")  # methods whose B can take up another scale
+
 
 @outside_inference_mode
 def hotswap(
@@ -112,7 +114,7 @@ def _saved(description: dict[str, Any], name: str, folder: Any) -> dict[str, Any
 
 
 def _kind(methods: Iterable[Method], foreign: bool) -> list[str]:
-    """Return what must be equal of methods: of a LoRA all but its scale.
+    """Return what must be equal of methods: of LoRA and DoRA all but the scale.
 
     Of one of another library the shapes alone: its options of ports and ranks say the same in
     other words, and its dropout stays as it is here.
@@ -120,9 +122,9 @@ def _kind(methods: Iterable[Method], foreign: bool) -> list[str]:
     found = []
     for method in methods:
         left = {n: x for n, x in method.options().items() if n not in ("alpha", "alphas", "rslora")}
-        if method.name == "lora":
+        if method.name in _LOW_RANK:
             options = "" if foreign else ", ".join(f"{n}={x!r}" for n, x in left.items())
-            found.append(f"lora({options})")
+            found.append(f"{method.name}({options})")
         else:
             found.append(repr(method))
     return sorted(found)
@@ -145,7 +147,7 @@ def _paired(
     for inserted, place in zip(report.inserted, wanted, strict=True):
         path, scale = made[place]
         now: Any = getattr(model.get_submodule(inserted.path), "scale", None)
-        if inserted.method.name == "lora" and scale != now:
+        if inserted.method.name in _LOW_RANK and scale != now:
             ratios[path] = scale / now
     return [made[place][0] for place in wanted], ratios
 

@@ -21,7 +21,7 @@ _CLASSES = {
 }
 _OPTIONS = (
     "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora",
-    "num_virtual_tokens", "modules_to_save",
+    "use_dora", "target_parameters", "num_virtual_tokens", "modules_to_save",
 )  # fmt: skip
 
 
@@ -69,6 +69,9 @@ def foreign_contents(adapter: Foreign) -> ForeignContents:
         return found
     tables = TABLE in adapter.tensors
     rest = {key: x for key, x in adapter.tensors.items() if key != TABLE}
+    if config.get("target_parameters"):  # a module is wrapped once for each
+        rest = {key.replace("base_layer.lora_", "lora_"): x for key, x in rest.items()}
+        config = {**config, "target_parameters": None}
     inner = Foreign(adapter.where, config, rest)
     keys = sorted_keys(inner, nn.Module(), "base_model." if tables else PREFIX)
     rows = {path: len(rest[key]) if rest[key].dim() else 0 for path, key in keys.rows.items()}

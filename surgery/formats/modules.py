@@ -16,13 +16,22 @@ Place = tuple[str, str, str, str]  # path, key and kind of a site, and a port
 
 
 def projections(sites: Sites) -> dict[str, Ports]:
-    """Return for each module that makes projections the sites and ports that it makes."""
+    """Return for each module that makes projections the sites and ports that it makes.
+
+    A weight's name is a key, too: a stack of experts' weights has no module of its own.
+    """
     found: dict[str, Ports] = {}
-    for site in [*sites, *sites.linear, *sites.embedding]:
+    for site in updatable(sites):
         for port in site.ports.values():
-            if port.module and port.in_width is not None:
-                found.setdefault(port.module, []).append((site, port))
+            for key in {port.module, port.weight} - {""} if port.in_width is not None else ():
+                found.setdefault(key, []).append((site, port))
     return found
+
+
+def updatable(sites: Sites) -> list[Site]:
+    """Return the sites of every kind that has projections."""
+    others = (sites.linear, sites.embedding, sites.convolution, sites.experts)
+    return [*sites, *(site for kind in others for site in kind)]
 
 
 def places(
@@ -79,7 +88,7 @@ def at_ports(
         picks.setdefault((path, key, kind), []).append(port)
     chosen = [
         dataclasses.replace(site, picked=tuple(p for p in site.ports if p in picks[site.identity]))
-        for site in [*sites, *sites.linear, *sites.embedding]
+        for site in updatable(sites)
         if site.identity in picks
     ]
 

@@ -64,7 +64,8 @@ def added_tensors(
             "own format: leave format= out."
         )
     modules += _tied_modules(model, modules, inserted)
-    found: dict[str, Any] = {"modules_to_save": _short(model, modules, "") or None}
+    every = [path for path, _ in model.named_modules()]
+    found: dict[str, Any] = {"modules_to_save": _short(every, modules, "") or None}
     tensors = {}
     for path in modules:
         for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items():
@@ -155,12 +156,16 @@ def _tied_modules(model: nn.Module, modules: Sequence[str], inserted: Collection
 
 def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """Return names that choose just these modules where PEFT compares the ends of paths."""
-    return _short(model, paths, ".")
+    return _short([path for path, _ in model.named_modules()], paths, ".")
 
 
-def _short(model: nn.Module, paths: Iterable[str], before: str) -> list[str]:
+def short_parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return names that choose just these parameters where PEFT compares the ends of names."""
+    return _short([name for name, _ in model.named_parameters()], names, ".")
+
+
+def _short(every: list[str], paths: Iterable[str], before: str) -> list[str]:
     wanted = set(paths)
-    every = [path for path, _ in model.named_modules()]
     found: dict[str, None] = {}
     for path in wanted:
         last = path.rpartition(".")[2]

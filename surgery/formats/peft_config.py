@@ -23,7 +23,8 @@ _ANYWHERE = (
 _KNOWN = {
     "LORA": "r lora_alpha lora_dropout bias lora_bias use_rslora rank_pattern alpha_pattern "
     "layers_to_transform layers_pattern init_lora_weights trainable_token_indices loftq_config "
-    "eva_config megatron_core qalora_group_size ensure_weight_tying",
+    "eva_config megatron_core qalora_group_size ensure_weight_tying target_parameters "
+    "use_dora",
     "IA3": "feedforward_modules init_ia3_weights",
     "PREFIX_TUNING": "num_virtual_tokens token_dim num_layers num_attention_heads "
     "num_transformer_submodules prefix_projection encoder_hidden_size init_weights",
@@ -35,12 +36,9 @@ _KNOWN = {
     "encoder_reparameterization_type",
 }
 _REFUSED = {
-    "use_dora": "DoRA rescales each row of the updated weight",
     "use_qalora": "QALoRA pools its input",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "layer_replication": "it builds another base of repeated layers; build that base first",
-    "target_parameters": "it updates 3-D weights of experts, which have "
-    "another layout here; merge it with PEFT's merge_and_unload, or train anew",
     "alora_invocation_tokens": "aLoRA acts from certain tokens on",
     "arrow_config": "Arrow routes tokens among adapters",
     "monteclora_config": "it samples its weights",

@@ -2,6 +2,7 @@
 
 base_model.model.X.lora_A.weight                    A of module X          (LoRA, IA3: ia3_l)
 base_model.model.X.lora_embedding_A           A of embedding X
+base_model.model.X.base_layer.lora_A.weight         A of a parameter of X (peft_parameters.py)
 base_model.model.X.token_adapter.trainable_...      rows of embedding X
 base_model.model.X.base_layer.bias                  the base's own X.bias
 base_model.model.X.weight                           the base's own, in a module to save
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 
 from surgery.errors import shown
 from surgery.formats.foreign import Foreign, option
+from surgery.formats.peft_parameters import parameter_at, targeted
 
-_PARTS = ("lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B")
+_PARTS = (
+    "lora_A", "lora_B", "ia3_l", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+)  # fmt: skip
 _ROWS = "token_adapter"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,7 +35,9 @@ class Keys:
 
     Attributes:
         modules: for each updated module the names of its tensors by what they are: ``lora_A``,
-            ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``, ``ia3_l``.
+            ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``,
+            ``lora_magnitude_vector``, ``ia3_l``; and for each parameter that is updated by name.
+        parameters: those of these that are parameters.
         rows: the tensors of rows, by the path of the embedding.
         base: the tensors of the base, by their names there.
         named: the same by the names of the file, where a tied tensor may have several.
@@ -39,6 +45,7 @@ class Keys:
     """
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
+    parameters: set[str] = field(default_factory=set)
     rows: dict[str, str] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
@@ -51,14 +58,12 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
     Raises:
         StoreError: a tensor has no place here, or two have the same; they are named.
     """
-    found, names = Keys(), own_names(model)
+    found, names, chosen = Keys(), own_names(model), targeted(adapter, model)
     for key in adapter.tensors:
         if not key.startswith(prefix):
             raise adapter.refuse(f"the tensor {shown(key)} is named without {prefix!r}.")
         parts = key.removeprefix(prefix).split(".")
         at = next((i for i, part in enumerate(parts) if part in (*_PARTS, _ROWS)), None)
-        if any(part.startswith("lora_magnitude") for part in parts):
-            raise adapter.refuse(f"{key} belongs to DoRA, which rescales the updated weight.")
         if at is None:
             _note_base(adapter, found, key, parts, names)
             continue
@@ -67,9 +72,13 @@ def sorted_keys(adapter: Foreign, model: nn.Module, prefix: str) -> Keys:
             found.copies[names.get(f"{path}.weight", f"{path}.weight")] = key
         elif parts[at] == _ROWS:
             _require_one(adapter, found.rows.setdefault(path, key), key)
+        elif parameter := parameter_at(adapter, key, parts[:at], chosen):
+            found.parameters.add(parameter)
+            parts_of = found.modules.setdefault(parameter, {})
+            _require_one(adapter, parts_of.setdefault(parts[at], key), key)
         elif "base_layer" in parts[:at] or last not in ([], ["weight"], ["bias"]):
             raise adapter.refuse(
-                f"{key} updates no module of its own (a 3-D weight, or a wrapped layer)."
+                f"{key} updates no module of its own, but a layer that is wrapped twice."
             )
         else:
             what = parts[at] + (".bias" if last == ["bias"] else "")

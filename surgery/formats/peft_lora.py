@@ -21,7 +21,15 @@ from surgery.formats.foreign import Foreign, Translation, option, require_shape
 from surgery.formats.modules import Place, Ports, at_ports, out_width, places
 from surgery.formats.peft_announced import require_announced
 from surgery.formats.peft_config import is_positive, matched, pattern
+from surgery.formats.peft_convolutions import (
+    convolution_at,
+    kernel_shapes,
+    kernels_here,
+    require_convolution,
+)
+from surgery.formats.peft_dora import MAGNITUDE, require_dora
 from surgery.formats.peft_keys import Keys, base_tensors_of, rows_of, sorted_keys
+from surgery.formats.peft_parameters import parameter_here, parameter_shapes, require_parameters
 from surgery.formats.peft_targets import require_targets
 from surgery.plugin import Port, Sites
 
@@ -39,21 +47,23 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     ports = places(adapter, keys.modules, sites)
     rank, alpha = option(adapter, "r", 8, int), option(adapter, "lora_alpha", 8, int, float)
     ranks, alphas = pattern(adapter, "rank_pattern"), pattern(adapter, "alpha_pattern")
-    bias = option(adapter, "lora_bias", False, bool)
+    bias, dora = (option(adapter, name, False, bool) for name in ("lora_bias", "use_dora"))
+    require_parameters(adapter, model)
 
     def needed(path: str, made: Ports) -> dict[str, tuple[int, ...]]:
-        wanted, end = _wanted(made, matched(ranks, path, rank), bias)
+        wanted, end = _wanted(model, path, made, matched(ranks, path, rank), bias, dora)
         return {f"{PREFIX}{path}.{what}{end}": shape for what, shape in wanted.items()}
 
     values: dict[Place, dict[str, Tensor]] = {}
     own: dict[str, tuple[int, float]] = {}
     for path, parts in keys.modules.items():
-        own[path] = matched(ranks, path, rank), matched(alphas, path, alpha)
-        if not is_positive(own[path][0]) or type(own[path][0]) is not int:
-            raise adapter.refuse(f"the rank of {path} is {shown(own[path][0])}.")
-        if not is_positive(own[path][1]):
-            raise adapter.refuse(f"lora_alpha of {path} is {shown(own[path][1])}.")
-        whole = _of_module(adapter, path, parts, ports[path], own[path][0], bias)
+        r, numerator = matched(ranks, path, rank), matched(alphas, path, alpha)
+        if not is_positive(r) or type(r) is not int:
+            raise adapter.refuse(f"the rank of {path} is {shown(r)}.")
+        if not is_positive(numerator):
+            raise adapter.refuse(f"lora_alpha of {path} is {shown(numerator)}.")
+        own[ports[path][0][1].module or path] = r, numerator
+        whole = _of_module(adapter, model, path, parts, ports[path], r, bias, dora)
         for site, port in ports[path]:
             values[(*site.identity, port.name)] = _of_port(whole, port)
     require_targets(adapter, keys, model, sites, needed)
@@ -61,20 +71,26 @@ def lora(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     options = ranks_and_alphas(adapter, own) | {
         "rslora": option(adapter, "use_rslora", False, bool),
         "dropout": float(option(adapter, "lora_dropout", 0.0, int, float)),
-        "bias": bias,
         "fused": any(len(found) > 1 for found in ports.values()),
     }
-    found = at_ports("lora", options, sites, values)
+    across = any(getattr(convolution_at(model, p), "groups", 1) > 1 for p in ports)
+    options |= {} if dora else {"bias": bias, "across_groups": across}
+    found = at_ports("dora" if dora else "lora", options, sites, values)
     return _with_base(adapter, model, keys, found)
 
 
 def _of_module(
-    adapter: Foreign, path: str, parts: Mapping[str, str], ports: Ports, rank: int, bias: bool
-) -> dict[str, Tensor]:
+    adapter: Foreign, model: nn.Module, path: str, parts: Mapping[str, str], ports: Ports,
+    rank: int, bias: bool, dora: bool,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return A (r, in), B (r, out) and c (out,) of a module, by the names that they have here."""
-    width, out = ports[0][1].in_width, out_width(ports)
-    wanted, end = _wanted(ports, rank, bias)
-    why = f"r is {rank}, and {path} maps {width} to {out} features"
+    kernel, (site, port) = convolution_at(model, path), ports[0]
+    if kernel is not None:
+        require_convolution(adapter, path, kernel, rank)
+    if dora:
+        require_dora(adapter, model, path, ports, bias)
+    wanted, end = _wanted(model, path, ports, rank, bias, dora)
+    why = f"r is {rank}, and {path} maps {port.in_width} to {out_width(ports)} features"
     found = {
         what: require_shape(adapter, parts.get(what, f"{PREFIX}{path}.{what}{end}"), shape, why)
         for what, shape in wanted.items()
@@ -82,19 +98,31 @@ def _of_module(
     if parts.keys() - wanted.keys():
         raise adapter.refuse(f"{min(parts[what] for what in parts.keys() - wanted.keys())} is "
                              "there although its config does not say so.")  # fmt: skip
-    a, b = list(wanted)[:2]
-    whole = {"a": found[a], "b": found[b].T}
+    a, b = (found[what] for what in list(wanted)[:2])
+    if path == port.weight:
+        return parameter_here(model, path, port, a, b)
+    projects = site.kind != "convolution"
+    whole = {"a": a, "b": b.T} if kernel is None else kernels_here(kernel, a, b, projects)
+    whole |= {"magnitude": found[MAGNITUDE]} if dora else {}
     return whole | ({"bias": found["lora_B.bias"]} if bias else {})
 
 
-def _wanted(ports: Ports, rank: int, bias: bool) -> tuple[dict[str, tuple[int, ...]], str]:
+def _wanted(
+    model: nn.Module, path: str, ports: Ports, rank: int, bias: bool, dora: bool
+) -> tuple[dict[str, tuple[int, ...]], str]:
     """Return the shapes of a module's A, B and c by what they are, and how their names end."""
-    width, out = ports[0][1].in_width, out_width(ports)
-    assert width is not None
-    a, b = A_B_OF_ROWS if ports[0][1].name == "rows" else ("lora_A", "lora_B")
-    wanted: dict[str, tuple[int, ...]] = {a: (rank, width), b: (out, rank)}
+    port, kernel, out = ports[0][1], convolution_at(model, path), out_width(ports)
+    assert port.in_width is not None
+    named = A_B_OF_ROWS if port.name == "rows" and path != port.weight else ("lora_A", "lora_B")
+    shapes: Any = (rank, port.in_width), (out, rank)
+    if path == port.weight:
+        shapes, bias = parameter_shapes(model, path, port, rank), False
+    elif kernel is not None:
+        shapes = kernel_shapes(kernel, rank)
+    wanted: dict[str, tuple[int, ...]] = dict(zip(named, shapes, strict=True))
     wanted |= {"lora_B.bias": (out,)} if bias else {}
-    return wanted, "" if (a, b) == A_B_OF_ROWS else ".weight"
+    wanted |= {MAGNITUDE: (out,)} if dora else {}
+    return wanted, "" if named == A_B_OF_ROWS else ".weight"
 
 
 def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:
@@ -102,7 +130,7 @@ def _of_port(whole: Mapping[str, Tensor], port: Port) -> dict[str, Tensor]:
     if port.columns is None:
         return dict(whole)
     columns = list(port.columns)
-    return {name: x if name == "a" else x[..., columns] for name, x in whole.items()}
+    return {name: x if name.startswith("a") else x[..., columns] for name, x in whole.items()}
 
 
 def ranks_and_alphas(adapter: Foreign, own: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _plain(value: Any) -> Any:
 def _note_scales(config: dict[str, Any], name: str, found: list[tuple[str, Wrapped]]) -> None:
     """Write the scale of each module into the config; it can be changed at run time."""
     alphas = {}
-    for path, (_, _, wrapper, _) in found:
+    for path, wrapper in _updating(found):
         scale, rank = (getattr(wrapper, what, {}).get(name) for what in ("scaling", "r"))
         if scale is not None and rank:
             alphas[path] = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -120,6 +120,17 @@ def _note_scales(config: dict[str, Any], name: str, found: list[tuple[str, Wrapp
         config["lora_alpha"], config["alpha_pattern"] = next(iter(alphas.values())), {}
     else:
         config["alpha_pattern"] = {f"^{path}": alpha for path, alpha in alphas.items()}
+
+
+def _updating(found: list[tuple[str, Wrapped]]) -> Iterator[tuple[str, Any]]:
+    """Yield PEFT's wrappers with the paths of the modules, or parameters, that they update."""
+    for path, (_, _, wrapper, _) in found:
+        inner: Any = wrapper
+        while _is(inner, "ParamWrapper"):
+            yield f"{path}.{inner.parameter_name}", inner
+            inner = inner.base_layer
+        if inner is wrapper:
+            yield path, wrapper
 
 
 def _biases(

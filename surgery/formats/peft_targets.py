@@ -1,6 +1,7 @@
 """Compare the modules that a PEFT config chooses with those that its tensors update.
 
     target_modules        a pattern of whole paths; names, which paths end with; or "all-linear"
+    target_parameters     names of parameters, which paths end with
     exclude_modules       likewise; modules_to_save are excluded too
     layers_to_transform   numbers of layers, which layers_pattern finds in a path
 
@@ -21,6 +22,7 @@ from surgery.errors import shown
 from surgery.formats.foreign import Foreign, option
 from surgery.formats.modules import Ports, projections
 from surgery.formats.peft_keys import Keys, own_names
+from surgery.formats.peft_parameters import targeted
 from surgery.plugin import Sites, are_quick_patterns
 from surgery.splicer import reports
 
@@ -42,8 +44,11 @@ def require_targets(
     chosen = _chosen(adapter, model)
     if chosen is None:
         return
+    chosen |= {name: None for names in targeted(adapter, model).values() for name in names}
     names = own_names(model)
-    tied = {p for p in keys.modules | chosen if names.get(f"{p}.weight") != f"{p}.weight"}
+    tied = {
+        p for p in keys.modules | chosen if names.get(f"{p}.weight", f"{p}.weight") != f"{p}.weight"
+    }
     free = tied if adapter.config.get("ensure_weight_tying") else set()  # updated as the other is
     lacking = [path for path in chosen if path not in keys.modules and path not in free]
     if lacking:
@@ -66,7 +71,13 @@ def require_targets(
 
 def _said(adapter: Foreign) -> str:
     """Return the options that choose modules, as they are set."""
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    names = (
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    )
     found = [(name, adapter.config.get(name)) for name in names]
     return ", ".join(f"{name}={shown(value)}" for name, value in found if value is not None)
 
@@ -90,6 +101,8 @@ def _chosen(adapter: Foreign, model: nn.Module) -> dict[str, Any] | None:
     targets, excluded = texts(adapter, "target_modules"), texts(adapter, "exclude_modules")
     layers, pattern = _layers(adapter), texts(adapter, "layers_pattern")
     saved = option(adapter, "modules_to_save", [], list)
+    if targets is None and adapter.config.get("target_parameters"):
+        targets = frozenset()
     if targets is None:
         return None
     every = {"all-linear": targets} if isinstance(targets, str) else {}

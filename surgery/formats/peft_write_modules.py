@@ -7,6 +7,7 @@ ports with an A of their own       A stacked (r_1 + r_2, in), B with their block
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SpliceError
-from surgery.formats.peft_base import short_names
+from surgery.formats.peft_base import short_names, short_parameters
+from surgery.formats.peft_convolutions import convolution_at, kernels_of
+from surgery.formats.peft_dora import MAGNITUDE, magnitudes
 from surgery.formats.peft_lora import A_B_OF_ROWS, PREFIX
+from surgery.formats.peft_parameters import paths_of_wrappers, stack_of
 from surgery.plugin import Port
 from surgery.splicer import Report
 
@@ -26,15 +30,18 @@ Files = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
-    """Return config and tensors of a LoRA.
+    """Return config and tensors of a LoRA, or a DoRA.
 
     Raises:
         SpliceError: a projection is no module with a matrix of its own.
     """
     method: Any = report.methods[0]
+    dora = method.name == "dora"
     tensors: dict[str, Tensor] = {}
     ranks, scales = {}, {}
     by_module = _by_module(model, report)
+    stacks = [path for path, (_, parts) in by_module.items() if parts[0][0].stacked]
+    wrappers = paths_of_wrappers(model, stacks)
     for path, (width, parts) in by_module.items():
         if parts[0][0].name == "rows":
             rows = parts[0][1]
@@ -42,12 +49,23 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
             both = gather(rows.a), gather(rows.b).T
             tensors |= {f"{PREFIX}{path}.{n}": x for n, x in zip(A_B_OF_ROWS, both, strict=True)}
             continue
+        if parts[0][0].stacked:
+            (port, stack), wrapper = parts[0], wrappers[path]
+            ranks[path], scales[path] = stack.a.shape[1], float(stack.scale)
+            a, b = stack_of(model, path, port, gather(stack.a), gather(stack.b))
+            tensors |= {f"{PREFIX}{wrapper}.lora_A.weight": a,
+                        f"{PREFIX}{wrapper}.lora_B.weight": b}  # fmt: skip
+            continue
         a, b, bias, scales[path] = _joined(parts, width, gather)
+        if (kernel := convolution_at(model, path)) is not None:
+            a, b = kernels_of(kernel, path, a, b)
         ranks[path] = len(a)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b
         if bias is not None:
             tensors[f"{PREFIX}{path}.lora_B.bias"] = bias
+        if dora:
+            tensors[f"{PREFIX}{path}.{MAGNITUDE}"] = magnitudes(model, path, width, parts, gather)
     alphas = {
         path: _number(scale * (math.sqrt(ranks[path]) if method.rslora else ranks[path]))
         for path, scale in scales.items()
@@ -58,16 +76,28 @@ def lora_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": method.dropout,
-        "target_modules": short_names(model, by_module),
+        "lora_dropout": _dropout(method, stacks),
+        "target_modules": short_names(model, by_module.keys() - {*stacks}),
+        "target_parameters": short_parameters(model, stacks) or None,
         "fan_in_fan_out": _stored_in_out(by_module),
         "bias": "none",
-        "lora_bias": method.bias,
+        "lora_bias": not dora and method.bias,
         "use_rslora": method.rslora,
-        "use_dora": False,
+        "use_dora": dora,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }, tensors
+
+
+def _dropout(method: Any, stacks: list[str]) -> float:
+    """Return the dropout; PEFT has none beside updates of parameters, and inference needs none."""
+    if stacks and method.dropout:
+        warnings.warn(
+            f"PEFT has no dropout in an adapter of {stacks[0]}, so dropout={method.dropout} of the "
+            "other modules is left out. It has a part in training alone.",
+            stacklevel=2,
+        )
+    return 0.0 if stacks else float(method.dropout)
 
 
 def ia3_files(model: nn.Module, report: Report, gather: Gather) -> Files:
@@ -100,12 +130,11 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
     found: dict[str, tuple[int, Parts]] = {}
     for i in report.inserted:
         port = i.site.ports[i.edit.port]
-        if i.site.kind == "experts":
-            raise SpliceError(
-                f"{i.path} updates {port.weight}, a stack of experts' weights, which this writer "
-                "of PEFT's format has no place for. Save in the own format: leave format= out."
-            )
-        if not port.module or (port.weight and model.get_parameter(port.weight).dim() != 2):
+        if port.stacked:
+            found[port.weight] = port.width, [(port, model.get_submodule(i.path))]
+            continue
+        whole = port.weight and model.get_parameter(port.weight).dim() == 2
+        if not port.module or not (not port.weight or whole or convolution_at(model, port.module)):
             raise SpliceError(
                 f"PEFT's format names modules, and what {i.path} updates is no module with one "
                 "matrix. Save in the own format: leave format= out."
@@ -121,13 +150,17 @@ def _by_module(model: nn.Module, report: Report) -> dict[str, tuple[int, Parts]]
 def _stored_in_out(by_module: Mapping[str, tuple[int, Parts]]) -> bool:
     """Whether a weight is stored as (in, out), which PEFT calls ``fan_in_fan_out``."""
     ports = [port for _, parts in by_module.values() for port, _ in parts]
-    return any(p.weight and not p.transposed and p.name != "rows" for p in ports)
+    return any(p.weight and not (p.transposed or p.stacked or p.name == "rows") for p in ports)
 
 
 def _joined(
     parts: Parts, width: int, gather: Gather
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """Return A (r, in), B (out, r), c (out,) or None, and the scale of a whole module."""
+    if isinstance(parts[0][1].a, nn.Module):  # a convolution, with its one port
+        kernel = parts[0][1]
+        bias = None if kernel.bias is None else gather(kernel.bias)
+        return gather(kernel.a.weight), gather(kernel.b).T, bias, float(kernel.scale)
     shared = all(module.a is parts[0][1].a for _, module in parts)
     factors = [(gather(module.a), gather(module.b)) for _, module in parts]
     scale = float(parts[0][1].scale)
@@ -135,7 +168,8 @@ def _joined(
                   for (a, _), (_, m) in zip(factors, parts, strict=True))  # fmt: skip
     a = factors[0][0] if shared else torch.cat([a for a, _ in factors])
     b = torch.zeros(width, len(a), dtype=a.dtype)
-    bias = None if parts[0][1].bias is None else torch.zeros(width, dtype=a.dtype)
+    no_bias = getattr(parts[0][1], "bias", None) is None
+    bias = None if no_bias else torch.zeros(width, dtype=a.dtype)
     start = 0
     for (port, module), (own, out) in zip(parts, factors, strict=True):
         ratio, columns = module.scale / scale, _columns(port, width)

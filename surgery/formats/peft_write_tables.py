@@ -30,7 +30,7 @@ def prefix_files(model: nn.Module, report: Report, gather: Gather) -> Files:
     every = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
     behind = task_of(model) == "SEQ_2_SEQ_LM"
     for wrong, what in (
-        (not method.shift, "shift=False: PEFT gives real tokens the positions P, P + 1, ..."),
+        (not method.shift, "shift=False: PEFT gives real tokens the positions P, ..."),
         (method.gate, "gate=True"),
         (any(i.site.cross for i in layers), "a prefix in cross-attention"),
         (behind and not all(i.site.causal for i in layers), "a prefix in an encoder"),

@@ -1,6 +1,7 @@
 """Say what PEFT's two files hold for what is spliced into a model: a config and tensors.
 
     lora      LORA              as many modules as have an update, a fused projection being one
+    dora      LORA with use_dora, likewise
     ia3       IA3
     prefix    PREFIX_TUNING     with ``shift``, as PEFT moves positions; keys and values alone
     prompt    PROMPT_TUNING     rows alone
@@ -31,7 +32,13 @@ from surgery.splicer import Inserted, Report
 from surgery.splicer import reports as every
 
 _WRITERS: dict[str, Callable[[nn.Module, Report, Any], tuple[dict[str, Any], dict[str, Tensor]]]]
-_WRITERS = {"lora": lora_files, "ia3": ia3_files, "prefix": prefix_files, "prompt": prompt_files}
+_WRITERS = {
+    "lora": lora_files,
+    "dora": lora_files,
+    "ia3": ia3_files,
+    "prefix": prefix_files,
+    "prompt": prompt_files,
+}
 
 
 def as_peft(

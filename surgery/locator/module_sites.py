@@ -76,7 +76,9 @@ def _convolution(path: str, module: Any, call: Call, node: fx.Node | None) -> Si
     width, reads = weight.shape[0], weight[0].numel()
     ports = {
         "input": Port("input", given[0].shape[1], None),
-        "output": Port("output", width, reads, f"{path}.weight", bias, transposed=True),
+        "output": Port(
+            "output", width, reads, f"{path}.weight", bias, transposed=True, module=path
+        ),
     }
     return Site(path, "", "convolution", width, ports, dtype=weight.dtype, device=y.device,
                 host=plan)  # fmt: skip

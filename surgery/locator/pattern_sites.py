@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.locator.host_choice import Group
-from surgery.locator.run_record import Call
+from surgery.locator.run_record import Call, floats_in
 from surgery.patterns import (
     Match,
     PortNode,
@@ -18,6 +18,7 @@ from surgery.patterns import (
     causal,
     op_name,
     origin,
+    slopes,
     stretch,
     value,
     weight_of,
@@ -54,6 +55,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "softcap": match.softcap,
             "window": match.window,
             "stretch": stretch(value(ports["query_unrotated"].node), heads),
+            "slopes": _slopes(match, call),
             "stream": match.stream,
             "cross": _is_cross(match),
             "causal": _is_causal(match),
@@ -75,6 +77,25 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
         norm=_norm(match, model),
         **options,
     )
+
+
+def _slopes(match: Match, call: Call) -> tuple[float, ...]:
+    """Return what is added to the scores for each place, to the bits where an argument holds it."""
+    names = ("scores", "query_heads", "key_heads")
+    if any(name not in match.ports for name in names):
+        return ()
+    scores, query, key = (value(match.ports[name].node) for name in names)
+    scale = match.scale if match.scale is not None else query.shape[-1] ** -0.5
+    found = slopes(scores, query, key, scale)
+    if not found:
+        return ()
+    near = torch.tensor(found, device=scores.device)
+    for x in floats_in((call.args, call.kwargs)):
+        if x.shape[-1] == scores.shape[-1] and x.numel() % (len(near) * x.shape[-1]) == 0:
+            held = x.reshape(-1, len(near), x.shape[-1])[0, :, 1].float()
+            if torch.allclose(held, near, rtol=1e-3, atol=1e-5):
+                return tuple(held.tolist())
+    return found
 
 
 def _port(name: str, port: PortNode, model: nn.Module) -> Port:

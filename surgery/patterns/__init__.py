@@ -31,7 +31,7 @@ from surgery.patterns.projection import (
     stacks_weights,
 )
 from surgery.patterns.projection_weights import bias_of, weight_of
-from surgery.patterns.scores import causal, stretch
+from surgery.patterns.scores import causal, slopes, stretch
 from surgery.patterns.stacked_weights import StackedMap, stacked_maps
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "projections",
     "rows_sum_to_one",
     "runs_experts",
+    "slopes",
     "split_rows",
     "stacked_maps",
     "stacks_weights",

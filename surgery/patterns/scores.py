@@ -66,6 +66,36 @@ def stretch(before: Tensor, after: Tensor) -> tuple[float, ...]:
     return tuple(torch.where(rotated, mean, 1.0).tolist())
 
 
+def slopes(scores: Tensor, query: Tensor, key: Tensor, scale: float) -> tuple[float, ...]:
+    """Return the s_h of a model that adds ``s_h j`` to the scaled scores of key j; empty if none.
+
+    Press et al. 2021, arXiv:2108.12409. The last query of the first example is measured.
+
+    Args:
+        scores: what the softmax is taken of, (B, H, n, m).
+        query, key: heads (B, H, n, d) and (B, G, m, d), or with batch and heads as one axis.
+    """
+    batch, count, n, m = scores.shape if scores.dim() == 4 else (0, 0, 0, 0)
+    alike = query.shape[-2] == n and key.shape[-2] == m and key.shape[-1] == query.shape[-1]
+    whole = batch * count * n * query.shape[-1] == query.numel()
+    if scores.is_meta or m < 3 or not alike or not whole:
+        return ()
+    rows, heads = scores[0, :, -1].double(), query.reshape(batch, count, n, -1)[0, :, -1].double()
+    if key.numel() % (batch * m * key.shape[-1]):
+        return ()
+    groups = key.reshape(batch, -1, m, key.shape[-1])[0].double()
+    if count % len(groups):
+        return ()
+    keys = groups.repeat_interleave(count // len(groups), 0)
+    plain = scale * torch.einsum("hd,hmd->hm", heads, keys)
+    added = rows - plain
+    found = (added[:, -1] - added[:, 0]) / (added.shape[-1] - 1)
+    line = found[:, None] * torch.arange(added.shape[-1], device=added.device)
+    bound = (2e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-5) * (1 + plain.abs())
+    linear = bool(((added - line).abs() < bound).all()) and bool((found > 10 * bound.max()).all())
+    return tuple(found.tolist()) if linear else ()
+
+
 def _like_heads(x: Any, heads: Tensor) -> bool:
     """Whether a value is a floating-point tensor in the shape of ``heads``."""
     return isinstance(x, Tensor) and x.is_floating_point() and x.shape == heads.shape

@@ -132,6 +132,8 @@ class Site:
         softcap: scores s become softcap tanh(s / softcap); None if they do not.
         stretch: the factor by which a rotary encoding multiplies each feature's products; empty if
             every factor is 1.
+        slopes: for each head how much more key j + 1 scores than key j, where the model adds just
+            that to the scores, and nothing to those of key 0 (ALiBi); else empty.
         window: how many of the last keys a query sees; None if all, or if only a mask says it.
         dtype, device: what inserted modules are cast to.
         missing: ports that such a site may have and this one lacks, with the reason.
@@ -170,6 +172,7 @@ class Site:
     scale: float | None = None
     softcap: float | None = None
     stretch: tuple[float, ...] = ()
+    slopes: tuple[float, ...] = ()
     window: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -15,28 +15,9 @@ import transformers as tr
 from torch import Tensor, nn
 
 import surgery
+from tests.support.mixtures import HEADS, IDS, SIZES, moe
 from tests.support.models import build, logits
-
-IDS = torch.arange(14).reshape(2, 7) + 3
-SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def moe(name: str, how: str) -> Any:
-    """A small model whose experts have stacked weights; with two tokens some get none."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {**SIZES, **HEADS, "experts_implementation": how}
-    top = {"num_experts_per_tok": 2}
-    if name == "mixtral":
-        return tr.MixtralForCausalLM(tr.MixtralConfig(**options, **top, num_local_experts=6)).eval()
-    if name == "gpt_oss":
-        kinds = ["full_attention"] * 2
-        options |= {"num_local_experts": 6, "head_dim": 8, "layer_types": kinds, **top}
-        return tr.GptOssForCausalLM(tr.GptOssConfig(**options)).eval()
-    widths = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
-    return tr.Qwen2MoeForCausalLM(
-        tr.Qwen2MoeConfig(**options, **widths, **top, num_experts=6)
-    ).eval()
+from tests.support.pictures import CONVOLUTIONS, Pictures, pictures
 
 
 def gemma() -> Any:
@@ -44,38 +25,6 @@ def gemma() -> Any:
     torch.manual_seed(0)
     config = tr.Gemma3TextConfig(**SIZES, **HEADS, head_dim=8, pad_token_id=0)
     return tr.Gemma3ForCausalLM(config).eval()
-
-
-class Pictures(nn.Module):
-    """Convolutions of every kind, in front of a head."""
-
-    def __init__(self, first: nn.Module, channels: int = 6) -> None:
-        super().__init__()
-        self.first, self.head = first, nn.Linear(channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.relu(self.first(x)).flatten(2).mean(-1))
-        return y
-
-
-CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "1d": (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
-    "2d": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 7)),
-    "3d": (nn.Conv3d(2, 6, 2), (2, 2, 4, 4, 4)),
-    "patches": (nn.Conv2d(3, 6, 4, stride=4), (2, 3, 8, 8)),
-    "dilated, reflecting": (
-        nn.Conv2d(4, 6, 3, padding=2, dilation=2, padding_mode="reflect"), (2, 4, 7, 7)),
-    "same": (nn.Conv1d(4, 6, 5, padding="same", bias=False), (2, 4, 9)),
-    "one axis": (nn.Conv2d(4, 6, (1, 5), padding=(0, 2)), (2, 4, 3, 9)),
-    "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
-    "depthwise": (nn.Conv1d(6, 6, 4, padding=3, groups=6), (2, 6, 9)),
-}  # fmt: skip
-
-
-def pictures(kind: str) -> tuple[Pictures, Tensor]:
-    convolution, shape = CONVOLUTIONS[kind]
-    torch.manual_seed(0)
-    return Pictures(copy.deepcopy(convolution)).eval(), torch.randn(shape)
 
 
 def lora(*ports: str, **options: Any) -> surgery.Method:
@@ -365,7 +314,29 @@ def test_convolutions_count_and_compute_as_in_peft(kind: str) -> None:
     torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"bias": True}, {"dropout": 0.5}])
+def test_an_update_across_groups_reads_all_channels_and_is_not_merged(tmp_path: Path) -> None:
+    model, x = pictures("groups")
+    base = copy.deepcopy(model)
+    sites = surgery.locate(model, x).convolution
+    with pytest.raises(surgery.MethodError, match=r"2 groups.*must divide the rank"):
+        surgery.splice(model, lora("output", across_groups=True), at=sites)
+    across = surgery.method("lora", rank=4, alpha=8.0, ports=("output",), across_groups=True)
+    report = surgery.splice(model, across, at=sites)
+    assert torch.equal(model(x), base(x))
+    randomised(model)
+    update: Any = model.get_submodule(report.inserted[0].path)
+    hidden = F.conv2d(x, update.a.weight, padding=1).chunk(2, 1)
+    halves = zip(hidden, update.b.chunk(2, 1), strict=True)
+    change = torch.cat([torch.einsum("bchw,co->bohw", h, b) for h, b in halves], 1)
+    torch.testing.assert_close(model.first(x), base.first(x) + 2.0 * change, rtol=0, atol=1e-5)
+    surgery.save(model, tmp_path)
+    again = surgery.load(copy.deepcopy(base), tmp_path, example_inputs=x)
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(surgery.SpliceError, match="LowRankAcrossGroups has no fold"):
+        surgery.merge(model)
+
+
+@pytest.mark.parametrize("option", [{"bias": True}, {"dropout": 0.5}, {"across_groups": True}])
 def test_a_convolution_has_every_option(option: dict[str, Any]) -> None:
     model, x = pictures("2d")
     base = model(x)

@@ -80,6 +80,7 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "lora_everywhere": lora(target_modules="all-linear", bias="all", lora_bias=True),
     "lora_patterns": lora(target_modules="all-linear", r=4, **PATTERNS),
     "lora_rs": lora(r=4, lora_alpha=7, use_rslora=True, bias="lora_only"),
+    "dora": lora(target_modules="all-linear", r=4, use_dora=True, bias="all", **PATTERNS),
     "lora_rows": lora(trainable_token_indices=[1, 5]),
     "lora_embedding": lambda name: lora(
         target_modules=[*QV.get(name, ["q_proj", "v_proj"]), EMBEDDING[name]], lora_dropout=0.1

@@ -22,7 +22,8 @@ from tests.support.peft_folders import BASE, CONFIG, Q, Tensors, folder, refused
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'. What has a place here: LORA"),
     ({"peft_type": ["LORA"]}, "peft_type is"),
-    ({"use_dora": True}, "use_dora=True: DoRA"),
+    ({"use_dora": True}, r"lacks the tensor .*lora_magnitude_vector.* of shape \(96,\)"),
+    ({"use_dora": 1}, "use_dora=1, where bool must stand"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' has changed the weights"),
     ({"r": 3}, r"lora_A.weight has the shape \(2, 32\), not \(3, 32\): r is 3, and"),
@@ -66,7 +67,7 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], None], str]] = [
     (given(A, torch.ones(2, 32, dtype=torch.int32)), "torch.int32"),
     (given(A.replace("c_attn", "q_proj"), torch.ones(2, 32)), "as transformer.h.0.attn.q_proj"),
     (given("transformer.x.weight", torch.ones(2)), "named without 'base_model.model.'"),
-    (given(f"{Q}.lora_magnitude_vector.weight", torch.ones(96)), "DoRA"),
+    (given(f"{Q}.lora_magnitude_vector.weight", torch.ones(96)), "does not say so"),
     (given(f"{Q}.lora_B.bias", torch.ones(96)), "although its config does not say so"),
     (given("base_model.model.transformer.wte.lora_embedding_A", torch.ones(2, 60)), "embedding_B"),
     (given("base_model.model.transformer.wte.lora_embedding_A", torch.ones(2, 9)), r"\(2, 60\)"),

@@ -18,7 +18,8 @@ from tests.support.peft_cases import CONFIGS, TASKS, adapted, base, lora, reload
 
 QUICK = [("gpt2", "lora_rs"), ("roberta", "lora_everywhere"), ("llama", "lora_patterns"),
          ("t5", "prompt"), ("mixtral", "prefix"), ("gpt2", "ia3"),
-         ("gpt2", "lora_embedding"), ("t5", "lora_rows")]  # fmt: skip
+         ("gpt2", "lora_embedding"), ("t5", "lora_rows"),
+         ("gpt2", "dora"), ("llama", "dora")]  # fmt: skip
 DISTANCES = [("t5", "prefix"), ("t5", "prefix_mlp")]
 NOT_REACHED = [("t5", "lora_embedding")]  # PEFT wraps T5's table at a path that no forward uses
 ALL = [(m, c) for m in TASKS for c in CONFIGS if (m, c) not in DISTANCES + NOT_REACHED]
@@ -65,32 +66,6 @@ def test_there_and_back(name: str, kind: str, tmp_path: Path) -> None:
     close(scores(in_hand, name), expected)
     assert not [m for m in in_hand.modules() if type(m).__module__.startswith("peft")]
     assert not hasattr(in_hand, "peft_config")
-
-
-def test_experts_have_no_place_and_are_named(tmp_path: Path) -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    adapted("mixtral", config).save_pretrained(tmp_path)
-    with pytest.raises(surgery.StoreError, match=r"experts.*3-D|target_parameters"):
-        surgery.load(base("mixtral"), tmp_path)
-
-
-def test_stacked_experts_are_refused_by_name_both_ways(tmp_path: Path) -> None:
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )  # fmt: skip
-    adapted("mixtral", config).save_pretrained(tmp_path / "theirs")
-    model = base("mixtral")
-    with pytest.raises(surgery.StoreError, match=r"target_parameters=.*3-D weights of experts"):
-        surgery.load(model, tmp_path / "theirs")
-    surgery.splice(
-        model, surgery.method("lora", rank=2, ports=("all",)), at=surgery.locate(model).experts
-    )
-    with pytest.raises(
-        surgery.SpliceError, match=r"experts.lora_up updates .*gate_up_proj, a stack"
-    ):
-        surgery.save(model, tmp_path / "ours", format="peft")
-    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize(("name", "table"), [("gpt2", "wpe"), ("roberta", "position_embeddings")])
@@ -143,10 +118,10 @@ def test_what_is_no_peft_model_or_is_merged_is_refused_and_stays() -> None:
 
 
 def test_what_has_no_place_leaves_the_peft_model_as_it_was() -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"])
+    config = peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     theirs = adapted("llama", config)
     expected = scores(theirs, "llama")
-    with pytest.raises(surgery.StoreError, match="use_dora=True"):
+    with pytest.raises(surgery.StoreError, match="peft_type is 'LOHA'"):
         surgery.from_peft(theirs)
     assert torch.equal(scores(theirs, "llama"), expected)
 

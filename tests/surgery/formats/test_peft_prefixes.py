@@ -14,7 +14,7 @@ import transformers as tr
 
 import surgery
 from tests.support.models import IDS, VOCABULARY
-from tests.support.peft_cases import bart, base, move, scores
+from tests.support.peft_cases import TOKENS, bart, base, move, scores
 from tests.support.splices import untouched
 
 
@@ -29,23 +29,108 @@ def with_prefix(model: Any, task: str = "SEQ_2_SEQ_LM", **options: Any) -> Any:
     return theirs
 
 
-def bloom() -> Any:
+def bloom(heads: int = 4) -> Any:
     torch.manual_seed(0)
-    config = tr.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **IDS)
+    sizes = {"hidden_size": 8 * heads, "n_layer": 2, "n_head": heads, "initializer_range": 0.2}
+    config = tr.BloomConfig(vocab_size=VOCABULARY, **sizes, **IDS)
     return tr.BloomForCausalLM(config).eval()
 
 
+def mpt() -> Any:
+    torch.manual_seed(0)
+    config = tr.MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, **IDS)
+    return tr.MptForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize(
-    ("make", "task"), [(lambda: base("t5"), "SEQ_2_SEQ_LM"), (bloom, "CAUSAL_LM")]
+    ("make", "task"), [(lambda: base("t5"), "SEQ_2_SEQ_LM"), (mpt, "CAUSAL_LM")]
 )
 def test_tokens_placed_by_distance_are_refused_by_name(
     make: Callable[[], Any], task: str, tmp_path: Path
 ) -> None:
-    with_prefix(make(), task).save_pretrained(tmp_path)
+    sizes = {"token_dim": 32, "num_layers": 2, "num_attention_heads": 4}  # unread in MPT's config
+    with_prefix(make(), task, **(sizes if make is mpt else {})).save_pretrained(tmp_path)
     model = make()
     with pytest.raises(surgery.StoreError, match="places tokens by their distances"):
         surgery.load(model, tmp_path)
     assert untouched(model)
+
+
+def test_what_t5_lacks_is_a_score_by_distance() -> None:
+    """The reason for the refusal: PEFT's T5 is a prefix whose keys get t_h(P + i - p), too."""
+    theirs = with_prefix(base("t5"))
+    expected, found = scores(theirs, "t5"), {}
+    table = theirs.get_prompt_embedding_to_save("default").reshape(3, 2, 2, 4, 8)
+    for by_distance in (True, False):
+        model = base("t5")
+        first = model.decoder.block[0].layer[0].SelfAttention
+        layers = surgery.locate(model).where(lambda s: s.causal and not s.cross)
+        report = surgery.splice(model, surgery.method("prefix", length=3), at=layers)
+
+        def bend(s: Any, own: Any = first) -> Any:
+            return s + own.compute_bias(3 + s.shape[2], 3 + s.shape[2])[:, :, 3:, :3]
+
+        for i in report.inserted:  # both layers have the place 0 in PEFT's table
+            module: Any = model.get_submodule(i.path)
+            with torch.no_grad():
+                for name, tensor in zip(("keys", "values"), table[:, 0].unbind(1), strict=True):
+                    getattr(module, name).copy_(tensor.transpose(0, 1))
+            if by_distance:
+                tokens = module.tokens
+                module.tokens = lambda tokens=tokens: {**tokens(), "scores": bend}
+        found[by_distance] = float((scores(model, "t5") - expected).abs().max())
+    assert found[True] < 1e-5
+    assert found[False] > 0.1
+
+
+@pytest.mark.parametrize("heads", [4, 6])  # 6 is no power of two, which BLOOM treats otherwise
+def test_bloom_equals_pefts_both_ways(heads: int, tmp_path: Path) -> None:
+    theirs = with_prefix(bloom(heads), "CAUSAL_LM")
+    expected = scores(theirs, "gpt2")
+    assert not torch.allclose(scores(bloom(heads), "gpt2"), expected, atol=1e-3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = surgery.load(bloom(heads), tmp_path / "theirs")
+    torch.testing.assert_close(scores(ours, "gpt2"), expected, rtol=1e-5, atol=2e-6)
+
+    surgery.save(ours, tmp_path / "ours", format="peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own
+        again = peft.PeftModel.from_pretrained(bloom(heads), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(scores(again, "gpt2"), expected, rtol=1e-5, atol=2e-6)
+    surgery.save(ours, tmp_path / "own")
+    own = surgery.load(bloom(heads), tmp_path / "own")
+    assert torch.equal(scores(own, "gpt2"), scores(ours, "gpt2"))
+    in_hand = surgery.from_peft(theirs)
+    torch.testing.assert_close(scores(in_hand, "gpt2"), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_bloom_generates_what_pefts_does(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = with_prefix(bloom(), "CAUSAL_LM")
+    theirs.save_pretrained(tmp_path)
+    ours = surgery.load(bloom(), tmp_path)
+    mask = torch.ones_like(TOKENS)
+    mask[1, :3] = 0
+    given = {"input_ids": TOKENS, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    given |= {"return_dict_in_generate": True, "output_logits": True, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, expected, found = (m.generate(**given) for m in (bloom(), theirs, ours))
+    assert torch.equal(found.sequences, expected.sequences)
+    for without, first, second in zip(plain.logits, expected.logits, found.logits, strict=True):
+        assert not torch.allclose(without, first, atol=1e-2)
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+
+
+def test_slopes_are_found_where_the_model_adds_them() -> None:
+    assert {site.slopes for site in surgery.locate(bloom())} == {(), (0.25, 2**-4, 2**-6, 2**-8)}
+    for model in (mpt(), base("t5"), base("llama"), base("gpt2")):  # MPT counts from the last key
+        assert {site.slopes for site in surgery.locate(model)} == {()}
+
+
+def test_a_shift_needs_places() -> None:
+    with pytest.raises(surgery.SiteError, match="shift=True: no module"):
+        surgery.splice(mpt(), surgery.method("prefix", length=3, shift=True))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ def adapters(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "use_rslora": draw(st.booleans()), "lora_bias": draw(st.booleans()),
         "target_modules": chosen, "bias": "none",
     }  # fmt: skip
+    if not config["lora_bias"]:  # PEFT has one or the other
+        config["use_dora"] = draw(st.booleans())
     found = {}
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     for path in chosen:
@@ -53,6 +55,7 @@ def adapters(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         d_in, d_out = SIZES[path.partition(".h.")[2][2:]]
         shapes = {"lora_A.weight": (rank, d_in), "lora_B.weight": (d_out, rank)}
         shapes |= {"lora_B.bias": (d_out,)} if config["lora_bias"] else {}
+        shapes |= {"lora_magnitude_vector": (d_out,)} if config.get("use_dora") else {}
         for part, shape in shapes.items():
             key = f"base_model.model.{path}.{part}"
             found[key] = torch.randn(shape, generator=generator)

@@ -23,6 +23,7 @@ from tests.support.vision import (
 
 METHODS = {
     "lora": surgery.method("lora", rank=2, ports="all"),
+    "dora": surgery.method("dora", rank=2, ports="all"),
     "ia3": surgery.method("ia3"),
     "bitfit": surgery.method("bitfit"),
     "inducer": surgery.method("inducer", key_rank=2, value_rank=2),
@@ -55,8 +56,8 @@ KINDS = [
     (make, name)
     for make in (Channels, Windows, Folded, Interleaved)
     for name in METHODS
-    # LoRA's A has the columns of the layer's own weight, in which the twin differs.
-    if (make, name) != (Interleaved, "lora")
+    # A of LoRA and DoRA has the columns of the layer's own weight, in which the twin differs.
+    if (make, name) not in ((Interleaved, "lora"), (Interleaved, "dora"))
 ]
 
 
