@@ -3,7 +3,7 @@
 from surgery_recipes.run.build import planned_methods
 from surgery_recipes.run.finetune import dry_run, evaluate, train
 from surgery_recipes.run.model_source import what_is_imported
-from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.run_folder import RunOptions, begun, finished, same_settings
 from surgery_recipes.run.trainer import training_arguments
 
@@ -14,6 +14,7 @@ __all__ = [
     "dry_run",
     "evaluate",
     "finished",
+    "main_score",
     "planned_methods",
     "prepare_run",
     "same_settings",

@@ -123,10 +123,14 @@ def grow_vocabulary(model: Any, size: int) -> None:
 def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
     """Splice methods in and freeze the base; without methods, leave the whole model trainable.
 
+    Of a recipe that is ``frozen`` nothing but a fresh head stays trainable.
+
     Raises:
         RecipeError: the model does not have the layers of an entry.
         SpliceError: a method does not suit the model.
     """
+    if prepared.recipe.frozen:
+        freeze_all_but_head(model)
     if not methods:
         return
     sites = surgery.locate(model)
@@ -151,7 +155,7 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze everything except the fresh head, for the baseline."""
+    """Freeze everything except the fresh head, for a base that is not trained."""
     fresh = fresh_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in fresh)

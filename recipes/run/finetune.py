@@ -39,7 +39,7 @@ from surgery_recipes.run.build import (
     try_out,
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
-from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.results import Row
 from surgery_recipes.run.run_folder import (
     RunOptions,
@@ -49,6 +49,8 @@ from surgery_recipes.run.run_folder import (
     write_trained,
 )
 from surgery_recipes.run.trainer import make_trainer, training_arguments
+
+HEAD_ALONE = "frozen base, new head"
 
 
 def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> list[Row]:
@@ -86,9 +88,11 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
     console.print(Text(f"{recipe.model}: {sizes}"))
     rows = []
     if recipe.baseline:
-        console.rule("frozen base, new head")
+        console.rule(HEAD_ALONE)
         rows.append(_baseline(prepared, made, console))
     what = " + ".join(entry["method"] for entry in recipe.splice) or "fine-tuning"
+    if recipe.frozen:
+        what = HEAD_ALONE if trainable(model) else "untouched base"
     console.rule(Text(what))
     if methods:
         console.print(surgery.summary(model), highlight=False)
@@ -158,14 +162,17 @@ def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
         base = load_base(prepared, made.seed)
         model = surgery.load(base, folder / "adapter", keep=prepared.recipe.keep)
     else:
-        model = load_base(prepared, made.seed, str(folder / "model"))
+        whole = folder / "model"  # not there if nothing was trained
+        model = load_base(prepared, made.seed, str(whole) if whole.is_dir() else "")
+        if prepared.recipe.frozen:
+            freeze_all_but_head(model)
     return model.to(made.device)
 
 
 def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:
     model = load_base(prepared, made.seed)
     freeze_all_but_head(model)
-    trained = _fit("frozen base, new head", model, prepared, made, console, None, None)
+    trained = _fit(HEAD_ALONE, model, prepared, made, console, None, None)
     return _score(trained, model, prepared, made, console, None)
 
 
@@ -186,8 +193,10 @@ def _fit(
     if checkpoint is None and fits_to_data(model):
         surgery.fit(model, trainer.get_train_dataloader())
         set_seed(made.seed)
+    learns = trainable(model) > 0
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if learns:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         if folder is not None and made.process_index == 0:
             where = _keep(model, prepared, folder)
@@ -202,12 +211,13 @@ def _fit(
         "percent": 100.0 if whole else counts.percent,
         "stored": 100.0 if whole else 100 * counts.stored / counts.base,
         "trainable": trainable(model),
-        "seconds": trainer.seconds,
+        "seconds": trainer.seconds if learns else 0.0,
         "peak_mib": results.peak_mib(),
         "losses": [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e],
     }
     if folder is not None and made.process_index == 0:
-        _keep(model, prepared, folder)
+        if learns:
+            _keep(model, prepared, folder)
         write_trained(folder, trained)
     return trained
 
@@ -234,7 +244,7 @@ def _score(
     examples, given = map(list, zip(*scored, strict=True))
     return Row(
         **trained,
-        score=scores[prepared.task.metric],
+        score=scores[main_score(prepared.recipe, scores)],
         scores=scores,
         by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os.path
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,8 @@ class Prepared:
     @property
     def scored(self) -> list[str]:
         """The splits that are scored at the end."""
+        if self.recipe.validate_only:
+            return ["validation"]
         return [name for name in self.examples if name not in FITTED]
 
 
@@ -91,6 +93,8 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
     new = [token for token in task.tokens if token not in before]
     with _told(recipe.task):
         examples = _limited(task.splits(), recipe.limit)
+        if recipe.validate_only:
+            examples = _fitted(task, examples)
         features = {
             name: [task.encode(example, tokenizer) for example in examples[name]]
             for name in FITTED
@@ -99,9 +103,9 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         prompts = {
             name: [task.prompt(example, tokenizer) for example in examples[name]]
             for name in examples
-            if name not in FITTED
+            if name not in FITTED or (recipe.validate_only and name == "validation")
         }
-    if task.kind == "classifier":
+    if task.kind == "classifier" and not recipe.validate_only:
         _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
         _check_room(rows, name, config, task, 0)
@@ -113,6 +117,17 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
     )
     ids = tuple(tokenizer.convert_tokens_to_ids(new))
     return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
+
+
+def main_score(recipe: Recipe, scores: Mapping[str, Any]) -> str:
+    """The name of the score that a run is judged by: the task's, or one that validation has.
+
+    Validation may lack the task's main score, as MNLI's has no mismatched examples. Then it is
+    ``training.metric_for_best_model``, or else the first score.
+    """
+    best = str(recipe.training.get("metric_for_best_model", "")).removeprefix("eval_")
+    names = (surgery.tasks()[recipe.task].metric, best)
+    return next((name for name in names if name in scores), next(iter(scores)))
 
 
 @contextmanager
@@ -177,6 +192,16 @@ def _adds_segments(config: Any) -> bool:
     """Whether the model looks ``token_type_ids`` up in its token embedding, as GPT-2 does."""
     forward = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward)
     return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
+
+
+def _fitted(task: surgery.Task, splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The splits of a run that only validates: nothing that is tested on."""
+    if "validation" not in splits:
+        raise RecipeError(
+            f"task {task.name!r} has no validation split, so nothing can be chosen on it. Hold "
+            f"examples out, or choose by hand. Splits: {', '.join(splits)}."
+        )
+    return {name: splits[name] for name in FITTED}
 
 
 def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[str, list[Example]]:
