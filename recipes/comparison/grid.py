@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import RecipeError, suggest
+from surgery_recipes.comparison.sweep_plan import Budget, Sweep, read_budget, read_sweep
 from surgery_recipes.recipe_files import (
     Recipe,
     find_recipe,
@@ -38,6 +39,23 @@ from surgery_recipes.run import (
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What was chosen for one recipe, in place of its own settings.
+
+    Attributes:
+        rate: the learning rate; None if it was not searched.
+        edge: whether the rate is the first or last of those that were tried.
+        size: the options that set its size, as text.
+        set: the ``key=value`` overrides that this makes.
+    """
+
+    rate: float | None = None
+    edge: bool = False
+    size: str = ""
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Grid:
     """What to run and what to show of it.
 
@@ -53,6 +71,9 @@ class Grid:
         given: overrides from the command line, which win over the others.
         baseline: the row that the others are tested against.
         paper: for each row, ``TASK.SCORE: number``, to show beside ours.
+        sweep: how ``surgery compare --sweep`` chooses a learning rate for each row.
+        budget: how many parameters each row may have; its size is chosen so.
+        chosen: by ``TASK/ROW``, the rate and sizes that were chosen. A file does not set it.
     """
 
     title: str
@@ -68,16 +89,29 @@ class Grid:
     given: list[str] = field(default_factory=list)
     baseline: str = ""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    sweep: Sweep | None = None
+    budget: Budget | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: a recipe, a seed and the folder of the run."""
+    """One run of a grid.
+
+    Attributes:
+        task, row: which recipe.
+        seed: the seed of the run.
+        folder: where the run writes.
+        set: overrides of this run alone, which win over all others.
+        steps: how much the run counts in a bar of progress.
+    """
 
     task: str
     row: str
     seed: int
     folder: Path
+    set: tuple[str, ...] = ()
+    steps: int = 1
 
     def __str__(self) -> str:
         return f"{self.task}/{self.row} {self.seed}"
@@ -100,17 +134,22 @@ def read_grid(path: str | Path) -> Grid:
     """
     file = find_table(str(path))
     content = read_extended(file)
-    known = {f.name: f for f in dataclasses.fields(Grid) if f.name != "given"}
+    known = {f.name: f for f in dataclasses.fields(Grid) if f.name not in ("given", "chosen")}
     for key, value in content.items():
         if key not in known:
             raise RecipeError(
                 f"{path}: unknown key {shown(key)}. {suggest(str(key), known)}"
                 f"Keys: {', '.join(known)}."
             )
-        _check_type(f"{path}: {key}", value, str(known[key].type))
+        if key not in ("sweep", "budget"):
+            _check_type(f"{path}: {key}", value, str(known[key].type))
     for key in ("title", "tasks", "rows", "scores"):
         if not content.get(key):
             raise RecipeError(f"{path}: the key {key!r} is missing or empty.")
+    if "budget" in content:
+        content["budget"] = read_budget(f"{path}: budget", content["budget"])
+    if "sweep" in content:
+        content["sweep"] = read_sweep(f"{path}: sweep", content["sweep"], content["rows"])
     grid = Grid(**content)
     recipes = shipped_recipes()
     names = {name.split("/")[-1] for name in recipes}
@@ -179,7 +218,9 @@ def cells(grid: Grid) -> list[Cell]:
 def settings(grid: Grid, cell: Cell) -> list[str]:
     """The overrides of one run, of which later ones win."""
     own = [*grid.set, *grid.task_set.get(cell.task, []), *grid.row_set.get(cell.row, [])]
-    return [*own, *grid.given, f"training.seed={cell.seed}", f"output={cell.folder}"]
+    chosen = grid.chosen.get(f"{cell.task}/{cell.row}", Choice()).set
+    own += [*grid.given, *chosen, *cell.set]
+    return [*own, f"training.seed={cell.seed}", f"output={cell.folder}"]
 
 
 def recipe_of(grid: Grid, cell: Cell) -> Recipe:
@@ -208,9 +249,11 @@ def check(grid: Grid, everything: list[Cell], trust: bool = False) -> None:
             continue
         planned_methods(recipe)
         training_arguments(recipe)
-        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit))
+        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit, recipe.validate_only))
         if same not in tried:
-            _check_scores(grid, cell.task, prepare_run(recipe, trust))
+            prepared = prepare_run(recipe, trust)
+            if not recipe.validate_only:
+                _check_scores(grid, cell.task, prepared)
             tried.add(same)
 
 
