@@ -191,6 +191,7 @@ class LoRA(surgery.Method):
     """
 
     name = "lora"
+    size = ("rank",)
 
     rank: int = 8
     alpha: float = 16.0

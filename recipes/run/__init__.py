@@ -1,6 +1,7 @@
 """One run of a recipe: read its data, build its model, train, score, and write the run folder."""
 
 from surgery_recipes.run.build import planned_methods
+from surgery_recipes.run.counting import Counter
 from surgery_recipes.run.finetune import dry_run, evaluate, train
 from surgery_recipes.run.model_source import what_is_imported
 from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
@@ -8,6 +9,7 @@ from surgery_recipes.run.run_folder import RunOptions, begun, finished, same_set
 from surgery_recipes.run.trainer import training_arguments
 
 __all__ = [
+    "Counter",
     "Prepared",
     "RunOptions",
     "begun",

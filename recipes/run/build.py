@@ -133,7 +133,22 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
         freeze_all_but_head(model)
     if not methods:
         return
-    sites = surgery.locate(model)
+    insert(model, methods)
+    recipe = prepared.recipe
+    surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
+    if prepared.new:
+        for name in embedding_names(model):
+            surgery.train_rows(model, name, prepared.new)
+
+
+def insert(model: Any, methods: Plan) -> list[str]:
+    """Splice methods in where their entries say; return the names of the splices.
+
+    Raises:
+        RecipeError: the model does not have the layers of an entry.
+        SpliceError: a method does not suit the model.
+    """
+    sites, names = surgery.locate(model), []
     for index, (method, entry) in enumerate(methods):
         chosen = getattr(sites, entry["at"]) if entry.get("at") else sites
         if "layers" in entry:
@@ -147,11 +162,8 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
             chosen = chosen.layers(first, end)
         name = "default" if index == 0 else f"step{index + 1}"
         surgery.splice(model, method, at=chosen, name=name)
-    recipe = prepared.recipe
-    surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
-    if prepared.new:
-        for name in embedding_names(model):
-            surgery.train_rows(model, name, prepared.new)
+        names.append(name)
+    return names
 
 
 def freeze_all_but_head(model: nn.Module) -> None:

@@ -68,29 +68,15 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         RecipeError: the model is of the wrong kind or not trusted, data are missing, or an
             example is too long.
     """
-    with _told(recipe.task):
-        task = _task(recipe)
+    task = task_of(recipe)
     if recipe.baseline and task.kind != "classifier":
         raise RecipeError(
             f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
             "baseline out."
         )
     source = model_path(recipe.model, trust)
-    config = _config(source, task)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model {shown(source)} has no tokenizer that loads: {reason(error)}"
-        ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"model {shown(source)}: its tokenizer has neither a padding nor an end token. "
-            "Set one in its tokenizer_config.json."
-        )
-    before = set(tokenizer.get_vocab())
-    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
-    new = [token for token in task.tokens if token not in before]
+    config = config_of(source, task)
+    tokenizer, ids = tokenizer_of(source, task)
     with _told(recipe.task):
         examples = _limited(task.splits(), recipe.limit)
         if recipe.validate_only:
@@ -115,7 +101,6 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         _longest([row for rows in features.values() for row in rows]),
         _longest([row for rows in prompts.values() for row in rows]),
     )
-    ids = tuple(tokenizer.convert_tokens_to_ids(new))
     return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
 
 
@@ -141,8 +126,36 @@ def _told(task: str) -> Iterator[None]:
         raise RecipeError(f"task {shown(task)} fails: {reason(error)}") from error
 
 
-def _task(recipe: Recipe) -> surgery.Task:
+def tokenizer_of(source: str, task: surgery.Task) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of the base with the tokens of the task, and the ids of those it had not.
+
+    Raises:
+        RecipeError: it does not load, or has neither a padding nor an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"model {shown(source)} has no tokenizer that loads: {reason(error)}"
+        ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"model {shown(source)}: its tokenizer has neither a padding nor an end token. "
+            "Set one in its tokenizer_config.json."
+        )
+    before = set(tokenizer.get_vocab())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
+    new = [token for token in task.tokens if token not in before]
+    return tokenizer, tuple(tokenizer.convert_tokens_to_ids(new))
+
+
+def task_of(recipe: Recipe) -> surgery.Task:
     """The task of a recipe; an option whose default is a text must be a text."""
+    with _told(recipe.task):
+        return _task(recipe)
+
+
+def _task(recipe: Recipe) -> surgery.Task:
     cls = surgery.tasks().get(recipe.task)
     for option in dataclasses.fields(cls) if cls else ():
         given = recipe.data.get(option.name, option.default)
@@ -151,7 +164,7 @@ def _task(recipe: Recipe) -> surgery.Task:
     return surgery.task(recipe.task, **recipe.data)
 
 
-def _config(source: str, task: surgery.Task) -> Any:
+def config_of(source: str, task: surgery.Task) -> Any:
     """The configuration of the base.
 
     Raises:
