@@ -4,7 +4,8 @@ A method names the options that set its size (``Method.size``). A row may have s
 ranks of a preset. They grow one step at a time, in the proportions that its recipe has: the next
 step goes to the option with the greatest ``recipe's value / (2 value + 1)`` (the divisor method of
 Sainte-Laguë). So each step adds parameters, and the largest number of steps within the budget is
-found by a search over whole numbers. With one option, the count is the nearest not above the budget.
+found by a search over whole numbers. Then each option is raised alone while that stays within the
+budget. At the end no option can be raised; with one option, the count is the nearest not above.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import heapq
 import json
 from collections.abc import Callable
 from pathlib import Path
-
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,6 +54,7 @@ def within_budget(grid: Grid, console: Console, trust: bool = False) -> Grid:
                     size=", ".join(f"{option}={value}" for (_, option), value in made.items()),
                     set=(f"splice={json.dumps(sized(recipe, made).splice)}",),
                 )
+    counts.keep()
     return dataclasses.replace(grid, chosen=chosen)
 
 
@@ -92,12 +93,13 @@ def solve(grid: Grid, recipe: Recipe, counts: Counts, name: str) -> dict[Option,
             f"budget: {name} has {least:,} parameters ({of}) whatever {smallest} is raised to. Its "
             "size is set elsewhere: leave the row out."
         )
-    return apportion(own, largest_within(count, len(own), least, limit))
+    sizes = apportion(own, largest_within(count, len(own), least, limit))
+    return (
+        sizes if len(own) == 1 else filled(sizes, lambda s: counts.of(sized(recipe, s), of), limit)
+    )
 
 
-def largest_within(
-    count: Callable[[int], int | None], low: int, at_low: int, limit: float
-) -> int:
+def largest_within(count: Callable[[int], int | None], low: int, at_low: int, limit: float) -> int:
     """The largest n with ``count(n) <= limit``, for a count that grows with n from ``low`` on.
 
     Counts of most methods are lines in n, so the next n to try is where a line through the last
@@ -125,6 +127,23 @@ def largest_within(
         else:
             high = n
     return low
+
+
+def filled(
+    sizes: dict[Option, int], count: Callable[[dict[Option, int]], int], limit: float
+) -> dict[Option, int]:
+    """Raise options one by one for as long as the count stays within the limit."""
+    growing = list(sizes)
+    while growing:
+        more = {**sizes, growing[0]: sizes[growing[0]] + 1}
+        try:
+            fits = count(more) <= limit
+        except SurgeryError:
+            fits = False
+        if fits:
+            sizes = more
+        growing = [*growing[1:], growing[0]] if fits else growing[1:]
+    return sizes
 
 
 def options(recipe: Recipe) -> dict[Option, int]:

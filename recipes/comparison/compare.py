@@ -15,13 +15,12 @@ from rich.text import Text
 
 from surgery import RecipeError
 from surgery_recipes.comparison import search, sweep_report, tables
+from surgery_recipes.comparison.budgets import within_budget
 from surgery_recipes.comparison.grid import Cell, Grid, cells, check
 from surgery_recipes.comparison.workers import Workers
 
 
-def run_grid(
-    grid: Grid, console: Console, trust: bool = False, sweep: bool = False
-) -> list[Cell]:
+def run_grid(grid: Grid, console: Console, trust: bool = False, sweep: bool = False) -> list[Cell]:
     """Run what is not finished, then write the tables.
 
     Args:
@@ -39,6 +38,8 @@ def run_grid(
     everything = cells(grid)
     if grid.baseline and len(grid.seeds) > 1 and importlib.util.find_spec("scipy") is None:
         raise RecipeError("significance over seeds needs scipy. pip install 'surgery[recipes]'")
+    if grid.budget is not None:
+        grid = within_budget(grid, console, trust)
     lost: list[Cell] = []
     if sweep:
         search.check_sweep(grid, trust)

@@ -1,8 +1,8 @@
 """Read ``sweep`` and ``budget`` of a grid: how learning rates and sizes of its rows are chosen.
 
-    sweep: {rates: [1e-4, 1e-3, 1e-2], steps: 100, seeds: [1], halving: 2}
-    sweep: {low: 1e-5, high: 1e-1, points: 9, steps: 100, set: [limit.validation=200]}
-    budget: 0.5 % stored
+sweep: {rates: [1e-4, 1e-3, 1e-2], steps: 100, seeds: [1], halving: 2}
+sweep: {low: 1e-5, high: 1e-1, points: 9, steps: 100, set: [limit.validation=200]}
+budget: 0.5 % stored
 """
 
 from __future__ import annotations

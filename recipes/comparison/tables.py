@@ -12,9 +12,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from surgery_recipes.comparison import plots
+from surgery_recipes.comparison import choices, plots
 from surgery_recipes.comparison.finished_runs import SIGNIFICANT, Line, mark_better, read_runs
-from surgery_recipes.comparison.grid import Cell, Grid
+from surgery_recipes.comparison.grid import Cell, Choice, Grid
+
+PICTURES = {
+    "parameters.png": "quality against parameters",
+    "length.png": "quality against input length",
+    "sweep.png": "validation against learning rate",
+}
 
 
 def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
@@ -27,7 +33,9 @@ def write(grid: Grid, cells: Sequence[Cell]) -> Table | None:
     notes = _notes(grid, cells, lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(_markdown(grid.title, head, rows, notes))
-    (folder / "table.html").write_text(_html(grid.title, head, rows, notes))
+    swept = any(choice.rate for choice in grid.chosen.values())
+    pictures = [name for name in PICTURES if name != "sweep.png" or swept]
+    (folder / "table.html").write_text(_html(grid.title, head, rows, notes, pictures))
     with (folder / "table.csv").open("w", newline="") as file:
         csv.writer(file).writerows(_for_programs(grid, lines))
     plots.by_parameters(grid, lines, folder / "parameters.png")
@@ -45,6 +53,7 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
     named = len(grid.tasks) > 1
     head = ["row", "% inserted", "% stored", "trainable", "minutes", "peak MiB"]
+    head += choices.columns(grid)
     for task, name in wanted:
         head += [f"{task} {name}" if named else name]
         if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
@@ -58,7 +67,7 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
         minutes = " + ".join(f"{statistics.mean(line.seconds) / 60:.1f}" for line in own.values())
         peak = max(line.peak_mib for line in own.values())
         cells = [row, f"{first.percent:.2f}", f"{first.stored:.2f}", f"{first.trainable:,}"]
-        cells += [minutes, f"{peak:.0f}" if peak else ""]
+        cells += [minutes, f"{peak:.0f}" if peak else "", *choices.cells_of(grid, row, list(own))]
         for task, name in wanted:
             values = own[task].scores.get(name, []) if task in own else []
             mark = "*" if values and own[task].better.get(name) else ""
@@ -74,13 +83,15 @@ def _for_programs(grid: Grid, lines: list[Line]) -> list[list[Any]]:
     """The rows of the CSV file: one number in each cell, one line for each task and row."""
     wanted = list(dict.fromkeys(name for task in grid.tasks for name in grid.scores[task]))
     head: list[Any] = ["task", "row", "runs", "inserted_percent", "stored_percent", "trainable"]
-    head += ["minutes", "peak_mib"]
+    head += ["minutes", "peak_mib", "learning_rate", "at_edge", "size"]
     head += [f"{name}_{what}" for name in wanted for what in ("mean", "std", "paper")]
     made = [head]
     for line in lines:
         paper = grid.paper.get(line.row, {})
         cells: list[Any] = [line.task, line.row, len(line.seconds), line.percent, line.stored]
         cells += [line.trainable, statistics.mean(line.seconds) / 60, line.peak_mib]
+        chosen = grid.chosen.get(f"{line.task}/{line.row}", Choice())
+        cells += [chosen.rate or "", int(chosen.edge) if chosen.rate else "", chosen.size]
         for name in wanted:
             values = line.scores.get(name, [])
             cells.append(statistics.mean(values) if values else "")
@@ -117,6 +128,7 @@ def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str
                 why = own[0].notes.get(name.partition("_")[0], "the task does not give it")
                 notes.append(f"No {task} {name}: {why}.")
         notes += [f"{task} {name}: {note}" for name, note in (own[0].notes if own else {}).items()]
+    notes += choices.notes(grid, cells)
     special = {"all": grid.set, **grid.task_set, **grid.row_set, "command line": grid.given}
     changed = [f"{name}: {' '.join(texts)}" for name, texts in special.items() if texts]
     if changed:
@@ -131,7 +143,9 @@ def _markdown(title: str, head: list[str], rows: list[list[str]], notes: list[st
     return "\n".join([f"# {title}", "", *lines, "", *(f"{note}\n" for note in notes)])
 
 
-def _html(title: str, head: list[str], rows: list[list[str]], notes: list[str]) -> str:
+def _html(
+    title: str, head: list[str], rows: list[list[str]], notes: list[str], pictures: list[str]
+) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
@@ -142,6 +156,6 @@ def _html(title: str, head: list[str], rows: list[list[str]], notes: list[str]) 
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{style}</style><h1>{title}</h1><table>{''.join(body)}</table>{below}"
-        '<img src="parameters.png" alt="quality against parameters">'
-        '<img src="length.png" alt="quality against input length"></html>\n'
+        + "".join(f'<img src="{name}" alt="{PICTURES[name]}">' for name in pictures)
+        + "</html>\n"
     )

@@ -141,14 +141,16 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
             surgery.train_rows(model, name, prepared.new)
 
 
-def insert(model: Any, methods: Plan) -> list[str]:
-    """Splice methods in where their entries say; return the names of the splices.
+def insert(model: Any, methods: Plan, sites: surgery.Sites | None = None) -> None:
+    """Splice methods in where their entries say, and freeze nothing.
+
+    ``sites`` are those of the model, if they are known already.
 
     Raises:
         RecipeError: the model does not have the layers of an entry.
         SpliceError: a method does not suit the model.
     """
-    sites, names = surgery.locate(model), []
+    sites = surgery.locate(model) if sites is None else sites
     for index, (method, entry) in enumerate(methods):
         chosen = getattr(sites, entry["at"]) if entry.get("at") else sites
         if "layers" in entry:
@@ -162,8 +164,6 @@ def insert(model: Any, methods: Plan) -> list[str]:
             chosen = chosen.layers(first, end)
         name = "default" if index == 0 else f"step{index + 1}"
         surgery.splice(model, method, at=chosen, name=name)
-        names.append(name)
-    return names
 
 
 def freeze_all_but_head(model: nn.Module) -> None:

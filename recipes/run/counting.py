@@ -52,8 +52,9 @@ class Counter:
         config_of(source, task)
         tokenizer, ids = tokenizer_of(source, task)
         self.prepared = Prepared(recipe, task, source, tokenizer, ids, {}, {}, ([], []))
-        self.sketch = _without_weights(self.prepared)
-        self.whole: Any = None
+        self.model = _without_weights(self.prepared)
+        self.sites: Any = None
+        self.whole = False
 
     def count(self, recipe: Recipe) -> Counts:
         """The counts of a recipe.
@@ -62,22 +63,25 @@ class Counter:
             SurgeryError: a method refuses its options, or does not suit the model.
         """
         methods = planned_methods(recipe)
-        if self.whole is None:
+        if not self.whole:
             try:
-                return _counted(self.sketch, methods)
+                return self._counted(methods)
             except SurgeryError:
-                self.whole = load_base(self.prepared, 0)
-        return _counted(self.whole, methods)
+                self.model = load_base(self.prepared, 0)
+                self.sites, self.whole = None, True
+        return self._counted(methods)
 
-
-def _counted(model: Any, methods: Any) -> Counts:
-    names = insert(model, methods) if methods else []
-    try:
-        found = surgery.summary(model)
-    finally:
-        for name in reversed(names):
-            surgery.remove(model, name)
-    return Counts(found.base, found.inserted, found.stored)
+    def _counted(self, methods: Any) -> Counts:
+        if methods and self.sites is None:
+            self.sites = surgery.locate(self.model)
+        try:
+            if methods:
+                insert(self.model, methods, self.sites)
+            found = surgery.summary(self.model)
+            return Counts(found.base, found.inserted, found.stored)
+        finally:  # the second method of a row may have been refused
+            for report in reversed(surgery.summary(self.model).reports):
+                surgery.remove(self.model, report.name)
 
 
 def _without_weights(prepared: Prepared) -> Any:

@@ -80,6 +80,9 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="number of seeds; 0 means the seeds of the grid")] = 0,
     output: Annotated[str, typer.Option(help="folder to write to, instead of the grid's")] = "",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="choose each row's learning rate on validation first")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Run the unfinished recipes of a table, and write tables and plots."""
@@ -98,7 +101,7 @@ def compare(
         plan = dataclasses.replace(plan, output=output)
     trust = _trusted(models(plan), trust)
     try:
-        failed = run_grid(plan, console, trust)
+        failed = run_grid(plan, console, trust, sweep)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to continue")
         raise
