@@ -15,7 +15,7 @@ from typing import Any
 from surgery import RecipeError
 
 JOURNAL = "optuna.log"
-BOUNDS = (1e-12, 1e3)  # of the axis of rates: the same in every study, whatever is tried
+BOUNDS = (0.0, 1e300)  # of the axis of rates: the same in every study, whatever is tried
 SEEDS = 2**62
 Point = tuple[float, int]
 
