@@ -10,6 +10,7 @@ budget. At the end no option can be raised; with one option, the count is the ne
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import json
@@ -94,9 +95,9 @@ def solve(grid: Grid, recipe: Recipe, counts: Counts, name: str) -> dict[Option,
             "size is set elsewhere: leave the row out."
         )
     sizes = apportion(own, largest_within(count, len(own), least, limit))
-    return (
-        sizes if len(own) == 1 else filled(sizes, lambda s: counts.of(sized(recipe, s), of), limit)
-    )
+    if len(own) == 1:
+        return sizes
+    return filled(sizes, lambda each: counts.of(sized(recipe, each), of), limit)
 
 
 def largest_within(count: Callable[[int], int | None], low: int, at_low: int, limit: float) -> int:
@@ -195,10 +196,8 @@ class Counts:
         self.file, self.trust = file, trust
         self.counters: dict[str, Counter] = {}
         self.known: dict[str, list[int]] = {}
-        try:
+        with contextlib.suppress(OSError, ValueError):  # then all is counted anew
             self.known = json.loads(file.read_bytes())
-        except (OSError, ValueError):
-            pass  # counted anew
 
     def base(self, recipe: Recipe) -> int:
         """The parameters of the base of a recipe."""

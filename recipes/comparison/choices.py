@@ -1,4 +1,4 @@
-"""Show in the tables what was chosen for each row: its learning rate, and the options of its size."""
+"""Show in the tables what was chosen for each row: its learning rate and its size."""
 
 from __future__ import annotations
 

@@ -121,8 +121,8 @@ def read_sweep(where: str, given: Any, names: list[str]) -> Sweep:
         rows[row] = _rates(f"{where} of {row}", each if isinstance(each, dict) else {"rates": each})
         if len(rows[row]) != len(rates):
             raise RecipeError(
-                f"{where}: {row} has {len(rows[row])} rates, the other rows {len(rates)}. Every row "
-                "gets the same budget: name as many."
+                f"{where}: {row} has {len(rows[row])} rates, the other rows {len(rates)}. Every "
+                "row gets the same budget: name as many."
             )
     texts = given.get("set", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -141,7 +141,8 @@ def read_sweep(where: str, given: Any, names: list[str]) -> Sweep:
     if made.rounds[0][1] < 1:
         raise RecipeError(
             f"{where}: steps={steps} is too few for {len(made.rounds)} rounds with halving="
-            f"{halving}: the first would have none. Take {halving ** (len(made.rounds) - 1)} or more."
+            f"{halving}: the first would have none. Take {halving ** (len(made.rounds) - 1)} or "
+            "more."
         )
     return made
 

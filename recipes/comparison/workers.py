@@ -64,7 +64,7 @@ class Workers:
         self.progress.stop()
 
     def skip(self, done: Sequence[Cell]) -> None:
-        """Leave cells out of the count that were run before, so that they do not bend the estimate."""
+        """Leave cells out of the count that were run before: they take no time."""
         self.total -= sum(cell.steps for cell in done)
         self.progress.update(self.bar, total=self.total)
 

@@ -1,4 +1,4 @@
-"""A sweep chooses each row's rate on validation, with one budget, and goes on where it was killed."""
+"""A sweep chooses rates on validation, with one budget for all rows, and can be resumed."""
 
 from __future__ import annotations
 
