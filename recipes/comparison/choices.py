@@ -50,7 +50,9 @@ def notes(grid: Grid, cells: Sequence[Cell]) -> list[str]:
                     f"The best rate of {name}, {choice.rate:g}, is at the edge of its range, "
                     f"{tried[0]:g} to {tried[-1]:g}: a better one may lie outside. Widen the range."
                 )
-    first = {f"{cell.task}/{cell.row}": cell for cell in reversed(cells)}
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(f"{cell.task}/{cell.row}", cell)
     if grid.budget is not None:
         said.append(
             f"Budget: {grid.budget} of the base's parameters. Sizes: the nearest not above it, in "
@@ -62,7 +64,7 @@ def notes(grid: Grid, cells: Sequence[Cell]) -> list[str]:
         )  # fmt: skip
         if free:
             said.append(f"Outside the budget, as no option sets their size: {', '.join(free)}.")
-    for name, cell in reversed(first.items()):
+    for name, cell in first.items():
         recipe = recipe_of(grid, cell)
         if recipe.frozen:
             what = "the new head alone is trained" if learns(recipe) else "nothing is trained"

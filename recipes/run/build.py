@@ -197,8 +197,26 @@ def try_out(model: Any, prepared: Prepared) -> float:
     Raises:
         RecipeError: the model fails on them, or the loss is not finite.
     """
+    loss = loss_of_longest(model, prepared)
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss of the longest examples is {loss}, not a finite number. The weights of the "
+            "base may be damaged. Download the base again."
+        )
+    return loss
+
+
+def loss_of_longest(model: Any, prepared: Prepared) -> float:
+    """The loss of the longest examples, which is not finite if training has diverged.
+
+    Raises:
+        RecipeError: the model fails on them.
+    """
     collate = Collator(pad_id(prepared.tokenizer))
-    examples, prompts = (collate(features) for features in prepared.longest)
+    examples, prompts = (
+        {name: tensor.to(model.device) for name, tensor in collate(features).items()}
+        for features in prepared.longest
+    )
     model.eval()
     try:
         with torch.no_grad():
@@ -212,9 +230,4 @@ def try_out(model: Any, prepared: Prepared) -> float:
         ) from error
     finally:
         model.train()
-    if not math.isfinite(loss):
-        raise RecipeError(
-            f"the loss of the longest examples is {loss}, not a finite number. The weights of the "
-            "base may be damaged. Download the base again."
-        )
     return loss

@@ -16,6 +16,7 @@ first one writes.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from surgery_recipes.run.build import (
     fits_to_data,
     freeze_all_but_head,
     load_base,
+    loss_of_longest,
     planned_methods,
     splice,
     trainable,
@@ -238,6 +240,8 @@ def _score(
             said = f"\ninterrupted: training is over, --resume scores it; see {folder}"
             console.print(Text(said))
         raise
+    if prepared.recipe.validate_only and not math.isfinite(loss_of_longest(model, prepared)):
+        scores = dict.fromkeys(scores, math.nan)  # argmax of NaN is a class like any other
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]

@@ -1,4 +1,4 @@
-"""A budget of parameters is solved for the sizes of rows: the nearest count that is not above it."""
+"""A budget of parameters is solved for the sizes of rows: the nearest count not above it."""
 
 from __future__ import annotations
 
@@ -185,5 +185,5 @@ def test_a_budget_is_read(text: str, made: Budget) -> None:
 def test_a_budget_that_is_none_says_how_to_write_one(text: Any, tmp_path: Path) -> None:
     lines = {"title": "a", "tasks": ["sst2"], "rows": ["lora"], "scores": {"sst2": ["accuracy"]}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**lines, "budget": text}))
-    with pytest.raises(RecipeError, match="such as 0.5 % or 0.5 % stored"):
+    with pytest.raises(RecipeError, match=r"such as 0.5 % or 0.5 % stored"):
         read_grid(tmp_path / "grid.yaml")
