@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from matplotlib import pyplot as plt
+from typer.testing import CliRunner
 
+from surgery.cli import app
 from surgery.errors import RecipeError
 from surgery_recipes.comparison import compare, search, sweep_report
 from surgery_recipes.comparison.grid import Grid
@@ -205,6 +208,30 @@ def test_all_rows_have_as_many_trials_and_steps(root: Path, tmp_path: Path) -> N
 def test_a_base_of_which_nothing_is_trained_has_no_rate(root: Path, tmp_path: Path) -> None:
     made = small(root, tmp_path, "webnlg", scores={"webnlg": ["bleu"]})
     assert swept(made) == [("webnlg", "lora")]
+
+
+def test_the_command_line_sweeps(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose rates are its own, named in the file of the table."""
+    own = small(root, tmp_path).given
+    table = {
+        "title": "A table", "tasks": ["sst2"], "rows": ["lora"], "scores": {"sst2": ["accuracy"]},
+        "sweep": {"rates": [1, 2], "steps": 1, "rows": {"lora": [1e-3, 1e-2]}},
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(table))
+    ran = in_process(monkeypatch)
+    words = ["compare", str(tmp_path / "grid.yaml"), *own, "--sweep"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "1 recipes, 2 trials, 2 steps for each recipe" in " ".join(done.output.split())
+    assert [Path(folder).parts[-3:] for folder in ran] == [
+        ("lora", "0.001", "1"), ("lora", "0.01", "1"), ("sst2", "lora", "1"),
+    ]  # fmt: skip
+    rates = {float(row["rate"]) for row in trials(tmp_path / "out")}
+    assert rates == {1e-3, 1e-2}
+    assert "is at the edge of its range, 0.001 to 0.01" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(
