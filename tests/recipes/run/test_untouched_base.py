@@ -55,7 +55,7 @@ def test_a_run_that_only_validates_has_no_test(root: Path, tmp_path: Path) -> No
 
 def test_a_task_without_validation_cannot_only_validate(encoder: Path) -> None:
     own = ["validate_only=true", f"model={encoder}", "baseline=false"]
-    with pytest.raises(RecipeError, match="has no validation split.*Splits: train, test"):
+    with pytest.raises(RecipeError, match=r"has no validation split.*Splits: train, test"):
         prepare_run(read_recipe(find_recipe("quickstart"), own))
 
 
