@@ -129,6 +129,7 @@ class FFNAdapter(surgery.Method):
 
     name = "ffn_adapter"
     kinds = ("attention", "ffn", "block")
+    size = ("rank",)
 
     rank: int = 64
     placement: Placement = "parallel"

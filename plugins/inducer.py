@@ -240,6 +240,7 @@ class InducerTuning(surgery.Method):
     """
 
     name = "inducer"
+    size = ("key_rank", "value_rank")
 
     key_rank: int = 10
     value_rank: int = 15

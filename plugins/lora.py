@@ -185,6 +185,7 @@ class LoRA(LowRankMethod):
 
     name = "lora"
     projections = PROJECTIONS
+    size = ("rank",)
 
     bias: bool = False
     across_groups: bool = False

@@ -172,6 +172,7 @@ class PrefixTuning(surgery.Method):
 
     name = "prefix"
     kinds = ("attention", "position")
+    size = ("length",)
 
     length: int = 20
     gate: bool = False

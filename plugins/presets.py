@@ -60,6 +60,7 @@ class InducerLoRA(Preset):
     """
 
     name = "inducer_lora"
+    size = ("key_rank", "value_rank", "lora_rank")
 
     key_rank: int = 5
     value_rank: int = 12
@@ -96,6 +97,7 @@ class MAMInducer(InducerLoRA):
     """
 
     name = "mam_inducer"
+    size = (*InducerLoRA.size, "ffn_rank")
 
     key_rank: int = 3
     value_rank: int = 7
@@ -126,6 +128,7 @@ class MAMAdapter(Preset):
     """
 
     name = "mam_adapter"
+    size = ("length", "rank")
 
     length: int = 30
     rank: int = 512

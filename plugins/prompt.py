@@ -99,6 +99,7 @@ class PromptTuning(surgery.Method):
     name = "prompt"
     kinds = ("attention", "position", "embedding", "trunk", "stack")
     needs = "token ids that are embedded at one place"
+    size = ("length",)
     together = True
 
     length: int = 20

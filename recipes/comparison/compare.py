@@ -1,4 +1,4 @@
-"""Run the recipes of a grid, one at a time or one on each GPU, and write tables and plots.
+"""Run the recipes of a grid, and write tables and plots.
 
 Each run is a process of its own, ``surgery train TASK/ROW``, in the folder OUTPUT/TASK/ROW/SEED. A
 finished run is not repeated, and an unfinished one continues from its checkpoint, both only if they
@@ -8,34 +8,25 @@ had the settings that the grid has now.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from surgery import RecipeError
-from surgery_recipes.comparison import tables
-from surgery_recipes.comparison.grid import Cell, Grid, cells, check, settings
+from surgery_recipes.comparison import search, sweep_report, tables
+from surgery_recipes.comparison.budgets import within_budget
+from surgery_recipes.comparison.grid import Cell, Grid, cells, check
 from surgery_recipes.comparison.reasons import diagnose_rows
 from surgery_recipes.comparison.titles import titled
-
-# Python puts the current folder in front of all others: a file there could pass for a library.
-COMMAND = "import sys; sys.path[:] = filter(None, sys.path); from surgery.cli import app; app()"
-GPUS = "CUDA_VISIBLE_DEVICES"
+from surgery_recipes.comparison.workers import Workers, run_surgery
 
 
 def run_grid(
     grid: Grid,
     console: Console,
     trust: bool = False,
+    sweep: bool = False,
     wide: bool = False,
     diagnosed: bool = False,
 ) -> list[Cell]:
@@ -45,6 +36,7 @@ def run_grid(
         grid: what to run.
         console: where to say how far it is.
         trust: whether the package of ``model: package:NAME`` may be imported, whatever it is.
+        sweep: whether to choose the learning rate of each row first, as ``grid.sweep`` says.
         wide: print all columns of the table.
         diagnosed: diagnose one run of each row, for the page.
 
@@ -58,15 +50,29 @@ def run_grid(
     everything = cells(grid)
     if (grid.baseline or grid.claims) and importlib.util.find_spec("scipy") is None:
         raise RecipeError("a baseline or claims need scipy. pip install 'surgery[recipes]'")
+    if grid.budget is not None:
+        grid = within_budget(grid, console, trust)
+    lost: list[Cell] = []
+    if sweep:
+        search.check_sweep(grid, trust)
+        found = search.search(grid, console, trust)
+        sweep_report.write(grid, found)
+        console.print(Text(f"trials: {grid.output}/{sweep_report.CSV}, {sweep_report.PLOT}"))
+        lost = search.without_rate(found, everything)
+        grid = search.choose(grid, found)
+        everything = [cell for cell in everything if cell not in lost]
     check(grid, everything, trust)
     todo = [cell for cell in everything if not cell.finished]
     done = len(everything) - len(todo)
     console.print(Text(f"{grid.title}: {len(everything)} runs, {done} finished"))
-    failed = list(_run_all(grid, todo, console, trust)) if todo else []
+    failed = []
+    if todo:
+        with Workers(grid, console, trust, grid.title, len(todo)) as workers:
+            failed = workers.run(todo)
     unknown = []
     if diagnosed:
         with console.status("diagnosing a run of each row"):
-            unknown = diagnose_rows(everything, lambda words, log: _surgery(words, log, trust))
+            unknown = diagnose_rows(everything, lambda words, log: run_surgery(words, log, trust))
     made = tables.write(grid, everything, wide)
     if made is not None:
         console.print(made)
@@ -76,56 +82,8 @@ def run_grid(
     for cell in failed:
         said = f"failed: {cell.folder}, see {cell.folder}/log.txt"
         console.print(Text(said, style="bold red"))
-    return failed
-
-
-def gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that its environment gives them."""
-    count, allowed = torch.cuda.device_count(), os.environ.get(GPUS)
-    names = map(str, range(count)) if allowed is None else allowed.split(",")
-    return [name.strip() for name in names][:count]
-
-
-def _run_all(grid: Grid, todo: list[Cell], console: Console, trust: bool) -> Iterator[Cell]:
-    """Run cells, one at a time on each GPU or in all; yield those that failed."""
-    devices: Queue[str] = Queue()
-    for name in gpus() or [""]:
-        devices.put(name)
-
-    def run(cell: Cell) -> bool:
-        device = devices.get()
-        try:
-            return _run(grid, cell, device, trust)
-        finally:
-            devices.put(device)
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(grid.title, total=len(todo))
-        with ThreadPoolExecutor(devices.qsize()) as pool:
-            for cell, well in zip(todo, pool.map(run, todo), strict=True):
-                progress.update(bar, advance=1, description=str(cell))
-                if not well:
-                    yield cell
-
-
-def _run(grid: Grid, cell: Cell, device: str, trust: bool) -> bool:
-    """Run one cell in a process of its own; whether it finished."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    flags = ["--resume" if cell.begun else "--overwrite"]
-    words = ["train", f"{cell.task}/{cell.row}", *settings(grid, cell), *flags]
-    return _surgery(words, cell.folder / "log.txt", trust, device) and cell.finished
-
-
-def _surgery(words: list[str], log: Path, trust: bool, device: str = "") -> bool:
-    """Run a command of ``surgery`` in a process of its own; whether it went well."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "SURGERY_TRACEBACK": "1"}
-    environment |= {GPUS: device} if device else {}
-    words = [*words, *(["--trust"] if trust else [])]
-    with log.open("a") as file:
-        done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *words],
-            env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            check=False,
-        )  # fmt: skip
-    return done.returncode == 0
+    for cell in lost:
+        where = Path(grid.output) / "sweep" / cell.task / cell.row
+        said = f"not run: {cell}, as all of its trials failed, see {where}"
+        console.print(Text(said, style="bold red"))
+    return failed + lost

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import RecipeError, suggest
+from surgery_recipes.comparison.sweep_plan import Budget, Sweep, read_budget, read_sweep
 from surgery_recipes.recipe_files import (
     Recipe,
     find_recipe,
@@ -40,6 +41,23 @@ CLAIM = ("better", "than", "score")
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What was chosen for one recipe, in place of its own settings.
+
+    Attributes:
+        rate: the learning rate; None if it was not searched.
+        edge: whether the rate is the first or last of those that were tried.
+        size: the options that set its size, as text.
+        set: the ``key=value`` overrides that this makes.
+    """
+
+    rate: float | None = None
+    edge: bool = False
+    size: str = ""
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Grid:
     """What to run and what to show of it.
 
@@ -57,6 +75,9 @@ class Grid:
         paper: for each row, ``TASK.SCORE: number``, to show beside ours.
         claims: sentences of a paper to test, each with the row that is ``better``, the row ``than``
             which it is, and the ``score``, TASK.SCORE.
+        sweep: how ``surgery compare --sweep`` chooses a learning rate for each row.
+        budget: how many parameters each row may have; its size is chosen so.
+        chosen: by ``TASK/ROW``, the rate and sizes that were chosen. A file does not set it.
     """
 
     title: str
@@ -73,16 +94,29 @@ class Grid:
     baseline: str = ""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     claims: dict[str, dict[str, str]] = field(default_factory=dict)
+    sweep: Sweep | None = None
+    budget: Budget | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: a recipe, a seed and the folder of the run."""
+    """One run of a grid.
+
+    Attributes:
+        task, row: which recipe.
+        seed: the seed of the run.
+        folder: where the run writes.
+        set: overrides of this run alone, which win over all others.
+        steps: how much the run counts in a bar of progress.
+    """
 
     task: str
     row: str
     seed: int
     folder: Path
+    set: tuple[str, ...] = ()
+    steps: int = 1
 
     def __str__(self) -> str:
         return f"{self.task}/{self.row} {self.seed}"
@@ -105,17 +139,22 @@ def read_grid(path: str | Path) -> Grid:
     """
     file = find_table(str(path))
     content = read_extended(file)
-    known = {f.name: f for f in dataclasses.fields(Grid) if f.name != "given"}
+    known = {f.name: f for f in dataclasses.fields(Grid) if f.name not in ("given", "chosen")}
     for key, value in content.items():
         if key not in known:
             raise RecipeError(
                 f"{path}: unknown key {shown(key)}. {suggest(str(key), known)}"
                 f"Keys: {', '.join(known)}."
             )
-        _check_type(f"{path}: {key}", value, str(known[key].type))
+        if key not in ("sweep", "budget"):
+            _check_type(f"{path}: {key}", value, str(known[key].type))
     for key in ("title", "tasks", "rows", "scores"):
         if not content.get(key):
             raise RecipeError(f"{path}: the key {key!r} is missing or empty.")
+    if "budget" in content:
+        content["budget"] = read_budget(f"{path}: budget", content["budget"])
+    if "sweep" in content:
+        content["sweep"] = read_sweep(f"{path}: sweep", content["sweep"], content["rows"])
     grid = Grid(**content)
     recipes = shipped_recipes()
     names = {name.split("/")[-1] for name in recipes}
@@ -191,7 +230,9 @@ def cells(grid: Grid) -> list[Cell]:
 def settings(grid: Grid, cell: Cell) -> list[str]:
     """The overrides of one run, of which later ones win."""
     own = [*grid.set, *grid.task_set.get(cell.task, []), *grid.row_set.get(cell.row, [])]
-    return [*own, *grid.given, f"training.seed={cell.seed}", f"output={cell.folder}"]
+    chosen = grid.chosen.get(f"{cell.task}/{cell.row}", Choice()).set
+    own += [*grid.given, *chosen, *cell.set]
+    return [*own, f"training.seed={cell.seed}", f"output={cell.folder}"]
 
 
 def recipe_of(grid: Grid, cell: Cell) -> Recipe:
@@ -220,9 +261,11 @@ def check(grid: Grid, everything: list[Cell], trust: bool = False) -> None:
             continue
         planned_methods(recipe)
         training_arguments(recipe)
-        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit))
+        same = repr((recipe.task, recipe.model, recipe.data, recipe.limit, recipe.validate_only))
         if same not in tried:
-            _check_scores(grid, cell.task, prepare_run(recipe, trust))
+            prepared = prepare_run(recipe, trust)
+            if not recipe.validate_only:
+                _check_scores(grid, cell.task, prepared)
             tried.add(same)
 
 

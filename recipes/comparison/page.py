@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
-from surgery_recipes.comparison import plots
+from surgery_recipes.comparison import choices, plots
 from surgery_recipes.comparison.claims import CONTRADICTED, HOLDS, UNDECIDED, Verdict
 from surgery_recipes.comparison.finished_runs import Line
-from surgery_recipes.comparison.grid import Cell, Grid
-from surgery_recipes.comparison.reasons import pictures
+from surgery_recipes.comparison.grid import Cell, Choice, Grid
+from surgery_recipes.comparison.reasons import data_url, pictures
 
 CLASSES = {HOLDS: "holds", CONTRADICTED: "contradicted", UNDECIDED: "open"}
 
@@ -51,7 +52,7 @@ def page(
         script=_file("page.js"),
         about=escape(about),
         tabs="".join(tabs),
-        claims=_claims(decided),
+        claims=_claims(decided) + _sweep(grid),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes if note != about),
     )
 
@@ -62,6 +63,7 @@ def _file(name: str) -> str:
 
 def _task(grid: Grid, task: str, lines: Sequence[Line]) -> str:
     head = ["row", *grid.scores[task], "% inserted", "% stored", "trainable", "minutes", "peak MiB"]
+    head += choices.columns(grid)
     heads = "".join(f'<th scope="col">{escape(name).replace("_", " ")}</th>' for name in head)
     body = "".join(_row(grid, line) for line in lines)
     table = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
@@ -95,7 +97,8 @@ def _why(cells: Sequence[Cell], task: str) -> str:
 
 def _row(grid: Grid, line: Line) -> str:
     special = [*grid.set, *grid.task_set.get(line.task, []), *grid.row_set.get(line.row, [])]
-    settings = escape("\n".join([*special, *grid.given]), quote=True)
+    chosen = grid.chosen.get(f"{line.task}/{line.row}", Choice()).set
+    settings = escape("\n".join([*special, *grid.given, *chosen]), quote=True)
     cells = [f'<td title="{settings}">{escape(line.row)}</td>']
     for name in grid.scores[line.task]:
         score, paper = (
@@ -118,7 +121,17 @@ def _row(grid: Grid, line: Line) -> str:
         (line.peak_mib, f"{line.peak_mib:.0f}" if line.peak_mib else ""),
     )  # fmt: skip
     cells += [f'<td data-value="{value!r}">{text}</td>' for value, text in numbers]
+    cells += [f"<td>{escape(text)}</td>" for text in choices.cells_of(grid, line.row, [line.task])]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def _sweep(grid: Grid) -> str:
+    """The curves of validation against the learning rate, if it was searched."""
+    file = Path(grid.output) / "sweep.png"
+    if not any(choice.rate for choice in grid.chosen.values()) or not file.is_file():
+        return ""
+    image = f'<img src="{data_url(file)}" alt="validation against learning rate">'
+    return f"<h2>Learning rates</h2><figure>{image}</figure>"
 
 
 def _claims(decided: Sequence[Verdict]) -> str:

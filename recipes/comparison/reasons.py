@@ -45,9 +45,13 @@ def pictures(cells: Sequence[Cell], task: str) -> dict[str, list[tuple[str, str]
         for name, what in PICTURES.items():
             file = cell.folder / "diagnosis" / name
             if of == task and file.is_file():
-                text = base64.b64encode(file.read_bytes()).decode()
-                found.setdefault(row, []).append((what, f"data:image/png;base64,{text}"))
+                found.setdefault(row, []).append((what, data_url(file)))
     return found
+
+
+def data_url(file: Path) -> str:
+    """A picture as a part of a page."""
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def _first(cells: Sequence[Cell]) -> dict[tuple[str, str], Cell]:

@@ -11,10 +11,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from surgery_recipes.comparison import plots
+from surgery_recipes.comparison import choices, plots
 from surgery_recipes.comparison.claims import Verdict, verdicts
 from surgery_recipes.comparison.finished_runs import Line, mark_better, read_runs
-from surgery_recipes.comparison.grid import Cell, Grid
+from surgery_recipes.comparison.grid import Cell, Choice, Grid
 from surgery_recipes.comparison.page import page
 from surgery_recipes.comparison.significance import SIGNIFICANT, Score
 
@@ -72,6 +72,7 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     wanted = [(task, name) for task in grid.tasks for name in grid.scores[task]]
     named = len(grid.tasks) > 1
     head = ["row", "% inserted", "% stored", "trainable", "minutes", "peak MiB"]
+    head += choices.columns(grid)
     for task, name in wanted:
         head += [f"{task} {name}" if named else name]
         if any(f"{task}.{name}" in numbers for numbers in grid.paper.values()):
@@ -85,7 +86,7 @@ def _cells(grid: Grid, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
         minutes = " + ".join(f"{statistics.mean(line.seconds) / 60:.1f}" for line in own.values())
         peak = max(line.peak_mib for line in own.values())
         cells = [row, f"{first.percent:.2f}", f"{first.stored:.2f}", f"{first.trainable:,}"]
-        cells += [minutes, f"{peak:.0f}" if peak else ""]
+        cells += [minutes, f"{peak:.0f}" if peak else "", *choices.cells_of(grid, row, list(own))]
         for task, name in wanted:
             score = own[task].scores.get(name) if task in own else None
             mark = MARKS[own[task].better.get(name)] if score else ""
@@ -102,13 +103,15 @@ def _for_programs(grid: Grid, lines: list[Line]) -> list[list[Any]]:
     """The rows of the CSV file: one number in each cell, one line for each task and row."""
     wanted = list(dict.fromkeys(name for task in grid.tasks for name in grid.scores[task]))
     head: list[Any] = ["task", "row", "runs", "inserted_percent", "stored_percent", "trainable"]
-    head += ["minutes", "peak_mib"]
+    head += ["minutes", "peak_mib", "learning_rate", "at_edge", "size"]
     head += [f"{name}_{what}" for name in wanted for what in MEASURES]
     made = [head]
     for line in lines:
         paper = grid.paper.get(line.row, {})
         cells: list[Any] = [line.task, line.row, len(line.seconds), line.percent, line.stored]
         cells += [line.trainable, statistics.mean(line.seconds) / 60, line.peak_mib]
+        chosen = grid.chosen.get(f"{line.task}/{line.row}", Choice())
+        cells += [chosen.rate or "", int(chosen.edge) if chosen.rate else "", chosen.size]
         for name in wanted:
             score, gap = line.scores.get(name, Score()), line.against.get(name)
             cells.append(score.mean if score.values else "")
@@ -142,6 +145,7 @@ def _notes(grid: Grid, cells: Sequence[Cell], lines: Sequence[Line]) -> list[str
                 why = own[0].notes.get(name.partition("_")[0], "the task does not give it")
                 notes.append(f"No {task} {name}: {why}.")
         notes += [f"{task} {name}: {note}" for name, note in (own[0].notes if own else {}).items()]
+    notes += choices.notes(grid, cells)
     special = {"all": grid.set, **grid.task_set, **grid.row_set, "command line": grid.given}
     changed = [f"{name}: {' '.join(texts)}" for name, texts in special.items() if texts]
     if changed:

@@ -43,6 +43,8 @@ class Recipe:
         splice: one entry for each method: ``method``, its options, and where it goes: ``at``
             (attention or ffn) and ``layers`` ([first, last + 1]). Without entries the whole model
             is trained.
+        frozen: train nothing of the base, and splice nothing in: only a freshly initialised head
+            learns. Without such a head the base is scored as it is.
         keep: modules of the base that are trained too.
         train_head: train a freshly initialised head. Some protocols freeze it.
         baseline: also train the base with nothing spliced in and only its head, for comparison.
@@ -52,6 +54,7 @@ class Recipe:
         quantize: ``nf4`` or ``int8`` to load the base that way, by bitsandbytes; "" for as it is.
         limit: how many examples of a split to take, for trials: ``{train: 100, test: 10}``. They
             are drawn at random, and always the same.
+        validate_only: score the validation split, and leave the others out: how a rate is chosen.
         patience: stop after this many validations without an improvement; 0 never stops early.
         training: arguments of ``transformers.TrainingArguments``.
         output: the folder of the run.
@@ -62,6 +65,7 @@ class Recipe:
     about: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     splice: list[dict[str, Any]] = field(default_factory=list)
+    frozen: bool = False
     keep: list[str] = field(default_factory=list)
     train_head: bool = True
     baseline: bool = False
@@ -69,6 +73,7 @@ class Recipe:
     dtype: str = "float32"
     quantize: str = ""
     limit: dict[str, Any] = field(default_factory=dict)
+    validate_only: bool = False
     patience: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     output: str = "runs/latest"
@@ -133,7 +138,12 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: dtype={shown(recipe.dtype)} must be float32 or auto.")
     if recipe.quantize not in ("", "nf4", "int8"):
         raise RecipeError(f"{where}: quantize={shown(recipe.quantize)} must be nf4 or int8.")
-    if recipe.quantize and (recipe.baseline or not recipe.splice):
+    if recipe.frozen and (recipe.splice or recipe.keep or recipe.baseline):
+        raise RecipeError(
+            f"{where}: frozen trains nothing but a new head, so there is nothing to splice in, to "
+            "keep or to compare. Leave splice, keep and baseline out."
+        )
+    if recipe.quantize and (recipe.baseline or not (recipe.splice or recipe.frozen)):
         raise RecipeError(
             f"{where}: a quantised base is trained with adapters only. Add a splice entry, and set "
             "baseline to false."

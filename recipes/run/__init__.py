@@ -3,10 +3,11 @@
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.build import planned_methods
 from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.counting import Counter
 from surgery_recipes.run.finetune import dry_run, evaluate, train
 from surgery_recipes.run.loaded import LoadedRun, load_run
 from surgery_recipes.run.model_source import what_is_imported
-from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.registry import compare_runs, find_runs
 from surgery_recipes.run.resampling import draws, read_resampled
 from surgery_recipes.run.run_folder import RunOptions, begun, finished, recipe_of_run, same_settings
@@ -14,6 +15,7 @@ from surgery_recipes.run.trainer import training_arguments
 
 __all__ = [
     "Collator",
+    "Counter",
     "LoadedRun",
     "Prepared",
     "RunOptions",
@@ -25,6 +27,7 @@ __all__ = [
     "find_runs",
     "finished",
     "load_run",
+    "main_score",
     "pad_id",
     "planned_methods",
     "prepare_run",

@@ -123,13 +123,34 @@ def grow_vocabulary(model: Any, size: int) -> None:
 def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
     """Splice methods in and freeze the base; without methods, leave the whole model trainable.
 
+    Of a recipe that is ``frozen`` nothing but a fresh head stays trainable.
+
     Raises:
         RecipeError: the model does not have the layers of an entry.
         SpliceError: a method does not suit the model.
     """
+    if prepared.recipe.frozen:
+        freeze_all_but_head(model)
     if not methods:
         return
-    sites = surgery.locate(model)
+    insert(model, methods)
+    recipe = prepared.recipe
+    surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
+    if prepared.new:
+        for name in embedding_names(model):
+            surgery.train_rows(model, name, prepared.new)
+
+
+def insert(model: Any, methods: Plan, sites: surgery.Sites | None = None) -> None:
+    """Splice methods in where their entries say, and freeze nothing.
+
+    ``sites`` are those of the model, if they are known already.
+
+    Raises:
+        RecipeError: the model does not have the layers of an entry.
+        SpliceError: a method does not suit the model.
+    """
+    sites = surgery.locate(model) if sites is None else sites
     for index, (method, entry) in enumerate(methods):
         chosen = getattr(sites, entry["at"]) if entry.get("at") else sites
         if "layers" in entry:
@@ -143,15 +164,10 @@ def splice(model: Any, prepared: Prepared, methods: Plan) -> None:
             chosen = chosen.layers(first, end)
         name = "default" if index == 0 else f"step{index + 1}"
         surgery.splice(model, method, at=chosen, name=name)
-    recipe = prepared.recipe
-    surgery.freeze_base(model, keep=recipe.keep, fresh=recipe.train_head)
-    if prepared.new:
-        for name in embedding_names(model):
-            surgery.train_rows(model, name, prepared.new)
 
 
 def freeze_all_but_head(model: nn.Module) -> None:
-    """Freeze everything except the fresh head, for the baseline."""
+    """Freeze everything except the fresh head, for a base that is not trained."""
     fresh = fresh_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in fresh)
@@ -181,8 +197,26 @@ def try_out(model: Any, prepared: Prepared) -> float:
     Raises:
         RecipeError: the model fails on them, or the loss is not finite.
     """
+    loss = loss_of_longest(model, prepared)
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the loss of the longest examples is {loss}, not a finite number. The weights of the "
+            "base may be damaged. Download the base again."
+        )
+    return loss
+
+
+def loss_of_longest(model: Any, prepared: Prepared) -> float:
+    """The loss of the longest examples, which is not finite if training has diverged.
+
+    Raises:
+        RecipeError: the model fails on them.
+    """
     collate = Collator(pad_id(prepared.tokenizer))
-    examples, prompts = (collate(features) for features in prepared.longest)
+    examples, prompts = (
+        {name: tensor.to(model.device) for name, tensor in collate(features).items()}
+        for features in prepared.longest
+    )
     model.eval()
     try:
         with torch.no_grad():
@@ -196,9 +230,4 @@ def try_out(model: Any, prepared: Prepared) -> float:
         ) from error
     finally:
         model.train()
-    if not math.isfinite(loss):
-        raise RecipeError(
-            f"the loss of the longest examples is {loss}, not a finite number. The weights of the "
-            "base may be damaged. Download the base again."
-        )
     return loss

@@ -16,6 +16,7 @@ trains, and the first one writes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from surgery_recipes.run.build import (
     fits_to_data,
     freeze_all_but_head,
     load_base,
+    loss_of_longest,
     planned_methods,
     splice,
     trainable,
@@ -41,7 +43,7 @@ from surgery_recipes.run.build import (
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
 from surgery_recipes.run.loaded import load_trained
-from surgery_recipes.run.prepare import Prepared, prepare_run
+from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.resampling import resampled, write_resampled
 from surgery_recipes.run.results import Row
 from surgery_recipes.run.run_folder import (
@@ -53,6 +55,8 @@ from surgery_recipes.run.run_folder import (
     write_trained,
 )
 from surgery_recipes.run.trainer import make_trainer, training_arguments
+
+HEAD_ALONE = "frozen base, new head"
 
 
 def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> list[Row]:
@@ -90,9 +94,11 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
     console.print(Text(f"{recipe.model}: {sizes}"))
     rows = []
     if recipe.baseline:
-        console.rule("frozen base, new head")
+        console.rule(HEAD_ALONE)
         rows.append(_baseline(prepared, made, console))
     what = " + ".join(entry["method"] for entry in recipe.splice) or "fine-tuning"
+    if recipe.frozen:
+        what = HEAD_ALONE if trainable(model) else "untouched base"
     console.rule(Text(what))
     if methods:
         console.print(surgery.summary(model), highlight=False)
@@ -165,7 +171,7 @@ def evaluate(
 def _baseline(prepared: Prepared, made: TrainingArguments, console: Console) -> Row:
     model = load_base(prepared, made.seed)
     freeze_all_but_head(model)
-    trained = _fit("frozen base, new head", model, prepared, made, console, None, None)
+    trained = _fit(HEAD_ALONE, model, prepared, made, console, None, None)
     return _score(trained, model, prepared, made, console, None)
 
 
@@ -186,8 +192,10 @@ def _fit(
     if checkpoint is None and fits_to_data(model):
         surgery.fit(model, trainer.get_train_dataloader())
         set_seed(made.seed)
+    learns = trainable(model) > 0
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if learns:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         if folder is not None and made.process_index == 0:
             where = _keep(model, prepared, folder)
@@ -202,13 +210,14 @@ def _fit(
         "percent": 100.0 if whole else counts.percent,
         "stored": 100.0 if whole else 100 * counts.stored / counts.base,
         "trainable": trainable(model),
-        "seconds": trainer.seconds,
+        "seconds": trainer.seconds if learns else 0.0,
         "peak_mib": results.peak_mib(),
         "losses": _logged(trainer, "loss"),
         "validation": _logged(trainer, "eval_loss"),
     }
     if folder is not None and made.process_index == 0:
-        _keep(model, prepared, folder)
+        if learns:
+            _keep(model, prepared, folder)
         write_trained(folder, trained)
     return trained
 
@@ -233,6 +242,8 @@ def _score(
             said = f"\ninterrupted: training is over, --resume scores it; see {folder}"
             console.print(Text(said))
         raise
+    if prepared.recipe.validate_only and not math.isfinite(loss_of_longest(model, prepared)):
+        scores = dict.fromkeys(scores, math.nan)  # argmax of NaN is a class like any other
     if folder is not None and made.process_index == 0:
         results.write_answers(folder, prepared.task, sets)
         with console.status("scoring resamples of the examples"):
@@ -241,7 +252,7 @@ def _score(
     examples, given = map(list, zip(*scored, strict=True))
     return Row(
         **trained,
-        score=scores[prepared.task.metric],
+        score=scores[main_score(prepared.recipe, scores)],
         scores=scores,
         by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
     )

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 import surgery
 from surgery import RecipeError
 from surgery_recipes.recipe_files import reason
-from surgery_recipes.run.build import load_base, planned_methods, splice
+from surgery_recipes.run.build import freeze_all_but_head, load_base, planned_methods, splice
 from surgery_recipes.run.prepare import Prepared, prepare_run
 from surgery_recipes.run.run_folder import finished, recipe_of_run
 from surgery_recipes.run.trainer import training_arguments
@@ -88,5 +88,8 @@ def load_trained(prepared: Prepared, made: TrainingArguments, folder: Path) -> A
         base = load_base(prepared, made.seed)
         model = surgery.load(base, folder / "adapter", keep=prepared.recipe.keep)
     else:
-        model = load_base(prepared, made.seed, str(folder / "model"))
+        whole = folder / "model"  # not there if nothing was trained
+        model = load_base(prepared, made.seed, str(whole) if whole.is_dir() else "")
+        if prepared.recipe.frozen:
+            freeze_all_but_head(model)
     return model.to(made.device)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os.path
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,8 @@ class Prepared:
     @property
     def scored(self) -> list[str]:
         """The splits that are scored at the end."""
+        if self.recipe.validate_only:
+            return ["validation"]
         return [name for name in self.examples if name not in FITTED]
 
 
@@ -66,15 +68,70 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         RecipeError: the model is of the wrong kind or not trusted, data are missing, or an
             example is too long.
     """
-    with _told(recipe.task):
-        task = _task(recipe)
+    task = task_of(recipe)
     if recipe.baseline and task.kind != "classifier":
         raise RecipeError(
             f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
             "baseline out."
         )
     source = model_path(recipe.model, trust)
-    config = _config(source, task)
+    config = config_of(source, task)
+    tokenizer, ids = tokenizer_of(source, task)
+    with _told(recipe.task):
+        examples = _limited(task.splits(), recipe.limit)
+        if recipe.validate_only:
+            examples = _fitted(task, examples)
+        features = {
+            name: [task.encode(example, tokenizer) for example in examples[name]]
+            for name in FITTED
+            if name in examples
+        }
+        prompts = {
+            name: [task.prompt(example, tokenizer) for example in examples[name]]
+            for name in examples
+            if name not in FITTED or (recipe.validate_only and name == "validation")
+        }
+    if task.kind == "classifier" and not recipe.validate_only:
+        _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
+    for name, rows in features.items():
+        _check_room(rows, name, config, task, 0)
+    for name, rows in prompts.items():
+        _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
+    longest = (
+        _longest([row for rows in features.values() for row in rows]),
+        _longest([row for rows in prompts.values() for row in rows]),
+    )
+    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
+
+
+def main_score(recipe: Recipe, scores: Mapping[str, Any]) -> str:
+    """The name of the score that a run is judged by: the task's, or one that validation has.
+
+    Validation may lack the task's main score, as MNLI's has no mismatched examples. Then it is
+    ``training.metric_for_best_model``, or else the first score.
+    """
+    best = str(recipe.training.get("metric_for_best_model", "")).removeprefix("eval_")
+    names = (surgery.tasks()[recipe.task].metric, best)
+    return next((name for name in names if name in scores), next(iter(scores)))
+
+
+@contextmanager
+def _told(task: str) -> Iterator[None]:
+    """Turn what a task raises into an error of a few lines. A task is a plugin."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(reason(error)) from error
+    except Exception as error:
+        raise RecipeError(f"task {shown(task)} fails: {reason(error)}") from error
+
+
+def tokenizer_of(source: str, task: surgery.Task) -> tuple[Any, tuple[int, ...]]:
+    """The tokenizer of the base with the tokens of the task, and the ids of those it had not.
+
+    Raises:
+        RecipeError: it does not load, or has neither a padding nor an end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -89,45 +146,16 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
     before = set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
     new = [token for token in task.tokens if token not in before]
+    return tokenizer, tuple(tokenizer.convert_tokens_to_ids(new))
+
+
+def task_of(recipe: Recipe) -> surgery.Task:
+    """The task of a recipe; an option whose default is a text must be a text."""
     with _told(recipe.task):
-        examples = _limited(task.splits(), recipe.limit)
-        features = {
-            name: [task.encode(example, tokenizer) for example in examples[name]]
-            for name in FITTED
-            if name in examples
-        }
-        prompts = {
-            name: [task.prompt(example, tokenizer) for example in examples[name]]
-            for name in examples
-            if name not in FITTED
-        }
-    if task.kind == "classifier":
-        _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
-    for name, rows in features.items():
-        _check_room(rows, name, config, task, 0)
-    for name, rows in prompts.items():
-        _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
-    longest = (
-        _longest([row for rows in features.values() for row in rows]),
-        _longest([row for rows in prompts.values() for row in rows]),
-    )
-    ids = tuple(tokenizer.convert_tokens_to_ids(new))
-    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
-
-
-@contextmanager
-def _told(task: str) -> Iterator[None]:
-    """Turn what a task raises into an error of a few lines. A task is a plugin."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(reason(error)) from error
-    except Exception as error:
-        raise RecipeError(f"task {shown(task)} fails: {reason(error)}") from error
+        return _task(recipe)
 
 
 def _task(recipe: Recipe) -> surgery.Task:
-    """The task of a recipe; an option whose default is a text must be a text."""
     cls = surgery.tasks().get(recipe.task)
     for option in dataclasses.fields(cls) if cls else ():
         given = recipe.data.get(option.name, option.default)
@@ -136,7 +164,7 @@ def _task(recipe: Recipe) -> surgery.Task:
     return surgery.task(recipe.task, **recipe.data)
 
 
-def _config(source: str, task: surgery.Task) -> Any:
+def config_of(source: str, task: surgery.Task) -> Any:
     """The configuration of the base.
 
     Raises:
@@ -177,6 +205,16 @@ def _adds_segments(config: Any) -> bool:
     """Whether the model looks ``token_type_ids`` up in its token embedding, as GPT-2 does."""
     forward = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward)
     return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
+
+
+def _fitted(task: surgery.Task, splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The splits of a run that only validates: nothing that is tested on."""
+    if "validation" not in splits:
+        raise RecipeError(
+            f"task {task.name!r} has no validation split, so nothing can be chosen on it. Hold "
+            f"examples out, or choose by hand. Splits: {', '.join(splits)}."
+        )
+    return {name: splits[name] for name in FITTED}
 
 
 def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[str, list[Example]]:

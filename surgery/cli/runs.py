@@ -67,6 +67,9 @@ def compare(
     diagnosed: Annotated[
         bool, typer.Option("--diagnose/--no-diagnose", help="say on the page why rows differ")
     ] = True,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="choose each row's learning rate on validation first")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Run the unfinished recipes of a table, and write tables and plots."""
@@ -85,7 +88,7 @@ def compare(
         plan = dataclasses.replace(plan, output=output)
     trust = _trusted(models(plan), trust)
     try:
-        failed = run_grid(plan, console, trust, wide, diagnosed)
+        failed = run_grid(plan, console, trust, sweep, wide, diagnosed)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to continue")
         raise

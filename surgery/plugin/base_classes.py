@@ -48,6 +48,8 @@ class Method(TrainingHooks):
         together: whether its modules work only all together; their effect is then verified in one
             run of the trunk, not host by host.
         learns: whether its modules are there to learn; a gradient must then reach each parameter.
+        size: the options that set how many parameters it inserts, such as ``("rank",)``: whole
+            numbers that a budget of parameters is solved for. An option that is 0 stays 0.
         unsaved: why no file can hold the method, for the error of ``surgery.save``; else empty.
 
     Example:
@@ -65,6 +67,7 @@ class Method(TrainingHooks):
     needs: ClassVar[str] = ""
     together: ClassVar[bool] = False
     learns: ClassVar[bool] = True
+    size: ClassVar[tuple[str, ...]] = ()
     unsaved: ClassVar[str] = ""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:

@@ -64,6 +64,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"
     "test_the_recipe_trains_and_scores_the_same_again",
+    "surgery compare small_nlu --sweep": f"{TESTS}comparison/test_search.py::"
+    "test_the_command_line_sweeps",
     "surgery eval": f"{TESTS}run/test_finetune.py::"
     "test_the_command_line_tries_a_recipe_out_and_trains_it",
     "torchrun --nproc-per-node 4 --no-python surgery train": f"{TESTS}run/test_finetune.py::"

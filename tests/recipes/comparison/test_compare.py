@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from surgery.errors import RecipeError
-from surgery_recipes.comparison import compare
+from surgery_recipes.comparison import compare, workers
 from surgery_recipes.comparison.grid import cells, recipe_of
 from surgery_recipes.recipe_files import write_recipe
 from tests.recipes import tiny
@@ -41,7 +41,7 @@ def test_what_would_fail_in_every_run_is_found_before_any(
     given: list[str], part: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = tiny.prepared("sst2", root)
-    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
+    monkeypatch.setattr(workers.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
     own = [f"model={model}", f"data={data}", "data.held_out=2"]
     with pytest.raises(RecipeError, match=part):
         compare.run_grid(grid(tmp_path / "grid", given=[*own, *given]), QUIET)
@@ -52,7 +52,7 @@ def test_a_score_that_the_task_does_not_give_is_found_before_any_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = tiny.prepared("sst2", root)
-    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
+    monkeypatch.setattr(workers.subprocess, "run", lambda *a, **o: pytest.fail("it ran"))
     own = [f"model={model}", f"data={data}", "data.held_out=2"]
     made = grid(tmp_path / "grid", given=own, scores={"sst2": ["acuracy"]}, paper={})
     with pytest.raises(RecipeError, match="has no score 'acuracy'"):
@@ -61,12 +61,12 @@ def test_a_score_that_the_task_does_not_give_is_found_before_any_run(
 
 def test_runs_share_the_gpus_that_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv(compare.GPUS, raising=False)
-    assert compare.gpus() == ["0", "1"]
-    monkeypatch.setenv(compare.GPUS, "2, GPU-77")
-    assert compare.gpus() == ["2", "GPU-77"]
+    monkeypatch.delenv(workers.GPUS, raising=False)
+    assert workers.gpus() == ["0", "1"]
+    monkeypatch.setenv(workers.GPUS, "2, GPU-77")
+    assert workers.gpus() == ["2", "GPU-77"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert compare.gpus() == []  # named, but not there
+    assert workers.gpus() == []  # named, but not there
 
 
 def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
@@ -95,7 +95,7 @@ def test_only_what_is_missing_is_run_and_the_unfinished_goes_on(
         (cell.folder / "metrics.json").write_text((first.folder / "metrics.json").read_text())
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(workers.subprocess, "run", run)
     assert compare.run_grid(made, QUIET) == [third]
     head = [
         "train",
@@ -123,7 +123,7 @@ def test_a_worker_imports_nothing_from_the_current_folder(
         (tmp_path / f"{name}.py").write_text("open('imported', 'w')")
     made = grid(tmp_path / "grid", rows=["lora"], seeds=[1], baseline="", set=["titel=[/x]"])
     [cell] = cells(made)
-    assert not compare._run(made, cell, "", trust=True)
+    assert not workers.run_cell(made, cell, "", trust=True)
     log = (cell.folder / "log.txt").read_text()
     assert "unknown key 'titel'" in log
     assert not (tmp_path / "imported").exists()

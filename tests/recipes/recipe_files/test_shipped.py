@@ -10,7 +10,7 @@ from tests.recipes import tiny
 ROWS = [name for name in shipped_recipes() if "/" in name]
 
 
-TABLES = "fine_tuning adapter lora prefix mam_adapter inducer inducer_lora mam_inducer".split()
+TABLES = "base fine_tuning adapter lora prefix mam_adapter inducer inducer_lora mam_inducer".split()
 
 
 def test_each_task_has_every_row_of_the_tables() -> None:
