@@ -7,6 +7,7 @@ had the settings that the grid has now.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from surgery import RecipeError
-from surgery_recipes.comparison import search, sweep_report, tables
+from surgery_recipes.comparison import duration, search, sweep_report, tables
 from surgery_recipes.comparison.budgets import within_budget
 from surgery_recipes.comparison.grid import Cell, Grid, cells, check
 from surgery_recipes.comparison.reasons import diagnose_rows
 from surgery_recipes.comparison.titles import titled
-from surgery_recipes.comparison.workers import Workers, run_surgery
+from surgery_recipes.comparison.workers import Workers, gpus, run_surgery
 
 
 def run_grid(
@@ -29,6 +30,7 @@ def run_grid(
     sweep: bool = False,
     wide: bool = False,
     diagnosed: bool = False,
+    within: float | None = None,
 ) -> list[Cell]:
     """Run what is not finished, then write the tables.
 
@@ -39,6 +41,7 @@ def run_grid(
         sweep: whether to choose the learning rate of each row first, as ``grid.sweep`` says.
         wide: print all columns of the table.
         diagnosed: diagnose one run of each row, for the page.
+        within: seconds that the runs shall take; they get fewer steps if they would take more.
 
     Returns:
         The cells whose runs failed. The folder of each has a ``log.txt``.
@@ -46,7 +49,7 @@ def run_grid(
     Raises:
         RecipeError: some run would fail. None has been started.
     """
-    grid = titled(grid)
+    title, grid = grid.title, titled(grid)
     everything = cells(grid)
     if (grid.baseline or grid.claims) and importlib.util.find_spec("scipy") is None:
         raise RecipeError("a baseline or claims need scipy. pip install 'surgery[recipes]'")
@@ -64,6 +67,9 @@ def run_grid(
     check(grid, everything, trust)
     todo = [cell for cell in everything if not cell.finished]
     done = len(everything) - len(todo)
+    if todo:
+        grid = _told(grid, todo, console, trust, within)
+        grid = titled(dataclasses.replace(grid, title=title))
     console.print(Text(f"{grid.title}: {len(everything)} runs, {done} finished"))
     failed = []
     if todo:
@@ -87,3 +93,23 @@ def run_grid(
         said = f"not run: {cell}, as all of its trials failed, see {where}"
         console.print(Text(said, style="bold red"))
     return failed + lost
+
+
+def _told(
+    grid: Grid, todo: list[Cell], console: Console, trust: bool, within: float | None
+) -> Grid:
+    """Say about how long the runs take; return the grid whose runs fit the time that is given."""
+    with console.status("timing a few steps of each task"):
+        found = duration.costs(grid, todo, trust)
+    workers = len(gpus()) or 1
+    about = duration.total(found, todo, workers)
+    if not about:
+        return grid
+    console.print(
+        Text(f"about {duration.shown(about)} on this machine, without validations in training")
+    )
+    if within is None:
+        return grid
+    grid = duration.fitted(grid, found, todo, workers, within)
+    check(grid, todo, trust)
+    return grid

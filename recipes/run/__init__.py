@@ -11,16 +11,19 @@ from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.registry import compare_runs, find_runs
 from surgery_recipes.run.resampling import draws, read_resampled
 from surgery_recipes.run.run_folder import RunOptions, begun, finished, recipe_of_run, same_settings
+from surgery_recipes.run.timing import Cost, cost
 from surgery_recipes.run.trainer import training_arguments
 
 __all__ = [
     "Collator",
+    "Cost",
     "Counter",
     "LoadedRun",
     "Prepared",
     "RunOptions",
     "begun",
     "compare_runs",
+    "cost",
     "draws",
     "dry_run",
     "evaluate",

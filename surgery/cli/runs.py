@@ -63,6 +63,9 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="number of seeds; 0 means the seeds of the grid")] = 0,
     output: Annotated[str, typer.Option(help="folder to write to, instead of the grid's")] = "",
+    budget: Annotated[
+        str, typer.Option(help="time for all runs, such as 1h: fewer steps if they take longer")
+    ] = "",
     wide: Annotated[bool, typer.Option("--wide", help="print all columns of the table")] = False,
     diagnosed: Annotated[
         bool, typer.Option("--diagnose/--no-diagnose", help="say on the page why rows differ")
@@ -74,8 +77,9 @@ def compare(
 ) -> None:
     """Run the unfinished recipes of a table, and write tables and plots."""
     import_transformers()
-    from surgery_recipes.comparison import models, read_grid, run_grid
+    from surgery_recipes.comparison import models, read_grid, run_grid, seconds_of
 
+    within = seconds_of(budget) if budget else None
     plan = dataclasses.replace(read_grid(grid), given=override or [])
     for text in plan.given:
         if text.startswith(("output=", "training.seed=")):
@@ -88,7 +92,7 @@ def compare(
         plan = dataclasses.replace(plan, output=output)
     trust = _trusted(models(plan), trust)
     try:
-        failed = run_grid(plan, console, trust, sweep, wide, diagnosed)
+        failed = run_grid(plan, console, trust, sweep, wide, diagnosed, within)
     except KeyboardInterrupt:
         console.print("interrupted: run the same command again to continue")
         raise
