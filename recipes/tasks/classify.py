@@ -65,7 +65,7 @@ class Classify(AnyData, Classification):
         return {
             split: [
                 labelled(
-                    [_text(row[column]) for column in columns], self._number(row, where), where
+                    [_text(row.get(column)) for column in columns], self._number(row, where), where
                 )
                 for where, row in table
             ]

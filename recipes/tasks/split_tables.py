@@ -51,8 +51,8 @@ def read_split_tables(
     place = Path(path)
     if not path:
         raise RecipeError(
-            "data.path is missing. Give a CSV, JSON-lines or Parquet file, a folder of them, or the "
-            "id of a data set on the hub, such as fancyzhx/ag_news."
+            "data.path is missing. Give a CSV, JSON-lines or Parquet file, a folder of them, or "
+            "the id of a data set on the hub, such as fancyzhx/ag_news."
         )
     if place.is_file():
         found = _of_a_file(place, named)

@@ -1,8 +1,8 @@
 """Read the examples of any task as tables: CSV, TSV, JSON lines, JSON or Parquet files, or the hub.
 
-A table is a list of numbered rows, each a mapping of columns to values. ``where`` of a row names its
-file and its number, and begins the message of whatever is wrong with it. CSV and JSON need no
-package; Parquet needs ``pyarrow``, the hub ``datasets``.
+A table is a list of numbered rows, each a mapping of columns to values. The file and the number of
+a row begin the message of whatever is wrong with it. CSV and JSON need no package; Parquet needs
+``pyarrow``, the hub ``datasets``.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def read_table(file: Path) -> Table:
     kind = Path(file.name.lower().removesuffix(".gz")).suffix
     if kind not in ENDINGS:
         raise RecipeError(
-            f"{file}: a file that ends in {shown(kind)} cannot be read. Save it as one that ends in "
-            f"{', '.join(ENDINGS)}; the texts may be gzipped."
+            f"{file}: a file that ends in {shown(kind)} cannot be read. Save it as one that ends "
+            f"in {', '.join(ENDINGS)}; the texts may be gzipped."
         )
     if kind == ".parquet":
         rows = _parquet(file)
@@ -141,9 +141,9 @@ def _separated(file: Path, text: str, kind: str) -> list[tuple[int, dict[str, An
             number = len(rows) + 1
             if len(cells) != len(names):
                 raise RecipeError(
-                    f"{file}: row {number} (line {reader.line_num}) has {len(cells)} cells, but the "
-                    f"header names {len(names)} columns. Correct the row; in CSV, put quotes around "
-                    "a cell with a comma or a line break."
+                    f"{file}: row {number} (line {reader.line_num}) has {len(cells)} cells, but "
+                    f"the header names {len(names)} columns. Correct the row; in CSV, put quotes "
+                    "around a cell with a comma or a line break."
                 )
             rows.append((number, dict(zip(names, cells, strict=True))))
     except csv.Error as error:

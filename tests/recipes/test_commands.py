@@ -57,6 +57,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_from_a_clone_to_a_method_that_passes_in_ten_minutes_and_40_lines",
     "surgery train quickstart": f"{TESTS}run/test_quickstart.py::"
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
+    "surgery train ag_news": f"{TESTS}tasks/test_any_data.py::"
+    "test_ag_news_is_five_lines_and_trains_on_local_files",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"
     "test_the_recipe_trains_and_scores_the_same_again",
     "surgery eval": f"{TESTS}run/test_finetune.py::"

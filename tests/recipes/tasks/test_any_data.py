@@ -1,4 +1,4 @@
-"""Tasks of any data set: local files and hub data sets are read, split, labelled, trained, scored."""
+"""Tasks of any data set: local files and the hub are read, split, labelled, trained, scored."""
 
 from __future__ import annotations
 
