@@ -39,6 +39,7 @@ from surgery_recipes.run.build import (
     try_out,
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
+from surgery_recipes.run.kinds import of_images
 from surgery_recipes.run.prepare import Prepared, prepare_run
 from surgery_recipes.run.results import Row
 from surgery_recipes.run.run_folder import (
@@ -232,11 +233,12 @@ def _score(
         results.write_answers(folder, prepared.task, sets)
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
     examples, given = map(list, zip(*scored, strict=True))
+    lengths = [] if of_images(prepared.task) else examples  # images have none
     return Row(
         **trained,
         score=scores[prepared.task.metric],
         scores=scores,
-        by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
+        by_length=results.by_length(prepared.task, prepared.tokenizer, lengths, given),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os.path
 import random
 from collections.abc import Iterator, Sequence
@@ -11,17 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-)
+from transformers import AutoConfig
 
 import surgery
 from surgery import Example, Features, RecipeError, suggest
 from surgery_recipes.recipe_files import Recipe, reason, shown
+from surgery_recipes.run.kinds import check_base, has_classes, load_tokenizer, of_images
 from surgery_recipes.run.model_source import model_path
 
 FITTED = ("train", "validation")
@@ -33,6 +27,7 @@ class Prepared:
 
     Attributes:
         source: the folder or hub id of the base.
+        tokenizer: that of the base; the image processor, if the task has images.
         new: the ids of the tokens that were added to the vocabulary.
         examples: the examples of every split.
         features: the encoded examples of the training and the validation split.
@@ -68,27 +63,19 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
     """
     with _told(recipe.task):
         task = _task(recipe)
-    if recipe.baseline and task.kind != "classifier":
+    if recipe.baseline and not has_classes(task):
         raise RecipeError(
             f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
             "baseline out."
         )
+    if of_images(task) and recipe.training.get("train_sampling_strategy") == "group_by_length":
+        raise RecipeError(
+            "training.train_sampling_strategy=group_by_length: images have no length. Leave it out."
+        )
     source = model_path(recipe.model, trust)
     config = _config(source, task)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model {shown(source)} has no tokenizer that loads: {reason(error)}"
-        ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"model {shown(source)}: its tokenizer has neither a padding nor an end token. "
-            "Set one in its tokenizer_config.json."
-        )
-    before = set(tokenizer.get_vocab())
-    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
-    new = [token for token in task.tokens if token not in before]
+    tokenizer = load_tokenizer(source, task)
+    new = [] if of_images(task) else _added(task, tokenizer)
     with _told(recipe.task):
         examples = _limited(task.splits(), recipe.limit)
         features = {
@@ -101,7 +88,7 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
             for name in examples
             if name not in FITTED
         }
-    if task.kind == "classifier":
+    if has_classes(task):
         _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
         _check_room(rows, name, config, task, 0)
@@ -111,8 +98,15 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         _longest([row for rows in features.values() for row in rows]),
         _longest([row for rows in prompts.values() for row in rows]),
     )
-    ids = tuple(tokenizer.convert_tokens_to_ids(new))
-    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
+    return Prepared(recipe, task, source, tokenizer, tuple(new), examples, features, longest)
+
+
+def _added(task: surgery.Task, tokenizer: Any) -> list[int]:
+    """Add the tokens of a task to a tokenizer, and return the ids of those that it lacked."""
+    before = set(tokenizer.get_vocab())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
+    lacked = [token for token in task.tokens if token not in before]
+    return list(tokenizer.convert_tokens_to_ids(lacked))
 
 
 @contextmanager
@@ -153,30 +147,8 @@ def _config(source: str, task: surgery.Task) -> Any:
         raise RecipeError(
             f"model {shown(source)} cannot be loaded{also}: {reason(error)}"
         ) from error
-    what = f"model {shown(source)} ({config.model_type})"
-    if task.kind == "classifier" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise RecipeError(
-            f"{what} cannot take a classification head, which task {task.name!r} needs. "
-            "Take an encoder such as FacebookAI/roberta-base."
-        )
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
-    if task.kind == "decoder" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encoder):
-        raise RecipeError(
-            f"{what} does not write text from left to right, which task {task.name!r} needs. "
-            "Take a decoder such as openai-community/gpt2."
-        )
-    if task.segments and not _adds_segments(config):
-        raise RecipeError(
-            f"{what} does not look segments up in its token embedding. "
-            "Set data.with_segments=false."
-        )
+    check_base(config, source, task)
     return config
-
-
-def _adds_segments(config: Any) -> bool:
-    """Whether the model looks ``token_type_ids`` up in its token embedding, as GPT-2 does."""
-    forward = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward)
-    return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
 
 
 def _limited(splits: dict[str, list[Example]], limit: dict[str, Any]) -> dict[str, list[Example]]:
@@ -227,4 +199,5 @@ def _check_room(
 
 
 def _longest(features: Sequence[Features], count: int = 2) -> list[Features]:
-    return sorted(features, key=lambda f: len(f["input_ids"]), reverse=True)[:count]
+    """The longest features; the first ones of images, which all have one size."""
+    return sorted(features, key=lambda f: len(f.get("input_ids", ())), reverse=True)[:count]

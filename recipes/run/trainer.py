@@ -22,6 +22,7 @@ from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.checkpoints import CHECKPOINTS
 from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.kinds import has_classes
 from surgery_recipes.run.prepare import Prepared
 
 
@@ -174,7 +175,7 @@ def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArgumen
     if not made.load_best_model_at_end or name is None:
         return
     given = {"loss"}
-    if task.kind == "classifier" and validation:
+    if has_classes(task) and validation:
         given |= set(task.score([0] * len(validation), validation))
     if name.removeprefix("eval_") not in given:
         raise RecipeError(
@@ -204,12 +205,12 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
             data_collator=Collator(pad_id(prepared.tokenizer)),
             train_dataset=prepared.features["train"],
             eval_dataset=prepared.features.get("validation"),
-            compute_metrics=accuracy if task.kind == "classifier" else None,
+            compute_metrics=accuracy if has_classes(task) else None,
         )
     except Exception as error:
         raise RecipeError(f"training: transformers' Trainer refuses it: {reason(error)}") from error
     trainer.can_return_loss = True
-    if task.kind == "classifier":  # their loss is a mean already: it takes no num_items_in_batch
+    if has_classes(task):  # their loss is a mean already: it takes no num_items_in_batch
         trainer.model_accepts_loss_kwargs = False
     trainer.add_callback(Clock)
     for printing in (ProgressCallback, PrinterCallback):

@@ -202,7 +202,7 @@ def _after_types(check: Callable[[Any], None]) -> Callable[[Any], None]:
     return checked
 
 
-TaskKind = Literal["classifier", "decoder"]
+TaskKind = Literal["classifier", "image_classifier", "decoder"]
 
 
 Example = Mapping[str, Any]
@@ -221,7 +221,9 @@ class Task:
     Attributes:
         name: the name in recipes.
         kind: the model that the task needs. A ``classifier`` gets a new head with :attr:`labels`
-            classes and answers with a class; a ``decoder`` continues the text of :meth:`prompt`.
+            classes and answers with a class; so does an ``image_classifier``, which sees
+            ``pixel_values``; a ``decoder`` continues the text of :meth:`prompt`. The ``tokenizer``
+            of an ``image_classifier``'s methods is the base's image processor.
         metric: the score that closing tables show, a key of the result of :meth:`score`.
 
     Example:
@@ -261,7 +263,11 @@ class Task:
         raise self.missing("splits()")
 
     def encode(self, example: Example, tokenizer: Any) -> Features:
-        """Return the features of one example for training: ``input_ids``, ``labels``, segments."""
+        """Return the features of one example for training: ``input_ids``, ``labels``, segments.
+
+        Those of an ``image_classifier`` are ``pixel_values``, an array of channels, height and
+        width, and ``labels``.
+        """
         raise self.missing("encode(example, tokenizer)")
 
     def prompt(self, example: Example, tokenizer: Any) -> Features:
