@@ -75,7 +75,7 @@ def train(recipe: Recipe, console: Console, run: RunOptions | None = None) -> li
         try_out(model, prepared)
         checkpoint = _last_checkpoint(model, folder) if run.resume else None
     else:
-        model = _load(prepared, made, folder)
+        model = load_run(prepared, made, folder)
     first = made.process_index == 0
     if not first:
         console = Console(quiet=True)
@@ -146,14 +146,14 @@ def evaluate(folder: Path, console: Console, trust: bool = False) -> dict[str, f
     recipe = read_recipe(folder / "recipe.yaml")
     prepared = prepare_run(recipe, trust)
     made = training_arguments(recipe)
-    model = _load(prepared, made, folder)
+    model = load_run(prepared, made, folder)
     _, scores = _answer(model, prepared, made, console)
     for name, value in scores.items():
         console.print(Text(f"{folder}: {name} {value}"))
     return scores
 
 
-def _load(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
+def load_run(prepared: Prepared, made: TrainingArguments, folder: Path) -> Any:
     """A freshly loaded base with the adapter of a run, or the model that it trained as a whole."""
     if prepared.recipe.splice:
         base = load_base(prepared, made.seed)

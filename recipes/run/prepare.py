@@ -61,21 +61,8 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         RecipeError: the model is of the wrong kind or not trusted, data are missing, or an
             example is too long.
     """
-    with _told(recipe.task):
-        task = _task(recipe)
-    if recipe.baseline and not has_classes(task):
-        raise RecipeError(
-            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
-            "baseline out."
-        )
-    if of_images(task) and recipe.training.get("train_sampling_strategy") == "group_by_length":
-        raise RecipeError(
-            "training.train_sampling_strategy=group_by_length: images have no length. Leave it out."
-        )
-    source = model_path(recipe.model, trust)
-    config = _config(source, task)
-    tokenizer = load_tokenizer(source, task)
-    new = [] if of_images(task) else _added(task, tokenizer)
+    base, config = _base(recipe, trust)
+    task, tokenizer = base.task, base.tokenizer
     with _told(recipe.task):
         examples = _limited(task.splits(), recipe.limit)
         features = {
@@ -98,7 +85,37 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         _longest([row for rows in features.values() for row in rows]),
         _longest([row for rows in prompts.values() for row in rows]),
     )
-    return Prepared(recipe, task, source, tokenizer, tuple(new), examples, features, longest)
+    return dataclasses.replace(base, examples=examples, features=features, longest=longest)
+
+
+def prepare_base(recipe: Recipe, trust: bool = False) -> Prepared:
+    """A recipe with its task and tokenizer, and none of its data.
+
+    Raises:
+        RecipeError: the model is of the wrong kind or not trusted.
+    """
+    return _base(recipe, trust)[0]
+
+
+def _base(recipe: Recipe, trust: bool) -> tuple[Prepared, Any]:
+    """What is known before the data are read, and the configuration of the base."""
+    with _told(recipe.task):
+        task = _task(recipe)
+    if recipe.baseline and not has_classes(task):
+        raise RecipeError(
+            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
+            "baseline out."
+        )
+    if of_images(task) and recipe.training.get("train_sampling_strategy") == "group_by_length":
+        raise RecipeError(
+            "training.train_sampling_strategy=group_by_length: images have no length. Leave it out."
+        )
+    source = model_path(recipe.model, trust)
+    config = _config(source, task)
+    tokenizer = load_tokenizer(source, task)
+    new = [] if of_images(task) else _added(task, tokenizer)
+    made = Prepared(recipe, task, source, tokenizer, tuple(new), {}, {}, ([], []))
+    return made, config
 
 
 def _added(task: surgery.Task, tokenizer: Any) -> list[int]:

@@ -110,15 +110,30 @@ def compare(
 @no_traceback()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="the folder of a finished run")],
+    lm_eval: Annotated[
+        str,
+        typer.Option(
+            "--lm-eval", help="tasks of lm-evaluation-harness, or YAML files of them: NAME,NAME"
+        ),
+    ] = "",
+    limit: Annotated[
+        int, typer.Option(help="with --lm-eval: examples of each task; 0 means all")
+    ] = 0,
     trust: Trust = False,
 ) -> None:
-    """Score a saved adapter again, from its files alone."""
+    """Score a saved adapter again, from its files alone, or on tasks of lm-evaluation-harness."""
     if not (run / "recipe.yaml").is_file():
         raise RecipeError(f"{run}: no recipe.yaml here. Give the output folder of a run.")
     import_transformers()
     from surgery_recipes.run import evaluate as score_again
+    from surgery_recipes.run import evaluate_by_harness
 
-    score_again(run, console, _trusted([read_recipe(run / "recipe.yaml").model], trust))
+    trust = _trusted([read_recipe(run / "recipe.yaml").model], trust)
+    if lm_eval:
+        names = [name.strip() for name in lm_eval.split(",")]
+        evaluate_by_harness(run, names, console, limit, trust)
+    else:
+        score_again(run, console, trust)
 
 
 def _trusted(models: Iterable[str], trust: bool) -> bool:

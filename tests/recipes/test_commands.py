@@ -61,6 +61,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_ag_news_is_five_lines_and_trains_on_local_files",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"
     "test_the_recipe_trains_and_scores_the_same_again",
+    "surgery eval runs/x --lm-eval": f"{TESTS}run/test_harness.py::"
+    "test_a_toy_task_is_asked_of_the_spliced_model",
     "surgery eval": f"{TESTS}run/test_finetune.py::"
     "test_the_command_line_tries_a_recipe_out_and_trains_it",
     "torchrun --nproc-per-node 4 --no-python surgery train": f"{TESTS}run/test_finetune.py::"
@@ -290,7 +292,7 @@ def test_a_make_command_has_a_target(command: str) -> None:
 def test_a_pip_command_names_this_package_and_extras_that_it_has(command: str) -> None:
     project = (ROOT / "pyproject.toml").read_text()
     section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = set(re.findall(r"^(\w+) =", section, re.MULTILINE))
+    known = set(re.findall(r"^([\w-]+) =", section, re.MULTILINE))
     [package] = [word for word in shlex.split(command)[2:] if not word.startswith("-")]
     name, _, extras = package.partition("[")
     assert name in (".", "surgery"), "another package needs a line in RUN_BY"
