@@ -70,9 +70,8 @@ def test_a_toy_task_is_asked_of_the_spliced_model(
     run: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        surgery.task("webnlg").__class__, "splits", lambda self: pytest.fail("read")
-    )
+    unread = surgery.tasks()["webnlg"]
+    monkeypatch.setattr(unread, "splits", lambda self: pytest.fail("the data are not needed"))
     done = CliRunner().invoke(app, ["eval", str(run), "--lm-eval", str(toy(tmp_path))])
     assert done.exit_code == 0, done.output
     assert "acc" in done.output
@@ -101,7 +100,7 @@ def test_a_toy_task_is_asked_of_the_spliced_model(
 @pytest.mark.parametrize(
     ("tasks", "part"),
     [
-        (["nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["nowhere.yaml"], "nowhere.yaml': no such file"),
         (["{toy}/none.yaml"], "no line `task: NAME`"),
         (["arc_eazy"], r"no task 'arc_eazy'. Did you mean 'arc_easy'\?"),
         ([""], "name the tasks, separated by commas"),
