@@ -106,6 +106,12 @@ def _base(recipe: Recipe, trust: bool) -> tuple[Prepared, Any]:
             f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
             "baseline out."
         )
+    if recipe.trainer == "sft" and (has_classes(task) or task.segments):
+        raise RecipeError(
+            f"trainer=sft: task {task.name!r} has "
+            + ("segments" if task.segments else "classes")
+            + ", and TRL's SFTTrainer learns plain texts. Leave trainer out."
+        )
     if of_images(task) and recipe.training.get("train_sampling_strategy") == "group_by_length":
         raise RecipeError(
             "training.train_sampling_strategy=group_by_length: images have no length. Leave it out."

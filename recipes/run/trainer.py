@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import surgery
 from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files import Recipe, reason, shown
+from surgery_recipes.run import sft
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.checkpoints import CHECKPOINTS
 from surgery_recipes.run.collate import Collator
@@ -66,8 +67,13 @@ class OrderOfEpoch(Sampler[int]):
         return len(self.sampler)
 
 
-class AdapterTrainer(Trainer):
-    """A Trainer whose weight decay spares rows and biases, and whose batches follow the seed."""
+class AdapterMixin:
+    """What recipes add to a Trainer: learning rates that methods name, batches by the seed."""
+
+    callback_handler: Any
+    model: Any
+    args: Any
+    state: Any
 
     @property
     def seconds(self) -> float:
@@ -77,7 +83,7 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, *given: Any) -> Any:
         """Let parameters that a module's ``learning_rates()`` names learn at their own rates."""
-        optimizer = super().create_optimizer(*given)
+        optimizer = super().create_optimizer(*given)  # type: ignore[misc]
         own = surgery.parameter_groups(self.model, lr=1.0)
         times = {id(p): group["lr"] for group in own for p in group["params"]}
         for group in list(optimizer.param_groups):
@@ -94,7 +100,7 @@ class AdapterTrainer(Trainer):
         transformers' sampler draws it from the state of all random numbers, which a run that is
         resumed inside an epoch does not have any more.
         """
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -103,12 +109,16 @@ class AdapterTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate, and leave the random numbers of training alone."""
         with torch.random.fork_rng(devices=[]):
-            found: dict[str, float] = super().evaluate(*args, **kwargs)
+            found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
         return found
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Validate in order: ``compute_metrics`` pairs predictions with examples by place."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class AdapterTrainer(AdapterMixin, Trainer):
+    """transformers' Trainer for recipes."""
 
 
 def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
@@ -117,11 +127,12 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
     Raises:
         RecipeError: a key is unknown, a value is of the wrong kind, or there is no GPU to use.
     """
-    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    cls = sft.config_class() if recipe.trainer == "sft" else TrainingArguments
+    known = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
     for key, given in recipe.training.items():
         if key not in known:
             raise RecipeError(
-                f"training: transformers.TrainingArguments has no {shown(key)}. "
+                f"training: {cls.__module__.split('.')[0]}.{cls.__name__} has no {shown(key)}. "
                 f"{suggest(key, known)}"
             )
         if known[key] in (bool, "bool") and isinstance(given, str):
@@ -146,8 +157,10 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
     }
+    if recipe.trainer == "sft":
+        defaults |= sft.DEFAULTS
     try:
-        made = TrainingArguments(**{**defaults, **recipe.training})
+        made: TrainingArguments = cls(**{**defaults, **recipe.training})
     except Exception as error:  # of a hundred arguments, few are checked before they are used
         raise RecipeError(f"training: {reason(error)}") from error
     if recipe.patience and not made.load_best_model_at_end:
@@ -184,7 +197,7 @@ def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArgumen
         )
 
 
-def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> AdapterTrainer:
+def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Any:
     """A Trainer for a prepared recipe.
 
     Raises:
@@ -199,14 +212,17 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
     _check_best(task, validation, made)
     try:
         AdapterTrainer.get_optimizer_cls_and_kwargs(made, model)
-        trainer = AdapterTrainer(
-            model,
-            made,
-            data_collator=Collator(pad_id(prepared.tokenizer)),
-            train_dataset=prepared.features["train"],
-            eval_dataset=prepared.features.get("validation"),
-            compute_metrics=accuracy if has_classes(task) else None,
-        )
+        if prepared.recipe.trainer == "sft":
+            trainer: Any = sft.make_trainer(AdapterMixin, model, prepared, made)
+        else:
+            trainer = AdapterTrainer(
+                model,
+                made,
+                data_collator=Collator(pad_id(prepared.tokenizer)),
+                train_dataset=prepared.features["train"],
+                eval_dataset=prepared.features.get("validation"),
+                compute_metrics=accuracy if has_classes(task) else None,
+            )
     except Exception as error:
         raise RecipeError(f"training: transformers' Trainer refuses it: {reason(error)}") from error
     trainer.can_return_loss = True

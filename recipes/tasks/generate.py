@@ -16,7 +16,27 @@ from surgery_recipes.tasks.generation import IGNORED, Generation, not_empty, tok
 
 
 @dataclass(frozen=True)
-class Generate(AnyData, Generation):
+class AnyTexts(AnyData, Generation):
+    """Texts to write after prompts of any data set, scored by the metrics of a recipe."""
+
+    metrics: Sequence[str] = ("bleu",)
+
+    def __post_init__(self) -> None:
+        self.check_options("metrics")
+        super().__post_init__()
+        by_name.check_names(self.metrics, by_name.TEXT_SCORES, f"task {self.name!r}")
+
+    def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        return by_name.text_scores(self.metrics, answers, [e["references"] for e in examples])
+
+    def notes(self) -> dict[str, str]:
+        known = set(self.metrics) & {"bleu", "chrf", "ter"}
+        found = ngram_overlap.signatures() if known else {}
+        return {name: note for name, note in found.items() if name in known}
+
+
+@dataclass(frozen=True)
+class Generate(AnyTexts):
     """A text to write after a prompt: ``template`` with the columns of a row, then ``target``.
 
     The target is joined to the prompt by a space, unless the template ends in a line break. It ends
@@ -35,12 +55,9 @@ class Generate(AnyData, Generation):
     template: str = ""
     target: str = "target"  # type: ignore[assignment]
     max_prompt: int = 0
-    metrics: Sequence[str] = ("bleu",)
 
     def __post_init__(self) -> None:
-        self.check_options("metrics")
         super().__post_init__()
-        by_name.check_names(self.metrics, by_name.TEXT_SCORES, f"task {self.name!r}")
         if not self.columns():
             raise RecipeError(
                 f"data.template={shown(self.template)} names no column. Write columns in braces, "
@@ -106,15 +123,6 @@ class Generate(AnyData, Generation):
         space = "" if example["prompt"].endswith("\n") else " "
         answer = token_ids(tokenizer, space + example["references"][0]) + self.stop(tokenizer)[:1]
         return {"input_ids": before + answer, "labels": [IGNORED] * len(before) + answer}
-
-    def score(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        return by_name.text_scores(self.metrics, answers, [e["references"] for e in examples])
-
-    def notes(self) -> dict[str, str]:
-        known = set(self.metrics) & {"bleu", "chrf", "ter"}
-        return {
-            n: s for n, s in (ngram_overlap.signatures() if known else {}).items() if n in known
-        }
 
     def source(self, example: Example) -> str:
         return str(example["prompt"])
