@@ -79,6 +79,7 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
         _check_room(rows, name, config, task, 0)
+        _check_rows(rows, name, recipe)
     for name, rows in prompts.items():
         _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
     longest = (
@@ -218,6 +219,24 @@ def _check_room(
                 + (f" and {written} to generate" if written else "")
                 + f", but the model has {room} positions. Shorten the example or remove it, lower "
                 "data.max_new_tokens if the example is scored, or take a model with more positions."
+            )
+
+
+def _check_rows(rows: list[Features], split: str, recipe: Recipe) -> None:
+    """Raise if SFTTrainer would cut an example, as it cuts answers first."""
+    if recipe.trainer != "sft":
+        return
+    room = recipe.training.get("max_length")
+    if room is None and recipe.training.get("packing"):
+        raise RecipeError(
+            "training.packing fills rows of training.max_length tokens. Set that, too, such as "
+            "1024."
+        )
+    for number, row in enumerate(rows):
+        if isinstance(room, int) and len(row["input_ids"]) > room:
+            raise RecipeError(
+                f"{split}, example {number + 1}: {len(row['input_ids'])} tokens, but rows of "
+                f"training.max_length={room}. Raise that, or lower data.max_length."
             )
 
 

@@ -7,13 +7,13 @@ hold whole examples; positions begin anew with each, and no token sees another e
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from surgery import RecipeError
 from surgery_recipes.run.prepare import Prepared
 
-# SFTConfig's own defaults are bfloat16 and checkpointed gradients, whatever the machine.
-DEFAULTS = {"bf16": False, "gradient_checkpointing": False}
+COLUMNS = ("input_ids", "labels")
 
 
 def config_class() -> Any:
@@ -31,6 +31,16 @@ def config_class() -> Any:
     return SFTConfig
 
 
+def defaults(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """What holds where a recipe does not say otherwise: neither bfloat16 nor checkpointing.
+
+    SFTConfig's own defaults have both, on any machine, and cut examples at 1,024 tokens.
+    """
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the latter in transformers < 6
+    checkpointing = {} if set(names) & set(given) else {next(n for n in names if n in known): False}
+    return {"bf16": False, "max_length": None, **checkpointing}
+
+
 def make_trainer(mixin: type, model: Any, prepared: Prepared, made: Any) -> Any:
     """An SFTTrainer that also is what ``mixin`` says, for the features of a recipe.
 
@@ -42,9 +52,7 @@ def make_trainer(mixin: type, model: Any, prepared: Prepared, made: Any) -> Any:
     cls = type("AdapterSFTTrainer", (mixin, SFTTrainer), {"__doc__": "SFTTrainer for recipes."})
     before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     sets = {
-        name: Dataset.from_list(
-            [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
-        )
+        name: Dataset.from_dict({key: [row[key] for row in rows] for key in COLUMNS})
         for name, rows in prepared.features.items()
     }
     trainer = cls(

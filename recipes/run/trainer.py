@@ -158,7 +158,7 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
         "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
     }
     if recipe.trainer == "sft":
-        defaults |= sft.DEFAULTS
+        defaults |= sft.defaults(recipe.training, known)
     try:
         made: TrainingArguments = cls(**{**defaults, **recipe.training})
     except Exception as error:  # of a hundred arguments, few are checked before they are used

@@ -1,4 +1,4 @@
-"""Chat: answer as the assistant of a conversation, written by the chat template of the tokenizer."""
+"""Chat: answer as the assistant of a conversation, written by the tokenizer's chat template."""
 
 from __future__ import annotations
 

@@ -59,6 +59,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
     "surgery train ag_news": f"{TESTS}tasks/test_any_data.py::"
     "test_ag_news_is_five_lines_and_trains_on_local_files",
+    "surgery train chat": f"{TESTS}run/test_sft.py::"
+    "test_a_chat_recipe_trains_and_scores_the_same_again",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"
     "test_the_recipe_trains_and_scores_the_same_again",
     "surgery eval runs/x --lm-eval": f"{TESTS}run/test_harness.py::"

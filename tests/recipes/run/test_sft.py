@@ -99,7 +99,7 @@ def test_a_packed_row_has_the_loss_of_its_examples_alone(decoder: Path, tmp_path
             count += n
         batch = trainer.data_collator(packed)
         assert int((batch["labels"] != -100).sum()) == count
-        loss = trainer.compute_loss(model, {k: v for k, v in batch.items()})
+        loss = trainer.compute_loss(model, dict(batch))
     assert float(loss) == pytest.approx(total / count, rel=1e-4)
 
 

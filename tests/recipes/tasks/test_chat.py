@@ -40,8 +40,8 @@ def tokenizer(root: Path) -> Any:
 
 
 def learnt(features: dict[str, Any], tokenizer: Any) -> str:
-    pairs = zip(features["input_ids"], features["labels"], strict=True)
-    assert all(y in (-100, x) for x, y in zip(features["input_ids"], features["labels"]))
+    pairs = list(zip(features["input_ids"], features["labels"], strict=True))
+    assert all(y in (-100, x) for x, y in pairs)
     return str(tokenizer.decode([x for x, y in pairs if y != -100]))
 
 
@@ -85,11 +85,13 @@ def test_a_long_conversation_loses_its_beginning(tmp_path: Path, tokenizer: Any)
     assert len(task.prompt(example, tokenizer)["input_ids"]) == 6
 
 
+@pytest.mark.cases
+@pytest.mark.filterwarnings("ignore")
 def test_the_tokens_are_those_that_trl_makes_of_the_conversation(
     tmp_path: Path, tokenizer: Any
 ) -> None:
     """TRL's own preparation of a prompt and its completion, with its completion-only loss."""
-    trl = pytest.importorskip("trl")
+    import trl
     from datasets import Dataset
 
     from surgery_recipes.tasks.chat import CHATML
@@ -137,10 +139,8 @@ def test_a_tokenizer_without_a_template_or_with_one_that_refuses(
 ) -> None:
     task = chat(tmp_path, chat_template="")
     example = task.splits()["train"][0]
-    with pytest.raises(RecipeError, match="has no chat template.*data.chat_template=chatml"):
+    with pytest.raises(RecipeError, match=r"has no chat template.*data.chat_template=chatml"):
         task.encode(example, tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
-    with pytest.raises(
-        RecipeError, match=r"talks.jsonl: row \d+: the chat template refuses .*no s"
-    ):
+    with pytest.raises(RecipeError, match=r"l: row \d+: the chat template refuses .*no s"):
         task.encode(example, tokenizer)
