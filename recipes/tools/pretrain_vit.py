@@ -66,7 +66,7 @@ def main(words: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default="bases/vit_digits")
-    for name, value in (("layers", 4), ("width", 64), ("heads", 4), ("steps", 1500)):
+    for name, value in (("layers", 4), ("width", 64), ("heads", 4), ("steps", 800)):
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in (("batch", 64), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
