@@ -130,6 +130,6 @@ def _table(folder: Path, scores: dict[str, dict[str, float]]) -> Table:
         made.add_column(Text(heading))
     for name, row in scores.items():
         for score, value in row.items():
-            if "_stderr" not in score:
+            if "stderr" not in score:
                 made.add_row(Text(name), Text(score.removesuffix(",none")), f"{value:.4f}")
     return made

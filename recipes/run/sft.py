@@ -41,15 +41,15 @@ def defaults(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     return {"bf16": False, "max_length": None, **checkpointing}
 
 
-def make_trainer(mixin: type, model: Any, prepared: Prepared, made: Any) -> Any:
-    """An SFTTrainer that also is what ``mixin`` says, for the features of a recipe.
+def make_trainer(ours: type, model: Any, prepared: Prepared, made: Any) -> Any:
+    """An SFTTrainer that also is a Trainer of our own, for the features of a recipe.
 
     SFTTrainer rounds the adapters of a quantised base to bfloat16; here they keep their dtype.
     """
     from datasets import Dataset
     from trl import SFTTrainer
 
-    cls = type("AdapterSFTTrainer", (mixin, SFTTrainer), {"__doc__": "SFTTrainer for recipes."})
+    cls = type("AdapterSFTTrainer", (ours, SFTTrainer), {"__doc__": "SFTTrainer for recipes."})
     before = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     sets = {
         name: Dataset.from_dict({key: [row[key] for row in rows] for key in COLUMNS})

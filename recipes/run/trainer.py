@@ -67,13 +67,8 @@ class OrderOfEpoch(Sampler[int]):
         return len(self.sampler)
 
 
-class AdapterMixin:
-    """What recipes add to a Trainer: learning rates that methods name, batches by the seed."""
-
-    callback_handler: Any
-    model: Any
-    args: Any
-    state: Any
+class AdapterTrainer(Trainer):
+    """A Trainer whose weight decay spares rows and biases, and whose batches follow the seed."""
 
     @property
     def seconds(self) -> float:
@@ -83,7 +78,7 @@ class AdapterMixin:
 
     def create_optimizer(self, *given: Any) -> Any:
         """Let parameters that a module's ``learning_rates()`` names learn at their own rates."""
-        optimizer = super().create_optimizer(*given)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*given)
         own = surgery.parameter_groups(self.model, lr=1.0)
         times = {id(p): group["lr"] for group in own for p in group["params"]}
         for group in list(optimizer.param_groups):
@@ -100,7 +95,7 @@ class AdapterMixin:
         transformers' sampler draws it from the state of all random numbers, which a run that is
         resumed inside an epoch does not have any more.
         """
-        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -109,16 +104,12 @@ class AdapterMixin:
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate, and leave the random numbers of training alone."""
         with torch.random.fork_rng(devices=[]):
-            found: dict[str, float] = super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
         return found
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """Validate in order: ``compute_metrics`` pairs predictions with examples by place."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
-
-
-class AdapterTrainer(AdapterMixin, Trainer):
-    """transformers' Trainer for recipes."""
 
 
 def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments:
@@ -213,7 +204,7 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Any
     try:
         AdapterTrainer.get_optimizer_cls_and_kwargs(made, model)
         if prepared.recipe.trainer == "sft":
-            trainer: Any = sft.make_trainer(AdapterMixin, model, prepared, made)
+            trainer: Any = sft.make_trainer(AdapterTrainer, model, prepared, made)
         else:
             trainer = AdapterTrainer(
                 model,

@@ -221,9 +221,9 @@ class Task:
     Attributes:
         name: the name in recipes.
         kind: the model that the task needs. A ``classifier`` gets a new head with :attr:`labels`
-            classes and answers with a class; so does an ``image_classifier``, which sees
-            ``pixel_values``; a ``decoder`` continues the text of :meth:`prompt`. The ``tokenizer``
-            of an ``image_classifier``'s methods is the base's image processor.
+            classes and answers with a class; so does an ``image_classifier``, whose features are
+            ``pixel_values`` and whose ``tokenizer`` is an image processor; a ``decoder`` continues
+            the text of :meth:`prompt`.
         metric: the score that closing tables show, a key of the result of :meth:`score`.
 
     Example:
@@ -263,11 +263,7 @@ class Task:
         raise self.missing("splits()")
 
     def encode(self, example: Example, tokenizer: Any) -> Features:
-        """Return the features of one example for training: ``input_ids``, ``labels``, segments.
-
-        Those of an ``image_classifier`` are ``pixel_values``, an array of channels, height and
-        width, and ``labels``.
-        """
+        """Return the features of one example for training: ``input_ids``, ``labels``, segments."""
         raise self.missing("encode(example, tokenizer)")
 
     def prompt(self, example: Example, tokenizer: Any) -> Features:

@@ -13,7 +13,7 @@ from rich.console import Console
 from surgery.adapter.reading import read
 from surgery_recipes.recipe_files import Recipe, find_recipe, read_recipe
 from surgery_recipes.run import finetune
-from surgery_recipes.run.trainer import AdapterMixin
+from surgery_recipes.run.trainer import AdapterTrainer
 from tests.recipes import tiny
 
 QUIET = Console(quiet=True)
@@ -38,7 +38,7 @@ def stop_at(step: int, made: Recipe, console: Console = QUIET) -> None:
                 raise KeyboardInterrupt
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(AdapterMixin, "create_optimizer", pressing(AdapterMixin, Press()))
+    patch.setattr(AdapterTrainer, "create_optimizer", pressing(AdapterTrainer, Press()))
     try:
         with pytest.raises(KeyboardInterrupt):
             finetune.train(made, console)
