@@ -274,7 +274,7 @@ def _check_scores(grid: Grid, name: str, prepared: Prepared) -> None:
     task, given = prepared.task, set(prepared.task.notes())
     for split in prepared.scored:
         examples = prepared.examples[split]
-        answer: Any = 0 if task.kind == "classifier" else "a"
+        answer: Any = "a" if task.kind == "decoder" else 0
         given |= set(task.score([answer] * len(examples), examples))
     for score in grid.scores[name]:
         if score not in given and score.partition("_")[0] not in task.notes():

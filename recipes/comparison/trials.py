@@ -54,7 +54,7 @@ def swept(grid: Grid) -> list[tuple[str, str]]:
 
 def learns(recipe: Recipe) -> bool:
     """Whether anything is trained: of a frozen base, the new head of a classifier is."""
-    return not recipe.frozen or surgery.tasks()[recipe.task].kind == "classifier"
+    return not recipe.frozen or surgery.tasks()[recipe.task].kind != "decoder"
 
 
 def trial(grid: Grid, task: str, row: str, rate: float, seed: int, steps: int) -> Trial:

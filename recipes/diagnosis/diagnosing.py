@@ -126,6 +126,8 @@ def _lengths(run: LoadedRun, minus: Path | None, trust: bool) -> dict[str, list[
         examples = run.prepared.examples[name]
         if minus and len(other.get(name, [])) != len(answers):
             raise RecipeError(f"{minus} did not answer the {len(answers)} examples of {name!r}.")
+        if task.kind == "image_classifier":  # images have no length
+            continue
         sizes = [len(task.prompt(example, tokenizer)["input_ids"]) for example in examples]
         found[name] = by_length(task, sizes, answers, examples, other.get(name))
     return found

@@ -26,7 +26,8 @@ def write(
         _mass(folder / "mass.png", before, after)
     if moved:
         _updates(folder / "updates.png", moved)
-    _lengths(folder / "lengths.png", lengths, metric)
+    if lengths:
+        _lengths(folder / "lengths.png", lengths, metric)
     if any(losses.values()):
         _losses(folder / "losses.png", losses)
 

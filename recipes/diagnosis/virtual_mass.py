@@ -43,7 +43,7 @@ def virtual_mass(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list
     """Return the mean mass of every module that has one, over all tokens that are no padding.
 
     Args:
-        batches: arguments of the model, with an ``attention_mask`` (B, n) each.
+        batches: arguments of the model, with an ``attention_mask`` (B, n) where there is padding.
     """
     places = {
         each.path: each
@@ -60,10 +60,11 @@ def virtual_mass(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> list
         for batch in batches:
             seen.clear()
             model(**batch)
-            real = batch["attention_mask"].bool()  # (B, n)
+            mask = batch.get("attention_mask")  # (B, n); images have none
             for path, mass in seen.items():
                 n = mass.shape[-1]
-                at = real[:, -n:]
+                at = torch.ones_like(mass[:, 0]) if mask is None else mask[:, -n:]
+                at = at.bool()
                 heads[path].append(mass.transpose(0, 1)[:, at])  # (H, tokens)
                 positions[path].append(torch.stack([mass.mean(1)[at], _tenth(at)[at].float()]))
     model.train(training)

@@ -51,6 +51,8 @@ class Recipe:
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: the dtype of the base and of what is inserted: ``float32``, or ``auto`` for the one
             of the model's files. Mixed precision takes float32 and ``training.bf16``.
+        trainer: ``sft`` for TRL's SFTTrainer, whose ``SFTConfig`` then names the keys of
+            ``training``; "" for transformers' Trainer.
         quantize: ``nf4`` or ``int8`` to load the base that way, by bitsandbytes; "" for as it is.
         limit: how many examples of a split to take, for trials: ``{train: 100, test: 10}``. They
             are drawn at random, and always the same.
@@ -71,6 +73,7 @@ class Recipe:
     baseline: bool = False
     device: str = "auto"
     dtype: str = "float32"
+    trainer: str = ""
     quantize: str = ""
     limit: dict[str, Any] = field(default_factory=dict)
     validate_only: bool = False
@@ -136,6 +139,10 @@ def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(f"{where}: device={shown(recipe.device)} must be auto, cpu or cuda.")
     if recipe.dtype not in ("float32", "auto"):
         raise RecipeError(f"{where}: dtype={shown(recipe.dtype)} must be float32 or auto.")
+    if recipe.trainer not in ("", "sft"):
+        raise RecipeError(
+            f"{where}: trainer={shown(recipe.trainer)} must be sft, or left out for transformers'."
+        )
     if recipe.quantize not in ("", "nf4", "int8"):
         raise RecipeError(f"{where}: quantize={shown(recipe.quantize)} must be nf4 or int8.")
     if recipe.frozen and (recipe.splice or recipe.keep or recipe.baseline):

@@ -5,6 +5,7 @@ from surgery_recipes.run.build import planned_methods
 from surgery_recipes.run.collate import Collator
 from surgery_recipes.run.counting import Counter
 from surgery_recipes.run.finetune import dry_run, evaluate, train
+from surgery_recipes.run.harness import evaluate_by_harness
 from surgery_recipes.run.loaded import LoadedRun, load_run
 from surgery_recipes.run.model_source import what_is_imported
 from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
@@ -27,6 +28,7 @@ __all__ = [
     "draws",
     "dry_run",
     "evaluate",
+    "evaluate_by_harness",
     "find_runs",
     "finished",
     "load_run",

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 import surgery
 from surgery import Example, Features
 from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.kinds import has_classes
 
 
 def answers(
@@ -30,7 +31,8 @@ def answers(
     exceed the memory does so in the first batch.
     """
     prompts = [task.prompt(example, tokenizer) for example in examples]
-    distinct = {tuple(p["input_ids"]): p for p in prompts}
+    names = [_name(prompt, i) for i, prompt in enumerate(prompts)]
+    distinct = dict(zip(names, prompts, strict=True))
     order = sorted(distinct, key=lambda key: (-len(key), key))
     together = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
@@ -52,14 +54,19 @@ def answers(
         parts: list[Any] = [None] * world
         distributed.all_gather_object(parts, found)
         found = {key: answer for part in parts for key, answer in part.items()}
-    return [found[tuple(p["input_ids"])] for p in prompts]
+    return [found[name] for name in names]
+
+
+def _name(prompt: Features, number: int) -> tuple[int, ...]:
+    """What equal prompts share: their tokens. Each image has its own."""
+    return tuple(prompt["input_ids"]) if "input_ids" in prompt else (number,)
 
 
 @torch.no_grad()
 def _answer(model: Any, task: surgery.Task, tokenizer: Any, features: list[Features]) -> list[Any]:
     collate = Collator(pad_id(tokenizer), "left" if task.kind == "decoder" else "right")
     batch = {name: tensor.to(model.device) for name, tensor in collate(features).items()}
-    if task.kind == "classifier":
+    if has_classes(task):
         return list(model(**batch).logits.argmax(-1).tolist())  # (B, classes) -> (B,)
     width = batch["input_ids"].shape[1]
     stop = task.stop(tokenizer)
@@ -75,6 +82,9 @@ def _text(ids: list[int], stop: Sequence[int], tokenizer: Any) -> str:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The padding token, or the end token of a tokenizer without one; the mask hides either."""
-    pad = tokenizer.pad_token_id
+    """The padding token, or the end token of a tokenizer without one; the mask hides either.
+
+    0 for an image processor, as images are not padded.
+    """
+    pad = getattr(tokenizer, "pad_token_id", 0)
     return int(tokenizer.eos_token_id if pad is None else pad)

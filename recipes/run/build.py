@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     set_seed,
@@ -19,6 +20,7 @@ from surgery import MethodError, RecipeError
 from surgery_recipes.recipe_files import Recipe, reason, shown
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.kinds import of_images
 from surgery_recipes.run.prepare import Prepared
 
 Plan = list[tuple[surgery.Method, dict[str, Any]]]
@@ -74,15 +76,21 @@ def load_base(prepared: Prepared, seed: int, source: str = "") -> Any:
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
         else:
             names = dict(enumerate(task.labels))
-            model = AutoModelForSequenceClassification.from_pretrained(
+            auto: Any = AutoModelForSequenceClassification
+            if of_images(task):
+                auto = AutoModelForImageClassification
+                more["ignore_mismatched_sizes"] = True  # a head of ImageNet's classes makes way
+            model = auto.from_pretrained(
                 source, num_labels=len(names), id2label=names, dtype=dtype, **more
             )
-            model.config.pad_token_id = pad_id(prepared.tokenizer)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
             f"model {shown(source)} cannot be loaded for this task: {reason(error)}"
         ) from error
-    grow_vocabulary(model, len(prepared.tokenizer))
+    if task.kind == "classifier":
+        model.config.pad_token_id = pad_id(prepared.tokenizer)
+    if not of_images(task):
+        grow_vocabulary(model, len(prepared.tokenizer))
     return model
 
 
@@ -224,10 +232,20 @@ def loss_of_longest(model: Any, prepared: Prepared) -> float:
             model(**prompts)
     except (IndexError, RuntimeError, ValueError) as error:
         raise RecipeError(
-            f"the longest examples ({examples['input_ids'].shape[1]} tokens to learn, "
-            f"{prompts['input_ids'].shape[1]} to answer) do not go through the model: "
-            f"{reason(error)}. Lower data.max_length, or take a model with more positions."
+            f"{_described(examples, prompts)} do not go through the model: {reason(error)}. "
+            + (
+                "Take a model for images of this size."
+                if of_images(prepared.task)
+                else "Lower data.max_length, or take a model with more positions."
+            )
         ) from error
     finally:
         model.train()
     return loss
+
+
+def _described(examples: dict[str, Any], prompts: dict[str, Any]) -> str:
+    if "pixel_values" in examples:
+        return f"the first images ({list(examples['pixel_values'].shape)})"
+    learnt, asked = (batch["input_ids"].shape[1] for batch in (examples, prompts))
+    return f"the longest examples ({learnt} tokens to learn, {asked} to answer)"

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 import surgery
 from surgery import SurgeryError
 from surgery_recipes.recipe_files import Recipe
 from surgery_recipes.run.build import insert, load_base, planned_methods
-from surgery_recipes.run.model_source import model_path
-from surgery_recipes.run.prepare import Prepared, config_of, task_of, tokenizer_of
+from surgery_recipes.run.kinds import has_classes, of_images
+from surgery_recipes.run.prepare import Prepared, prepare_base
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,7 @@ class Counter:
     """
 
     def __init__(self, recipe: Recipe, trust: bool = False) -> None:
-        task = task_of(recipe)
-        source = model_path(recipe.model, trust)
-        config_of(source, task)
-        tokenizer, ids = tokenizer_of(source, task)
-        self.prepared = Prepared(recipe, task, source, tokenizer, ids, {}, {}, ([], []))
+        self.prepared = prepare_base(recipe, trust)
         self.model = _without_weights(self.prepared)
         self.sites: Any = None
         self.whole = False
@@ -88,11 +89,13 @@ def _without_weights(prepared: Prepared) -> Any:
     task = prepared.task
     config = AutoConfig.from_pretrained(prepared.source)
     auto: Any = AutoModelForCausalLM
-    if task.kind == "classifier":
+    if has_classes(task):
         auto, config.num_labels = AutoModelForSequenceClassification, len(task.labels)
+    if of_images(task):
+        auto = AutoModelForImageClassification
     with torch.device("meta"):
         model = auto.from_config(config)
-        size = len(prepared.tokenizer)
-        if size > model.get_input_embeddings().weight.shape[0]:
+        size = 0 if of_images(task) else len(prepared.tokenizer)
+        if size and size > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(size, mean_resizing=False)
     return model

@@ -42,6 +42,7 @@ from surgery_recipes.run.build import (
     try_out,
 )
 from surgery_recipes.run.checkpoints import drop_newer, whole_checkpoints
+from surgery_recipes.run.kinds import of_images
 from surgery_recipes.run.loaded import load_trained
 from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
 from surgery_recipes.run.resampling import resampled, write_resampled
@@ -250,11 +251,12 @@ def _score(
             write_resampled(folder, _resampled(prepared.task, sets))
     scored = [pair for name in prepared.scored for pair in zip(*sets[name], strict=True)]
     examples, given = map(list, zip(*scored, strict=True))
+    lengths = [] if of_images(prepared.task) else examples  # images have none
     return Row(
         **trained,
         score=scores[main_score(prepared.recipe, scores)],
         scores=scores,
-        by_length=results.by_length(prepared.task, prepared.tokenizer, examples, given),
+        by_length=results.by_length(prepared.task, prepared.tokenizer, lengths, given),
     )
 
 

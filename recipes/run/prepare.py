@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os.path
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-)
+from transformers import AutoConfig
 
 import surgery
 from surgery import Example, Features, RecipeError, suggest
 from surgery_recipes.recipe_files import Recipe, reason, shown
+from surgery_recipes.run.kinds import check_base, has_classes, load_tokenizer, of_images
 from surgery_recipes.run.model_source import model_path
 
 FITTED = ("train", "validation")
@@ -33,6 +27,7 @@ class Prepared:
 
     Attributes:
         source: the folder or hub id of the base.
+        tokenizer: that of the base; the image processor, if the task has images.
         new: the ids of the tokens that were added to the vocabulary.
         examples: the examples of every split.
         features: the encoded examples of the training and the validation split.
@@ -68,15 +63,8 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
         RecipeError: the model is of the wrong kind or not trusted, data are missing, or an
             example is too long.
     """
-    task = task_of(recipe)
-    if recipe.baseline and task.kind != "classifier":
-        raise RecipeError(
-            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
-            "baseline out."
-        )
-    source = model_path(recipe.model, trust)
-    config = config_of(source, task)
-    tokenizer, ids = tokenizer_of(source, task)
+    base, config = _base(recipe, trust)
+    task, tokenizer = base.task, base.tokenizer
     with _told(recipe.task):
         examples = _limited(task.splits(), recipe.limit)
         if recipe.validate_only:
@@ -91,17 +79,18 @@ def prepare_run(recipe: Recipe, trust: bool = False) -> Prepared:
             for name in examples
             if name not in FITTED or (recipe.validate_only and name == "validation")
         }
-    if task.kind == "classifier" and not recipe.validate_only:
+    if has_classes(task) and not recipe.validate_only:
         _check_scored(task, [e for n, rows in examples.items() if n not in FITTED for e in rows])
     for name, rows in features.items():
         _check_room(rows, name, config, task, 0)
+        _check_rows(rows, name, recipe)
     for name, rows in prompts.items():
         _check_room(rows, name, config, task, task.decoding.get("max_new_tokens", 0))
     longest = (
         _longest([row for rows in features.values() for row in rows]),
         _longest([row for rows in prompts.values() for row in rows]),
     )
-    return Prepared(recipe, task, source, tokenizer, ids, examples, features, longest)
+    return dataclasses.replace(base, examples=examples, features=features, longest=longest)
 
 
 def main_score(recipe: Recipe, scores: Mapping[str, Any]) -> str:
@@ -115,6 +104,50 @@ def main_score(recipe: Recipe, scores: Mapping[str, Any]) -> str:
     return next((name for name in names if name in scores), next(iter(scores)))
 
 
+def prepare_base(recipe: Recipe, trust: bool = False) -> Prepared:
+    """A recipe with its task and tokenizer, and none of its data.
+
+    Raises:
+        RecipeError: the model is of the wrong kind or not trusted.
+    """
+    return _base(recipe, trust)[0]
+
+
+def _base(recipe: Recipe, trust: bool) -> tuple[Prepared, Any]:
+    """What is known before the data are read, and the configuration of the base."""
+    with _told(recipe.task):
+        task = _task(recipe)
+    if recipe.baseline and not has_classes(task):
+        raise RecipeError(
+            f"baseline: task {task.name!r} has no new head that could be trained alone. Leave "
+            "baseline out."
+        )
+    if recipe.trainer == "sft" and (has_classes(task) or task.segments):
+        raise RecipeError(
+            f"trainer=sft: task {task.name!r} has "
+            + ("segments" if task.segments else "classes")
+            + ", and TRL's SFTTrainer learns plain texts. Leave trainer out."
+        )
+    if of_images(task) and recipe.training.get("train_sampling_strategy") == "group_by_length":
+        raise RecipeError(
+            "training.train_sampling_strategy=group_by_length: images have no length. Leave it out."
+        )
+    source = model_path(recipe.model, trust)
+    config = _config(source, task)
+    tokenizer = load_tokenizer(source, task)
+    new = [] if of_images(task) else _added(task, tokenizer)
+    made = Prepared(recipe, task, source, tokenizer, tuple(new), {}, {}, ([], []))
+    return made, config
+
+
+def _added(task: surgery.Task, tokenizer: Any) -> list[int]:
+    """Add the tokens of a task to a tokenizer, and return the ids of those that it lacked."""
+    before = set(tokenizer.get_vocab())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
+    lacked = [token for token in task.tokens if token not in before]
+    return list(tokenizer.convert_tokens_to_ids(lacked))
+
+
 @contextmanager
 def _told(task: str) -> Iterator[None]:
     """Turn what a task raises into an error of a few lines. A task is a plugin."""
@@ -126,36 +159,8 @@ def _told(task: str) -> Iterator[None]:
         raise RecipeError(f"task {shown(task)} fails: {reason(error)}") from error
 
 
-def tokenizer_of(source: str, task: surgery.Task) -> tuple[Any, tuple[int, ...]]:
-    """The tokenizer of the base with the tokens of the task, and the ids of those it had not.
-
-    Raises:
-        RecipeError: it does not load, or has neither a padding nor an end token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"model {shown(source)} has no tokenizer that loads: {reason(error)}"
-        ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise RecipeError(
-            f"model {shown(source)}: its tokenizer has neither a padding nor an end token. "
-            "Set one in its tokenizer_config.json."
-        )
-    before = set(tokenizer.get_vocab())
-    tokenizer.add_special_tokens({"additional_special_tokens": list(task.tokens)})
-    new = [token for token in task.tokens if token not in before]
-    return tokenizer, tuple(tokenizer.convert_tokens_to_ids(new))
-
-
-def task_of(recipe: Recipe) -> surgery.Task:
-    """The task of a recipe; an option whose default is a text must be a text."""
-    with _told(recipe.task):
-        return _task(recipe)
-
-
 def _task(recipe: Recipe) -> surgery.Task:
+    """The task of a recipe; an option whose default is a text must be a text."""
     cls = surgery.tasks().get(recipe.task)
     for option in dataclasses.fields(cls) if cls else ():
         given = recipe.data.get(option.name, option.default)
@@ -164,7 +169,7 @@ def _task(recipe: Recipe) -> surgery.Task:
     return surgery.task(recipe.task, **recipe.data)
 
 
-def config_of(source: str, task: surgery.Task) -> Any:
+def _config(source: str, task: surgery.Task) -> Any:
     """The configuration of the base.
 
     Raises:
@@ -181,30 +186,8 @@ def config_of(source: str, task: surgery.Task) -> Any:
         raise RecipeError(
             f"model {shown(source)} cannot be loaded{also}: {reason(error)}"
         ) from error
-    what = f"model {shown(source)} ({config.model_type})"
-    if task.kind == "classifier" and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise RecipeError(
-            f"{what} cannot take a classification head, which task {task.name!r} needs. "
-            "Take an encoder such as FacebookAI/roberta-base."
-        )
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder
-    if task.kind == "decoder" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or encoder):
-        raise RecipeError(
-            f"{what} does not write text from left to right, which task {task.name!r} needs. "
-            "Take a decoder such as openai-community/gpt2."
-        )
-    if task.segments and not _adds_segments(config):
-        raise RecipeError(
-            f"{what} does not look segments up in its token embedding. "
-            "Set data.with_segments=false."
-        )
+    check_base(config, source, task)
     return config
-
-
-def _adds_segments(config: Any) -> bool:
-    """Whether the model looks ``token_type_ids`` up in its token embedding, as GPT-2 does."""
-    forward = inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward)
-    return "token_type_ids" in forward.parameters and not hasattr(config, "type_vocab_size")
 
 
 def _fitted(task: surgery.Task, splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
@@ -264,5 +247,24 @@ def _check_room(
             )
 
 
+def _check_rows(rows: list[Features], split: str, recipe: Recipe) -> None:
+    """Raise if SFTTrainer would cut an example, as it cuts answers first."""
+    if recipe.trainer != "sft":
+        return
+    room = recipe.training.get("max_length")
+    if room is None and recipe.training.get("packing"):
+        raise RecipeError(
+            "training.packing fills rows of training.max_length tokens. Set that, too, such as "
+            "1024."
+        )
+    for number, row in enumerate(rows):
+        if isinstance(room, int) and len(row["input_ids"]) > room:
+            raise RecipeError(
+                f"{split}, example {number + 1}: {len(row['input_ids'])} tokens, but rows of "
+                f"training.max_length={room}. Raise that, or lower data.max_length."
+            )
+
+
 def _longest(features: Sequence[Features], count: int = 2) -> list[Features]:
-    return sorted(features, key=lambda f: len(f["input_ids"]), reverse=True)[:count]
+    """The longest features; the first ones of images, which all have one size."""
+    return sorted(features, key=lambda f: len(f.get("input_ids", ())), reverse=True)[:count]

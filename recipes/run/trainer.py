@@ -19,9 +19,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import surgery
 from surgery import RecipeError, suggest
 from surgery_recipes.recipe_files import Recipe, reason, shown
+from surgery_recipes.run import sft
 from surgery_recipes.run.answers import pad_id
 from surgery_recipes.run.checkpoints import CHECKPOINTS
 from surgery_recipes.run.collate import Collator
+from surgery_recipes.run.kinds import has_classes
 from surgery_recipes.run.prepare import Prepared
 
 LOGGED = 20  # times at least
@@ -125,11 +127,12 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
     Raises:
         RecipeError: a key is unknown, a value is of the wrong kind, or there is no GPU to use.
     """
-    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    cls = sft.config_class() if recipe.trainer == "sft" else TrainingArguments
+    known = {f.name: f.type for f in dataclasses.fields(cls) if f.init}
     for key, given in recipe.training.items():
         if key not in known:
             raise RecipeError(
-                f"training: transformers.TrainingArguments has no {shown(key)}. "
+                f"training: {cls.__module__.split('.')[0]}.{cls.__name__} has no {shown(key)}. "
                 f"{suggest(key, known)}"
             )
         if known[key] in (bool, "bool") and isinstance(given, str):
@@ -154,8 +157,10 @@ def training_arguments(recipe: Recipe, wandb: bool = False) -> TrainingArguments
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
     }
+    if recipe.trainer == "sft":
+        defaults |= sft.defaults(recipe.training, known)
     try:
-        made = TrainingArguments(**{**defaults, **recipe.training})
+        made: TrainingArguments = cls(**{**defaults, **recipe.training})
     except Exception as error:  # of a hundred arguments, few are checked before they are used
         raise RecipeError(f"training: {reason(error)}") from error
     if recipe.patience and not made.load_best_model_at_end:
@@ -183,7 +188,7 @@ def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArgumen
     if not made.load_best_model_at_end or name is None:
         return
     given = {"loss"}
-    if task.kind == "classifier" and validation:
+    if has_classes(task) and validation:
         given |= set(task.score([0] * len(validation), validation))
     if name.removeprefix("eval_") not in given:
         raise RecipeError(
@@ -192,7 +197,7 @@ def _check_best(task: surgery.Task, validation: list[Any], made: TrainingArgumen
         )
 
 
-def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> AdapterTrainer:
+def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Any:
     """A Trainer for a prepared recipe.
 
     Raises:
@@ -207,18 +212,21 @@ def make_trainer(model: Any, prepared: Prepared, made: TrainingArguments) -> Ada
     _check_best(task, validation, made)
     try:
         AdapterTrainer.get_optimizer_cls_and_kwargs(made, model)
-        trainer = AdapterTrainer(
-            model,
-            made,
-            data_collator=Collator(pad_id(prepared.tokenizer)),
-            train_dataset=prepared.features["train"],
-            eval_dataset=prepared.features.get("validation"),
-            compute_metrics=accuracy if task.kind == "classifier" else None,
-        )
+        if prepared.recipe.trainer == "sft":
+            trainer: Any = sft.make_trainer(AdapterTrainer, model, prepared, made)
+        else:
+            trainer = AdapterTrainer(
+                model,
+                made,
+                data_collator=Collator(pad_id(prepared.tokenizer)),
+                train_dataset=prepared.features["train"],
+                eval_dataset=prepared.features.get("validation"),
+                compute_metrics=accuracy if has_classes(task) else None,
+            )
     except Exception as error:
         raise RecipeError(f"training: transformers' Trainer refuses it: {reason(error)}") from error
     trainer.can_return_loss = True
-    if task.kind == "classifier":  # their loss is a mean already: it takes no num_items_in_batch
+    if has_classes(task):  # their loss is a mean already: it takes no num_items_in_batch
         trainer.model_accepts_loss_kwargs = False
     trainer.add_callback(Clock)
     trainer.add_callback(OftenEnough)

@@ -48,7 +48,8 @@ def recipes(
 
 
 def _methods(plan: Recipe) -> str:
-    return " + ".join(entry["method"] for entry in plan.splice) or "fine-tuning"
+    used = " + ".join(entry["method"] for entry in plan.splice)
+    return used or ("nothing is trained" if plan.frozen else "fine-tuning")
 
 
 @commands.command()

@@ -108,17 +108,30 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="key=value, such as data=PATH limit.test=100 data.beams=5"),
     ] = None,
+    lm_eval: Annotated[
+        str,
+        typer.Option(
+            "--lm-eval", help="tasks of lm-evaluation-harness, or YAML files of them: NAME,NAME"
+        ),
+    ] = "",
+    limit: Annotated[
+        int, typer.Option(help="with --lm-eval: examples of each task; 0 means all")
+    ] = 0,
     trust: Trust = False,
 ) -> None:
-    """Score a saved adapter again, from its files alone."""
+    """Score a saved adapter again, from its files alone, or on tasks of lm-evaluation-harness."""
     if not (run / "recipe.yaml").is_file():
         raise RecipeError(f"{run}: no recipe.yaml here. Give the output folder of a run.")
     import_transformers()
     from surgery_recipes.run import evaluate as score_again
-    from surgery_recipes.run import recipe_of_run
+    from surgery_recipes.run import evaluate_by_harness, recipe_of_run
 
     trust = _trusted([recipe_of_run(run, override or []).model], trust)
-    score_again(run, console, trust, override or [])
+    if lm_eval:
+        names = [name.strip() for name in lm_eval.split(",")]
+        evaluate_by_harness(run, names, console, limit, trust)
+    else:
+        score_again(run, console, trust, override or [])
 
 
 @commands.command()

@@ -1,6 +1,6 @@
 """Offer what methods and tasks are written with: sites, ports, base classes, hooks."""
 
-from surgery.plugin.base_classes import Example, Features, Method, Start, Task, TaskKind
+from surgery.plugin.base_classes import Method, Start
 from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, TOLD, Edit, HostPlan, Kind
 from surgery.plugin.forwards import adds_onto, starts_with_product
@@ -41,6 +41,7 @@ from surgery.plugin.open_site import OpenPort, OpenSite, opened
 from surgery.plugin.quick_patterns import are_quick_patterns
 from surgery.plugin.selection import Sites, overlooked_lines
 from surgery.plugin.site import Port, Site
+from surgery.plugin.task_class import Example, Features, Task, TaskKind
 from surgery.plugin.training_hooks import bound, overridden
 
 __all__ = [

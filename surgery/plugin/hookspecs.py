@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pluggy
 from torch import fx, nn
 
-from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.base_classes import Method
 from surgery.plugin.found_attention import FoundAttention
+from surgery.plugin.task_class import Task
 
 Register = Callable[[type[Method]], None]
 

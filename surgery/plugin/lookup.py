@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.base_classes import Method
 from surgery.plugin.found_attention import FoundAttention
 from surgery.plugin.registry import registry
+from surgery.plugin.task_class import Task
 
 Offered = TypeVar("Offered", bound=type[Any])
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import MethodError, RecipeError, SurgeryError
-from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.base_classes import Method
 from surgery.plugin.option_types import undecorated
+from surgery.plugin.task_class import Task
 
 
 @dataclass(frozen=True)

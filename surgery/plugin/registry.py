@@ -22,10 +22,11 @@ from torch import fx, nn
 
 from surgery.errors import MethodError, shown, suggest
 from surgery.plugin import hookspecs
-from surgery.plugin.base_classes import Method, Task
+from surgery.plugin.base_classes import Method
 from surgery.plugin.found_attention import FoundAttention, checked
 from surgery.plugin.offers import METHODS, OFFERS, TASKS, Offer
 from surgery.plugin.plugin_errors import GROUP, place_of, under_other_groups
+from surgery.plugin.task_class import Task
 
 OTHER_HOOKS = ("is_leaf", "find_sites")
 _HERE = "surgery.register"  # stands for the plugin of a class that was registered by a call

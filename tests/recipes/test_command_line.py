@@ -46,7 +46,7 @@ def test_the_command_line_lists_recipes_and_names_the_nearest() -> None:
     assert len(lines) <= 40, "one screen"
     assert max(map(len, lines)) <= 80
     (row,) = [line for line in lines if "bitfit" in line and "x" in line]
-    assert row.count(" x ") == 2  # MNLI and SST-2
+    assert row.count(" x ") == 3  # digits, MNLI and SST-2
     told = runner.invoke(app, ["recipes", "--about"])
     assert told.exit_code == 0
     assert "coqa/gating: ablation Gating" in told.output

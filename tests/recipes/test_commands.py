@@ -62,10 +62,16 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_from_a_clone_to_a_method_that_passes_in_ten_minutes_and_40_lines",
     "surgery train quickstart": f"{TESTS}run/test_quickstart.py::"
     "test_the_quickstart_trains_scores_and_scores_the_same_again",
+    "surgery train ag_news": f"{TESTS}tasks/test_any_data.py::"
+    "test_ag_news_is_five_lines_and_trains_on_local_files",
+    "surgery train chat": f"{TESTS}run/test_sft.py::"
+    "test_a_chat_recipe_trains_and_scores_the_same_again",
     "surgery train qlora": f"{TESTS}run/test_qlora.py::"
     "test_the_recipe_trains_and_scores_the_same_again",
     "surgery compare small_nlu --sweep": f"{TESTS}comparison/test_search.py::"
     "test_the_command_line_sweeps",
+    "surgery eval runs/x --lm-eval": f"{TESTS}run/test_harness.py::"
+    "test_a_toy_task_is_asked_of_the_spliced_model",
     "surgery eval": f"{TESTS}run/test_finetune.py::"
     "test_the_command_line_tries_a_recipe_out_and_trains_it",
     "torchrun --nproc-per-node 4 --no-python surgery train": f"{TESTS}run/test_finetune.py::"
@@ -80,6 +86,8 @@ RUN_BY = {  # by the beginning of a command: the test that runs it
     "test_the_package_of_the_quickstart_is_the_one_of_make",
     "pip download --no-deps --no-binary :all: vaderSentiment": f"{TESTS}test_bundled_data.py::"
     "test_the_sentences_are_made_of_the_packages_archive",
+    "python -m surgery_recipes.tools.pretrain_vit": f"{TESTS}tools/test_pretrain_vit.py::"
+    "test_a_base_learns_to_tell_turns_apart_and_serves_a_recipe",
     "python -m tests.zoo.check": "tests/whole/test_zoo.py::"
     "test_the_zoo_checks_single_types_from_the_command_line",
     "python benchmarks/scaling.py": "tests/whole/test_benchmarks.py::"
@@ -150,7 +158,8 @@ def words_of(command: str) -> list[str]:
 
 def listed(command: str) -> str:
     """The test elsewhere that runs a command, or ""."""
-    if command.removeprefix("surgery train ") in shipped_recipes().keys() - {"quickstart", "qlora"}:
+    rows = {name for name in shipped_recipes() if "/" in name}
+    if command.removeprefix("surgery train ") in rows:
         return EVERY_RECIPE
     return next((test for start, test in RUN_BY.items() if command.startswith(start)), "")
 
@@ -292,7 +301,7 @@ def test_a_make_command_has_a_target(command: str) -> None:
 def test_a_pip_command_names_this_package_and_extras_that_it_has(command: str) -> None:
     project = (ROOT / "pyproject.toml").read_text()
     section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    known = set(re.findall(r"^(\w+) =", section, re.MULTILINE))
+    known = set(re.findall(r"^([\w-]+) =", section, re.MULTILINE))
     [package] = [word for word in shlex.split(command)[2:] if not word.startswith("-")]
     name, _, extras = package.partition("[")
     assert name in (".", "surgery"), "another package needs a line in RUN_BY"

@@ -11,13 +11,17 @@ import torch
 import transformers as tr
 from tokenizers.pre_tokenizers import ByteLevel
 
-FAMILY = {"webnlg": "gpt2", "coqa": "gpt2", "mnli": "roberta", "sst2": "roberta"}
+FAMILY = {
+    "webnlg": "gpt2", "coqa": "gpt2", "mnli": "roberta", "sst2": "roberta", "digits": "vit",
+}  # fmt: skip
 FILES = ("vocab.json", "merges.txt")
 
 
 def save_model(kind: str, folder: Path, tokenizer: Path | None = None) -> Path:
     """A random model of two layers with a tokenizer: of bytes, or the one with those files."""
     folder.mkdir(parents=True, exist_ok=True)
+    if kind == "vit":
+        return _save_vit(folder)
     special = (
         ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
     )
@@ -53,10 +57,25 @@ def save_model(kind: str, folder: Path, tokenizer: Path | None = None) -> Path:
     return folder
 
 
+def _save_vit(folder: Path) -> Path:
+    """A random vision transformer of two layers, for grey images of 8 by 8 pixels."""
+    torch.manual_seed(0)
+    config = tr.ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=64, num_labels=3,
+    )  # fmt: skip
+    tr.ViTForImageClassification(config).save_pretrained(folder)
+    size = {"height": 8, "width": 8}
+    tr.ViTImageProcessorPil(image_mean=[0.5], image_std=[0.5], size=size).save_pretrained(folder)
+    return folder
+
+
 def save_data(task: str, folder: Path, count: int = 8) -> Path:
     """A few made-up examples, in the files and format of the official release."""
     folder.mkdir(parents=True, exist_ok=True)
-    {"webnlg": _webnlg, "coqa": _coqa, "mnli": _mnli, "sst2": _sst2}[task](folder, count)
+    made = {"webnlg": _webnlg, "coqa": _coqa, "mnli": _mnli, "sst2": _sst2}
+    if task in made:  # scikit-learn ships the digits
+        made[task](folder, count)
     return folder
 
 
@@ -136,6 +155,8 @@ def overrides(task: str, model: Path, data: Path, output: Path) -> list[str]:
         "coqa": ["data.max_new_tokens=8", "data.held_out=0.2"],
         "mnli": ["data.validation=3"],
         "sst2": ["data.held_out=2"],
+        "digits": ["limit={train: 30, validation: 10, test: 20}"],
     }[task]
-    named = [f"model={model}", f"data={data}", f"output={output}", "device=cpu"]
+    named = [f"model={model}", f"output={output}", "device=cpu"]
+    named += [f"data={data}"] if task != "digits" else []
     return [*named, *extra, *(f"training.{text}" for text in small)]
