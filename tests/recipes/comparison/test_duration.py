@@ -24,16 +24,17 @@ def test_a_time_has_a_number_and_a_unit(text: str, seconds: float) -> None:
     assert duration.seconds_of(duration.shown(seconds)) == pytest.approx(seconds, rel=0.05)
 
 
-@pytest.mark.parametrize("task", ["sst2", "webnlg"])
+@pytest.mark.parametrize("task", ["sst2", "webnlg", "digits"])
 def test_steps_and_answers_of_a_run_are_timed(task: str, root: Path, tmp_path: Path) -> None:
     model, data = tiny.prepared(task, root)
     own = [o for o in tiny.overrides(task, model, data, tmp_path) if "output=" not in o]
-    made = grid(tmp_path, tasks=[task], scores={task: ["x"]}, paper={}, given=own)
+    rows = ["lora"]
+    made = grid(tmp_path, tasks=[task], rows=rows, scores={task: ["x"]}, paper={}, given=own)
     found = cost(recipe_of(made, cells(made)[0]))
     assert (found.steps, found.step > 0, found.scoring > 0) == (4, True, True)
     assert found.seconds == 4 * found.step + found.scoring
     epochs = [*(o for o in own if "max_steps" not in o), "training.num_train_epochs=3"]
-    made = grid(tmp_path, tasks=[task], scores={task: ["x"]}, paper={}, given=epochs)
+    made = grid(tmp_path, tasks=[task], rows=rows, scores={task: ["x"]}, paper={}, given=epochs)
     assert cost(recipe_of(made, cells(made)[0])).steps % 3 == 0
 
 

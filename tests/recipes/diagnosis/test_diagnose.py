@@ -57,6 +57,20 @@ def test_a_run_is_diagnosed(task: str, root: Path, tmp_path: Path) -> None:
     assert any(ranks)
 
 
+def test_a_run_on_images_is_diagnosed_without_lengths(root: Path, tmp_path: Path) -> None:
+    model, data = tiny.prepared("digits", root)
+    own = tiny.overrides("digits", model, data, tmp_path / "run")
+    runner = CliRunner(env={"COLUMNS": "120"})
+    done = runner.invoke(app, ["train", "digits/prefix_none", *own, *FAST])
+    assert done.exit_code == 0, done.output
+    done = runner.invoke(app, ["diagnose", str(tmp_path / "run"), "--examples", "5"])
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "run/diagnosis"
+    assert all(0 < float(x["mass"]) < 1 for x in read(folder / "mass.csv") if x["by"] == "head")
+    assert read(folder / "lengths.csv") == []
+    assert not (folder / "lengths.png").exists()
+
+
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["diagnose", str(tmp_path)])
     assert done.exit_code == 1
