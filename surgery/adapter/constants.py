@@ -23,7 +23,10 @@ def why_no_constant(inserted: Inserted, module: nn.Module, port: Port) -> str:
     edit = inserted.edit
     if not port.bias:
         return "the block adds no bias last of all into which a constant could be folded"
-    if edit.verb not in ("insert", "add") or set(edit.reads) - {edit.port}:
+    more = sorted(set(edit.reads) - {edit.port})
+    if more:
+        return f"its module also reads {', '.join(more)}, and only a constant folds there"
+    if edit.verb not in ("insert", "add"):
         return f"it does more than add to port {port.name!r}, and only a constant folds there"
     try:
         with torch.no_grad(), onloaded([module]):

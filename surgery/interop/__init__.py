@@ -3,6 +3,7 @@
 from surgery.interop import encoder_fastpath, huggingface, preference_trainers
 from surgery.interop.arguments import (
     CONSTANT,
+    arguments_with_names,
     detached,
     detached_copy,
     input_key,
@@ -87,6 +88,7 @@ __all__ = [
     "CallValue",
     "LeftOnce",
     "any_process",
+    "arguments_with_names",
     "base_children",
     "capture_running",
     "capturing",

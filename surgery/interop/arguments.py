@@ -139,6 +139,14 @@ def named_arguments(forward: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def arguments_with_names(forward: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call that have a name, see :func:`named_arguments`.
+
+    Those that a forward takes as ``*args`` have none, and are left out.
+    """
+    return named_arguments(forward, args[: len(_parameters(forward)) - 1], kwargs)
+
+
 def is_integer_tensor(x: Any) -> bool:
     """Whether ``x`` is a tensor of integers with at least one axis."""
     if not isinstance(x, Tensor) or x.dim() == 0:

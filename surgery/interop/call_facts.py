@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from surgery.interop.arguments import named_arguments
+from surgery.interop.arguments import arguments_with_names
 from surgery.interop.call_value import CallValue
 
 HIDDEN = -1e4  # an additive mask hides a key with less
@@ -70,7 +70,7 @@ class Telling:
         self.ids = ids
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = named_arguments(type(module).forward, args, kwargs)
+        given = arguments_with_names(type(module).forward, args, kwargs)
         CALL_FACTS.begin(call_facts(given, self.ids))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from surgery.interop import silenced
 from surgery.locator.run_record import Observation, floats_in
 from surgery.patterns import inputs, op_name, value
 from surgery.plugin import Port
@@ -83,6 +84,6 @@ def _is_added(module: nn.Module, bias: nn.Parameter, node: fx.Node) -> bool:
         return False
     if x.is_meta or bias.is_meta:
         return True
-    with torch.no_grad():
+    with silenced(module), torch.no_grad():
         moved = functional_call(module, {"bias": bias + 1}, (x,))
     return bool(((moved - y) - 1).abs().max() <= 1e-2 * y.abs().max().clamp(min=1.0))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from surgery.interop import is_integer_tensor, leaves, named_arguments, tensors_equal
+from surgery.interop import arguments_with_names, is_integer_tensor, leaves, tensors_equal
 from surgery.locator.call_sites import with_ancestors
 from surgery.locator.run_record import Observation
 from surgery.plugin import Site
@@ -32,7 +32,9 @@ def with_tellers(sites: Sequence[Site], model: nn.Module, observation: Observati
         """Return the argument of a module's call that holds token ids; empty if none does."""
         if path not in known:
             call = observation.calls[path]
-            named = named_arguments(type(model.get_submodule(path)).forward, call.args, call.kwargs)
+            named = arguments_with_names(
+                type(model.get_submodule(path)).forward, call.args, call.kwargs
+            )
             rows = {n: x for n, x in named.items() if is_integer_tensor(x) and x.dim() == 2}
             whole = {n: x for n, x in rows.items() if not any(part in n for part in _OTHER)}
             same = [n for n, x in whole.items() if any(tensors_equal(x, each) for each in ids)]

@@ -54,6 +54,11 @@ def open_scores(match: Match) -> None:
             f"{match.key}: a method before this one reads the lse, which no longer is that of "
             "edited scores. Splice this method in first."
         )
+    if match.ports["context"].node.target is mixed:
+        raise PortError(
+            f"{match.key}: the weights are edited before the scores, which they come from, so that "
+            "edit would be lost. Edit 'scores' first."
+        )
     names = ("module", "query", "key", "value", "attention_mask")
     given: dict[str, Any] = dict(zip(names, core.args, strict=False)) | dict(core.kwargs)
     module, query, key, values = (given[name] for name in names[:4])
@@ -64,8 +69,11 @@ def open_scores(match: Match) -> None:
     made = _run(scores_of, *examples) if fits else None
     alike = made is not None and made.shape == value(old_weights).shape
     weighted = _run(weights_of, made, value(values), None, 0.0) if alike else None
-    mixes = alike and _close(_run(mixed, weighted, value(values)), value(old_context))
-    _require(mixes and _close(weighted, value(old_weights)), match, "scores")
+    done = (value(old_weights), value(values), value(old_context))
+    computes = weighted is not None and (
+        _computes(weighted, *done) or _computes(weighted, *done, drop=drop or 0.0)
+    )
+    _require(computes, match, "scores")
     graph, last = core.graph, _last(core, old_weights, old_context)
     with graph.inserting_after(last):
         scores = graph.call_function(scores_of, (query, key, mask, scale))
@@ -146,6 +154,20 @@ def _fit(weights: Any, values: Any) -> bool:
         return False
     grouped = weights.shape[1] % values.shape[1] == 0
     return grouped and (len(weights), weights.shape[3]) == (len(values), values.shape[2])
+
+
+def _computes(
+    made: Tensor, weights: Tensor, values: Tensor, context: Tensor, drop: float = 0.0
+) -> bool:
+    """Whether an attention has these weights and this context, under dropout of its weights.
+
+    Dropout sets weights to 0 and divides the others by ``1 - drop``; those are compared.
+    """
+    if drop and not weights.is_meta:
+        kept = weights != 0
+        made, close = made * kept, weights * (1 - drop)
+        return _close(made, close) and _close(_run(mixed, weights, values), context)
+    return _close(made, weights) and _close(_run(mixed, made, values), context)
 
 
 def _run(function: Any, *args: Any) -> Any:

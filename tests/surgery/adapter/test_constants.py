@@ -118,3 +118,26 @@ def test_dropout_of_the_model_does_not_hide_the_bias() -> None:
     model = build("gpt2").train()
     bias = [block.port("output").bias for block in surgery.locate(model).block]
     assert bias == [f"transformer.h.{i}.mlp.c_proj.bias" for i in range(2)]
+
+
+@dataclass(frozen=True)
+class ReadsMore(surgery.Method):
+    """Insert a constant whose module is given the padding, too."""
+
+    name = "reads_more"
+    kinds = ("block",)
+
+    def splice(self, site: surgery.OpenSite) -> None:
+        class Padded(Constant):
+            def forward(self, h: Tensor, padding: Tensor) -> Tensor:
+                return super().forward(h)
+
+        site.port("output").replace(Padded(site.width), self.name, reads=("output", "padding"))
+
+
+def test_a_module_that_reads_more_than_the_port_is_told_what() -> None:
+    model = build("gpt2")
+    surgery.splice(model, ReadsMore())
+    perturb(model, 0.3)
+    with pytest.raises(surgery.SpliceError, match="its module also reads padding"):
+        surgery.merge(model)

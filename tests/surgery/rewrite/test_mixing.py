@@ -165,3 +165,44 @@ def test_an_attention_that_computes_its_softmax_in_sight_has_scores() -> None:
     before = model(x)
     surgery.splice(model, Distance(), at=surgery.locate(model, x).attention)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ports", [("scores",), ("weights",), ("scores", "weights")])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_under_dropout_of_the_attention_the_same_bits_are_dropped(
+    name: str, ports: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    model = eager(name, dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    model.train()
+
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        return first(model)
+
+    before = run()
+    torch.manual_seed(6)
+    assert not torch.equal(first(model), before)
+    sites = surgery.locate(model).attention
+    with surgery.watch(model, ports) as seen:
+        assert torch.equal(run(), before)
+    if "weights" in ports:
+        assert bool((seen[sites[0], "weights"] == 0)[..., -1, :].any()), "some are dropped"
+    for port in ports:
+        surgery.insert(model, sites, port, lambda x: x * 1.0)
+    assert torch.equal(run(), before)
+    surgery.remove(model)
+    assert torch.equal(run(), before)
+
+
+def test_scores_are_edited_before_the_weights_that_come_from_them() -> None:
+    model = eager("gpt2")
+    sites = surgery.locate(model).attention
+    surgery.insert(model, sites, "weights", lambda x: 2 * x)
+    with pytest.raises(surgery.PortError, match="Edit 'scores' first"):
+        surgery.insert(model, sites, "scores", lambda x: 2 * x)
