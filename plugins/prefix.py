@@ -9,9 +9,9 @@ arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no po
 Without gradients a decoded token attends to [P_k ; K] in one call (``surgery.LeadsCache``).
 Prefix keys are always visible and never rotated. Where the model adds s_h j to the scores of key j
 (ALiBi), ``shift`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
-tokens; where it adds a number t_h(i - j) for the distance of query i from key j (T5), t_h(P + i - p).
-``gate`` multiplies g by tanh of a trained scalar
-per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
+tokens. Where it adds t_h(i - j) for the distance of query i from key j (T5; the places i of queries
+go on in a KV cache), ``shift`` adds t_h(P + i - p) to the scores of prefix key p.
+``gate`` multiplies g by tanh of a trained scalar per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
 
 ``share`` selects how P_k and P_v are made (Le et al. 2024, arXiv:2410.02200); rows p are (P, D):
 

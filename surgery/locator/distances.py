@@ -29,9 +29,9 @@ def distances(match: Match, path: str, model: nn.Module) -> str:
     Args:
         path: that of the attention's host.
     """
-    if match.core is None or "query_heads" not in match.ports or "key_heads" not in match.ports:
+    if "query_heads" not in match.ports or "key_heads" not in match.ports:
         return ""
-    owners = [name for name, module in model.named_modules() if _has_table(module)]
+    owners: list[str] = [name for name, module in model.named_modules() if _has_table(module)]
     if not owners:
         return ""
     measured = list(_added(match))
