@@ -11,7 +11,8 @@ Prefix keys are always visible and never rotated. Where the model adds s_h j to 
 (ALiBi), ``shift`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
 tokens. Where it adds t_h(i - j) for the distance of query i from key j (T5; the places i of queries
 go on in a KV cache), ``shift`` adds t_h(P + i - p) to the scores of prefix key p.
-``gate`` multiplies g by tanh of a trained scalar per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
+``gate`` multiplies g by tanh of a trained scalar per head that starts at 0 (Zhang et al. 2023,
+arXiv:2303.16199).
 
 ``share`` selects how P_k and P_v are made (Le et al. 2024, arXiv:2410.02200); rows p are (P, D):
 
@@ -28,7 +29,6 @@ A saved adapter always holds plain keys and values, not the parameters they were
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class Prefix(nn.Module):
         """The arguments of ``surgery.virtual_tokens`` that describe this prefix."""
         keys, values = self.tables()
         gate = None if self.gate is None else torch.tanh(self.gate)
-        bend = functools.partial(self.bend, cached=cached) if self.bends else None
+        bend = (lambda scores: self.bend(scores, cached)) if self.bends else None
         return {"keys": keys, "values": values, "scores": bend, "gate": gate, **self.scored}
 
     @property

@@ -6,7 +6,7 @@
 PEFT saves no more than these tables, whatever they were made by. It puts a prefix into the KV cache
 of a decoder's self-attention, where real tokens then have the positions P, P + 1, .... A model that
 adds s_h j to the scores of key j (ALiBi) adds s_h (p - P) to those of prefix key p. One that adds a
-number t_h(i - j) for each distance (T5) adds t_h(P + i - p). Of a decoder behind an encoder it
+number t_h(i - j) for each distance adds t_h(P + i - p). Of a decoder behind an encoder it
 deals the table out in fours, for cross-attention, too, and then drops that:
 
     layer l    rows 4 l and 4 l + 1 of the 2 L, beginning again at the end
