@@ -9,8 +9,10 @@ arXiv:2210.14469, section 3), so no key is concatenated, no mask grows and no po
 Without gradients a decoded token attends to [P_k ; K] in one call (``surgery.LeadsCache``).
 Prefix keys are always visible and never rotated. Where the model adds s_h j to the scores of key j
 (ALiBi), ``shift`` adds s_h (p - P) to those of prefix key p, which then stands in front of the
-tokens. ``gate`` multiplies g by tanh of a trained scalar
-per head that starts at 0 (Zhang et al. 2023, arXiv:2303.16199).
+tokens. Where it adds t_h(i - j) for the distance of query i from key j (T5; the places i of queries
+go on in a KV cache), ``shift`` adds t_h(P + i - p) to the scores of prefix key p.
+``gate`` multiplies g by tanh of a trained scalar per head that starts at 0 (Zhang et al. 2023,
+arXiv:2303.16199).
 
 ``share`` selects how P_k and P_v are made (Le et al. 2024, arXiv:2410.02200); rows p are (P, D):
 
@@ -63,6 +65,7 @@ class Prefix(nn.Module):
         self.lower: Tensor | None
         lower = _lower(site, method.length) if method.shift else None
         self.register_buffer("lower", lower, persistent=False)
+        self.by_distance = site.by_distance() if method.shift else None
         self._cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._leading: tuple[Tensor, Tensor] | None = None
 
@@ -91,22 +94,26 @@ class Prefix(nn.Module):
         scalars = dict(self.named_parameters(recurse=False))
         return {**scalars, "keys": keys.detach(), "values": values.detach()}
 
-    def forward(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
-        tokens = self.tokens()
+    def forward(
+        self, merged: Tensor, query: Tensor, lse: Tensor, cached: Tensor | None = None
+    ) -> Tensor:
+        tokens = self.tokens(cached)
         for name in ("keys", "values") if self.training else ():
             tokens[name] = self.dropout(tokens[name])
         return surgery.virtual_tokens(merged, query, lse, **tokens)
 
-    def total_lse(self, merged: Tensor, query: Tensor, lse: Tensor) -> Tensor:
+    def total_lse(
+        self, merged: Tensor, query: Tensor, lse: Tensor, cached: Tensor | None = None
+    ) -> Tensor:
         """The logsumexp of all keys, the prefix's included, for methods later in the list."""
-        return surgery.virtual_lse(query, lse, **self.tokens())
+        return surgery.virtual_lse(query, lse, **self.tokens(cached))
 
     def leading_keys(self) -> tuple[Tensor, Tensor] | None:
-        """The keys and values, unless a gate, NoRGa's residual or slopes change their scores.
+        """The keys and values, unless a gate, NoRGa's residual or places change their scores.
 
         The tuple is a new one after ``train()`` and ``eval()``, and where tables are new tensors.
         """
-        if self.gate is not None or self.tau is not None or self.lower is not None:
+        if self.gate is not None or self.bends:
             return None
         keys, values = self.tables()
         known = self._leading
@@ -114,15 +121,25 @@ class Prefix(nn.Module):
             known = self._leading = keys, values
         return known
 
-    def tokens(self) -> dict[str, Any]:
+    def tokens(self, cached: Tensor | None = None) -> dict[str, Any]:
         """The arguments of ``surgery.virtual_tokens`` that describe this prefix."""
         keys, values = self.tables()
         gate = None if self.gate is None else torch.tanh(self.gate)
-        bend = None if self.tau is None and self.lower is None else self.bend
+        bend = (lambda scores: self.bend(scores, cached)) if self.bends else None
         return {"keys": keys, "values": values, "scores": bend, "gate": gate, **self.scored}
 
-    def bend(self, scores: Tensor) -> Tensor:
-        """Return NoRGa's ``s + tau_2 tanh(tau_1 s)``, and what ALiBi adds to s first."""
+    @property
+    def bends(self) -> bool:
+        """Whether scores are more than products of queries and keys."""
+        return any(x is not None for x in (self.tau, self.lower, self.by_distance))
+
+    def bend(self, scores: Tensor, cached: Tensor | None = None) -> Tensor:
+        """Return NoRGa's ``s + tau_2 tanh(tau_1 s)``, and what the model adds to s first."""
+        if self.by_distance is not None:
+            n, length = scores.shape[-2:]
+            before = length if cached is None else length + cached
+            added = self.by_distance(n, length, before, scores.device)
+            scores = scores + added.to(scores.dtype)
         scores = scores if self.lower is None else scores + self.lower.to(scores.dtype)
         if self.tau is None:
             return scores
@@ -160,8 +177,9 @@ class PrefixTuning(surgery.Method):
         share: ``none``, ``simple``, ``linear``, ``layer`` or ``global``, see the top of this file.
         hidden: inner width m of the MLP of ``layer`` and ``global``.
         shift: whether real tokens get the positions P, P + 1, ..., as where a prefix is put into
-            a KV cache. Needs a model that encodes positions by number, or adds to the scores of a
-            key by its place (ALiBi); there prefix keys get the places in front of the tokens.
+            a KV cache. Needs a model that encodes positions by number, or adds to the score of a
+            key by its place (ALiBi) or its distance (T5); there prefix keys get the places in
+            front of the tokens.
         dropout: probability, on keys and values.
 
     Start: none; gated with ``gate`` and without ``shift``. Not mergeable. A KV cache stays that of
@@ -208,9 +226,9 @@ class PrefixTuning(surgery.Method):
         return dataclasses.replace(self, share="none")
 
     def check(self, sites: list[surgery.Site]) -> None:
-        attention = [site for site in sites if site.kind == "attention"]
-        by_slopes = bool(attention) and all(site.slopes for site in attention)
-        if self.shift and not by_slopes and not any(site.kind == "position" for site in sites):
+        own = [site for site in sites if site.kind == "attention" and not site.cross]
+        placed = bool(own) and all(site.slopes or site.distances for site in own)
+        if self.shift and not placed and not any(site.kind == "position" for site in sites):
             raise surgery.SiteError(
                 f"method {self.name!r} with shift=True: no module of this model encodes positions "
                 "by number, or the selection leaves that module out. "
@@ -232,8 +250,10 @@ class PrefixTuning(surgery.Method):
         if site.kind == "position":
             site.port("positions").insert(Later(self.length), name=self.name)
             return
-        reads = ("merged", "query_heads", "lse")
-        site.port("merged").replace(Prefix(site, self), name=self.name, reads=reads)
+        made = Prefix(site, self)
+        told = ("cached",) if made.by_distance else ()
+        reads = ("merged", "query_heads", "lse", *told)
+        site.port("merged").replace(made, name=self.name, reads=reads)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
 PEFT saves no more than these tables, whatever they were made by. It puts a prefix into the KV cache
 of a decoder's self-attention, where real tokens then have the positions P, P + 1, .... A model that
 adds s_h j to the scores of key j (ALiBi) adds s_h (p - P) to those of prefix key p. One that adds a
-number t_h(i - j) for each distance adds t_h(P + i - p), which no method here does. Of a decoder
-behind an encoder it deals the table out in fours, for cross-attention, too, and then drops that:
+number t_h(i - j) for each distance adds t_h(P + i - p). Of a decoder behind an encoder it
+deals the table out in fours, for cross-attention, too, and then drops that:
 
     layer l    rows 4 l and 4 l + 1 of the 2 L, beginning again at the end
 """
@@ -67,11 +67,11 @@ def prefix(adapter: Foreign, model: nn.Module, sites: Sites) -> Translation:
     positions = [s for s in sites.position if s.path.startswith(decoders(sites))]
     if not layers or not all("lse" in site.ports for site in layers):
         raise adapter.refuse("this model has no self-attention that can attend to a prefix.")
-    if not positions and not all(site.slopes for site in layers):
+    if not positions and not all(site.slopes or site.distances for site in layers):
         raise adapter.refuse(
-            "this model places tokens by their distances, which PEFT counts for a prefix's keys, "
-            "too: such a key's score depends on how many tokens have been read before the query, "
-            "and an attention here does not know it with every kind of cache. Train it anew."
+            "this model places tokens neither by numbers nor by slopes or a table of distances "
+            "that could be found, so PEFT's score of a prefix's key cannot be told. Train it anew "
+            "with method('prefix')."
         )
     shapes = {(s.kv_heads, s.head_width, s.value_width) for s in layers}
     groups, width, value_width = shapes.pop()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.locator.distances import distances
 from surgery.locator.host_choice import Group
 from surgery.locator.run_record import Call, floats_in
+from surgery.locator.shared_path import shared
 from surgery.patterns import (
     Match,
     PortNode,
@@ -56,6 +57,7 @@ def pattern_site(match: Match, group: Group, call: Call, model: nn.Module) -> Si
             "window": match.window,
             "stretch": stretch(value(ports["query_unrotated"].node), heads),
             "slopes": _slopes(match, call),
+            "distances": distances(match, group.path, model),
             "stream": match.stream,
             "cross": _is_cross(match),
             "causal": _is_causal(match),
@@ -192,13 +194,7 @@ def batches_marked(attention: list[Site], others: list[Site]) -> tuple[list[Site
         return attention, others
 
     def marked(site: Site) -> Site:
-        near = max(known, key=lambda each: _shared(each.path, site.path))
+        near = max(known, key=lambda each: shared(each.path, site.path))
         return dataclasses.replace(site, batch_first=near.batch_first)
 
     return [s if s in known else marked(s) for s in attention], [marked(s) for s in others]
-
-
-def _shared(a: str, b: str) -> int:
-    """Return how many modules two paths share, from the model on."""
-    steps = zip(a.split("."), b.split("."), strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], steps)))

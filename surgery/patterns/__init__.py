@@ -31,7 +31,7 @@ from surgery.patterns.projection import (
     stacks_weights,
 )
 from surgery.patterns.projection_weights import bias_of, weight_of
-from surgery.patterns.scores import causal, slopes, stretch
+from surgery.patterns.scores import added_to_scores, causal, slopes, stretch
 from surgery.patterns.stacked_weights import StackedMap, stacked_maps
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "PortNode",
     "Projection",
     "StackedMap",
+    "added_to_scores",
     "bias_of",
     "causal",
     "every_position",

@@ -72,28 +72,45 @@ def slopes(scores: Tensor, query: Tensor, key: Tensor, scale: float) -> tuple[fl
     Press et al. 2021, arXiv:2108.12409. The last query of the first example is measured.
 
     Args:
+        As for :func:`added_to_scores`.
+    """
+    measured = added_to_scores(scores, query, key, scale)
+    if measured is None:
+        return ()
+    added, bound = (x[:, -1] for x in measured)
+    found = (added[:, -1] - added[:, 0]) / (added.shape[-1] - 1)
+    line = found[:, None] * torch.arange(added.shape[-1], device=added.device)
+    linear = bool(((added - line).abs() < bound).all()) and bool((found > 10 * bound.max()).all())
+    return tuple(found.tolist()) if linear else ()
+
+
+def added_to_scores(
+    scores: Tensor, query: Tensor, key: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return what a model adds to ``scale Q K^T`` of the first example, and how exact that is.
+
+    Args:
         scores: what the softmax is taken of, (B, H, n, m).
         query, key: heads (B, H, n, d) and (B, G, m, d), or with batch and heads as one axis.
+
+    Returns:
+        Two tensors (H, n, m); None if the shapes are others, or m < 3.
     """
     batch, count, n, m = scores.shape if scores.dim() == 4 else (0, 0, 0, 0)
     alike = query.shape[-2] == n and key.shape[-2] == m and key.shape[-1] == query.shape[-1]
     whole = batch * count * n * query.shape[-1] == query.numel()
     if scores.is_meta or m < 3 or not alike or not whole:
-        return ()
-    rows, heads = scores[0, :, -1].double(), query.reshape(batch, count, n, -1)[0, :, -1].double()
+        return None
     if key.numel() % (batch * m * key.shape[-1]):
-        return ()
+        return None
+    heads = query.reshape(batch, count, n, -1)[0].double()
     groups = key.reshape(batch, -1, m, key.shape[-1])[0].double()
     if count % len(groups):
-        return ()
+        return None
     keys = groups.repeat_interleave(count // len(groups), 0)
-    plain = scale * torch.einsum("hd,hmd->hm", heads, keys)
-    added = rows - plain
-    found = (added[:, -1] - added[:, 0]) / (added.shape[-1] - 1)
-    line = found[:, None] * torch.arange(added.shape[-1], device=added.device)
-    bound = (2e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-5) * (1 + plain.abs())
-    linear = bool(((added - line).abs() < bound).all()) and bool((found > 10 * bound.max()).all())
-    return tuple(found.tolist()) if linear else ()
+    plain = scale * torch.einsum("hnd,hmd->hnm", heads, keys)
+    unit = 2e-2 if scores.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    return scores[0].double() - plain, unit * (1 + plain.abs())
 
 
 def _like_heads(x: Any, heads: Tensor) -> bool:

@@ -5,7 +5,13 @@ from surgery.plugin.dropout import Dropout, draw_by_name, settle_advance
 from surgery.plugin.edit import CALLS, TOLD, Edit, HostPlan, Kind
 from surgery.plugin.forwards import adds_onto, starts_with_product
 from surgery.plugin.found_attention import FoundAttention
-from surgery.plugin.frozen_parts import Reference, as_matrix, frozen_inside, referred
+from surgery.plugin.frozen_parts import (
+    DistanceScores,
+    Reference,
+    as_matrix,
+    frozen_inside,
+    referred,
+)
 from surgery.plugin.hookspecs import Register, RegisterTask, hookimpl
 from surgery.plugin.installed_plugins import installed
 from surgery.plugin.lookup import (
@@ -50,6 +56,7 @@ __all__ = [
     "ActsOnTokens",
     "AddsOnto",
     "CountsVirtualKeys",
+    "DistanceScores",
     "Divisible",
     "Dropout",
     "Edit",

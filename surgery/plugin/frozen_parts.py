@@ -123,6 +123,26 @@ class FrozenProjection:
         return y if bias is None else y + bias.to(x.dtype)
 
 
+class DistanceScores:
+    """What the model adds to the score of a key for its distance from the query.
+
+    The table is read from the base at each call.
+
+    Shape: -> (1, H, n, m), for queries at ``before``, ``before + 1``, ... and keys at 0, 1, ...
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+
+    def __call__(self, n: int, m: int, before: Tensor | int, device: torch.device) -> Tensor:
+        own = next(self._owner.parameters()).device
+        at = device if own.type == "meta" else own  # an offloaded table comes with its module
+        start = before.to(at) if isinstance(before, Tensor) else before
+        owner: Any = self._owner
+        found: Tensor = owner.compute_bias(n, m, device=at, past_seen_tokens=start)
+        return found.to(device)
+
+
 def as_matrix(weight: Tensor) -> Tensor:
     """Return a weight (out, in, h, w) of a convolution as (out, in h w), and a matrix as it is."""
     return weight.flatten(1) if weight.dim() > 2 else weight

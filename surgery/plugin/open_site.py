@@ -20,7 +20,13 @@ from torch import nn
 
 from surgery.errors import PortError
 from surgery.plugin.edit import Edit, Verb
-from surgery.plugin.frozen_parts import BaseParameter, FrozenModule, FrozenProjection, Reference
+from surgery.plugin.frozen_parts import (
+    BaseParameter,
+    DistanceScores,
+    FrozenModule,
+    FrozenProjection,
+    Reference,
+)
 from surgery.plugin.insertion_check import require_insertable
 from surgery.plugin.module_protocols import RunsGrouped
 from surgery.plugin.site import Port, Site
@@ -157,6 +163,15 @@ class OpenSite(Site):
     def frozen_norm(self) -> FrozenModule | nn.Identity:
         """Return the norm in front of this site as a function, the identity if there is none."""
         return FrozenModule(self.model.get_submodule(self.norm)) if self.norm else nn.Identity()
+
+    def by_distance(self) -> DistanceScores | None:
+        """Return what the model adds to a score for the distance of its key, or None.
+
+        The result is called with n, m, the place of the first query and a device. It returns
+        (1, H, n, m), for keys at the places 0, 1, ..., m - 1.
+        """
+        found = self.distances
+        return DistanceScores(self.model.get_submodule(found)) if found else None
 
     def note(
         self, port: OpenPort, verb: Verb, module: nn.Module, name: str, reads: tuple[str, ...]

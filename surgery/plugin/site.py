@@ -134,6 +134,8 @@ class Site:
             every factor is 1.
         slopes: for each head how much more key j + 1 scores than key j, where the model adds just
             that to the scores, and nothing to those of key 0 (ALiBi); else empty.
+        distances: path of the module whose table says what the model adds to a score for the
+            distance of its key from the query; else empty. See ``OpenSite.by_distance``.
         window: how many of the last keys a query sees; None if all, or if only a mask says it.
         dtype, device: what inserted modules are cast to.
         missing: ports that such a site may have and this one lacks, with the reason.
@@ -173,6 +175,7 @@ class Site:
     softcap: float | None = None
     stretch: tuple[float, ...] = ()
     slopes: tuple[float, ...] = ()
+    distances: str = ""
     window: int | None = None
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
