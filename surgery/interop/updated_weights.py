@@ -16,6 +16,7 @@ thread alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,26 +31,31 @@ _CASTS = ("to", "type_as", "contiguous", "float", "half", "bfloat16", "double")
 _ASKS = ("shape", "dtype", "device", "dim", "ndim", "size", "stride", "len", "numel", "data_ptr",
          "requires_grad", "is_floating_point", "is_contiguous", "is_cuda", "is_meta")  # fmt: skip
 
+Pair = tuple[Tensor, Tensor]
+
 
 class UpdatedWeight(Tensor):
     """The weight W + L R: the tensor W, with products and look-ups that count L R."""
 
-    parts: tuple[Tensor, Tensor, Tensor]
+    plain: Tensor  # W
+    pairs: tuple[Pair, ...]  # (L, R) of each block, added one by one: one of zeros moves no bit
     counted: tuple[updated_weight, ...]  # the blocks that have added to it
 
     @staticmethod
     def of(
-        weight: Tensor, left: Tensor, right: Tensor, counted: tuple[updated_weight, ...]
+        weight: Tensor, pairs: Iterable[Pair], counted: tuple[updated_weight, ...]
     ) -> UpdatedWeight:
-        """Return W + L R."""
+        """Return W + L R, with an L R of each pair."""
         made = weight.as_subclass(UpdatedWeight)
-        made.parts, made.counted = (weight, left, right), counted
+        made.plain, made.pairs, made.counted = weight, tuple(pairs), counted
         return made
 
     def whole(self) -> Tensor:
         """Return W + L R as one tensor."""
-        weight, left, right = self.parts
-        return weight + (left @ right).to(weight.dtype)
+        made = self.plain
+        for left, right in self.pairs:
+            made = made + (left @ right).to(made.dtype)
+        return made
 
     @classmethod
     def __torch_function__(
@@ -76,46 +82,48 @@ class UpdatedWeight(Tensor):
 
     def _looked_up(self, name: str, func: Any, rest: tuple[Any, ...], kwargs: Any) -> Any:
         """Return what is asked of W, a part of the experts, or the transpose; else None."""
-        weight, left, right = self.parts
+        weight, pairs = self.plain, self.pairs
         make = functools.partial(UpdatedWeight.of, counted=self.counted)
         if name in _ASKS:
             return func(weight, *rest, **kwargs)
         if name in _CASTS:
-            return make(func(weight, *rest, **kwargs), left, right)
+            return make(func(weight, *rest, **kwargs), pairs)
         if name in _TRANSPOSES:
             turned = func(weight, *rest, **kwargs)
             like = weight.mT
             if turned.shape == like.shape and turned.stride() == like.stride():
-                return make(turned, right.mT, left.mT)
+                return make(turned, [(right.mT, left.mT) for left, right in pairs])
         if weight.dim() < 3:
             return None
         if name == "unbind" and not any((*rest, *kwargs.values())):
-            pairs = zip(weight.unbind(), left.unbind(), right.unbind(), strict=True)
-            return tuple(make(*each) for each in pairs)
+            each = [zip(left.unbind(), right.unbind(), strict=True) for left, right in pairs]
+            return tuple(map(make, weight.unbind(), zip(*each, strict=True)))
         of_first = (rest[0] if rest else kwargs.get("dim")) == 0
         plain = name == "getitem" and isinstance(rest[0], (int, slice, Tensor))
         if plain or (name in ("select", "index_select") and of_first):
-            return make(*(func(x, *rest, **kwargs) for x in self.parts))
+            chosen = [tuple(func(x, *rest, **kwargs) for x in pair) for pair in pairs]
+            return make(func(weight, *rest, **kwargs), chosen)
         return None
 
     def _product(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
-        """Return a product with W plus that with L R, in the dtype of the first."""
-        weight, left, right = self.parts
-        front, rest = args[0] is self, args[2:]
+        """Return a product with W plus those with each L R, in the dtype of the first."""
+        weight, front, rest = self.plain, args[0] is self, args[2:]
         x = args[1] if front else args[0]
         y: Tensor = func(*((weight, x) if front else (x, weight)), *rest, **kwargs)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(left.dtype)
-        if name in _GROUPED:
-            left, right = _aligned(left, right)
-        more: Tensor
-        if front:
-            more = func(left, func(right, x))
-        elif name == "linear":  # W is (out, in)
-            more = F.linear(F.linear(x, right), left)
-        else:
-            more = func(func(x, left, *rest, **kwargs), right, *rest, **kwargs)
-        return y + more.to(y.dtype)
+        casts = not torch.is_autocast_enabled(x.device.type)
+        for left, right in self.pairs:
+            given = x.to(left.dtype) if casts else x
+            if name in _GROUPED:
+                left, right = _aligned(left, right)
+            more: Tensor
+            if front:
+                more = func(left, func(right, given))
+            elif name == "linear":  # W is (out, in)
+                more = F.linear(F.linear(given, right), left)
+            else:
+                more = func(func(given, left, *rest, **kwargs), right, *rest, **kwargs)
+            y = y + more.to(y.dtype)
+        return y
 
 
 def _aligned(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,10 +154,9 @@ class updated_weight(TorchFunctionMode):
 
     def _updated(self, a: Any) -> Any:
         """Return W as an updated weight, also one that another block has updated; else ``a``."""
+        own = (self.left, self.right)
         if a is self.weight:
-            return UpdatedWeight.of(self.weight, self.left, self.right, (self,))
-        if isinstance(a, UpdatedWeight) and a.parts[0] is self.weight and self not in a.counted:
-            _, left, right = a.parts
-            both = torch.cat((left, self.left), -1), torch.cat((right, self.right), -2)
-            return UpdatedWeight.of(self.weight, *both, (*a.counted, self))
+            return UpdatedWeight.of(self.weight, (own,), (self,))
+        if isinstance(a, UpdatedWeight) and a.plain is self.weight and self not in a.counted:
+            return UpdatedWeight.of(self.weight, (*a.pairs, own), (*a.counted, self))
         return a

@@ -381,3 +381,27 @@ def test_convolutions_of_a_speech_model_stand_beside_its_attention() -> None:
     report = surgery.splice(model, lora("output"), at=sites + sites.convolution)
     assert {i.site.kind for i in report.inserted} == {"attention", "ffn", "convolution"}
     assert torch.equal(logits(model, given), base)
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_several_adapters_update_one_stack(name: str, how: str) -> None:
+    model = moe(name, how)
+    method = surgery.method("lora", rank=2, ports=("all",))
+    with torch.no_grad():
+        for adapter in "ab":
+            before = model(IDS).logits
+            surgery.splice(model, method, at=surgery.locate(model).experts, name=adapter)
+            assert torch.equal(model(IDS).logits, before), "a fresh one moves no bit of the other"
+            moved = [p for n, p in surgery.spliced_parameters(model) if f"_{adapter}_" in n]
+            for parameter in moved or [p for _, p in surgery.spliced_parameters(model)]:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        both = model(IDS).logits
+        alone = {}
+        for adapter in "ab":
+            with surgery.using(model, adapter):
+                alone[adapter] = model(IDS).logits
+        assert not torch.allclose(alone["a"], alone["b"])
+        assert not torch.allclose(both, alone["a"])
+        surgery.merge(model)
+        torch.testing.assert_close(model(IDS).logits, both, rtol=1e-4, atol=1e-5)
