@@ -27,8 +27,8 @@ def prefix_files(model: nn.Module, report: Report, gather: Gather) -> Files:
     method: Any = report.methods[0]
     layers = [i for i in report.inserted if i.site.kind == "attention"]
     shapes = {(i.site.kv_heads, i.site.head_width, i.site.value_width) for i in layers}
-    every = getattr(getattr(model, "config", None), "num_hidden_layers", len(layers))
     behind = task_of(model) == "SEQ_2_SEQ_LM"
+    every = _layers(getattr(model, "config", None), behind) or len(layers)
     for wrong, what in (
         (not method.shift, "shift=False: PEFT gives real tokens the positions P, ..."),
         (method.gate, "gate=True"),
@@ -58,6 +58,17 @@ def prefix_files(model: nn.Module, report: Report, gather: Gather) -> Files:
         "num_transformer_submodules": 1 + behind,
         "prefix_projection": False,
     }, {TABLE: torch.cat(pairs, -1).contiguous()}
+
+
+def _layers(config: Any, behind: bool) -> int:
+    """Return how many layers a model has that a prefix stands in; 0 if its configuration lacks it.
+
+    Args:
+        behind: whether it is the decoder's, behind an encoder of maybe another depth.
+    """
+    names = ("num_decoder_layers", "decoder_layers") if behind else ()
+    found = (getattr(config, name, None) for name in (*names, "num_hidden_layers"))
+    return next((n for n in found if isinstance(n, int)), 0)
 
 
 def _pair(model: nn.Module, inserted: Inserted, gather: Gather) -> Tensor:

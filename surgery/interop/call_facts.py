@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from surgery.interop.arguments import arguments_with_names
 from surgery.interop.call_value import CallValue
 
+_OTHERS = ("encoder_", "memory_", "cross_")  # arguments about the tokens that a decoder reads
 HIDDEN = -1e4  # an additive mask hides a key with less
 
 
@@ -123,7 +124,8 @@ def call_facts(arguments: Mapping[str, Any], ids: str) -> CallFacts | None:
     tokens = arguments.get(ids)
     sure = isinstance(tokens, Tensor)
     if not isinstance(tokens, Tensor):
-        tokens = next((x for x in arguments.values() if _is_embedded(x)), None)
+        own = (x for name, x in arguments.items() if not name.startswith(_OTHERS))
+        tokens = next((x for x in own if _is_embedded(x)), None)
     if tokens is None:
         return None
     batch, n = tokens.shape[:2]
@@ -180,6 +182,7 @@ def _places(mask: Tensor, places: Tensor, past: Any) -> Tensor:
 def _mask(arguments: Mapping[str, Any]) -> tuple[bool, Tensor | None]:
     """Return whether the padding is known, and which keys are real, (B, m); None if all are."""
     masks = {n: x for n, x in arguments.items() if n == "attention_mask" or "padding_mask" in n}
+    masks = {n: x for n, x in masks.items() if not n.startswith(_OTHERS)}
     name, given = next(((n, x) for n, x in masks.items() if x is not None), ("", None))
     if given is None:
         return True, None
@@ -191,6 +194,8 @@ def _mask(arguments: Mapping[str, Any]) -> tuple[bool, Tensor | None]:
     if not isinstance(given, Tensor) or given.dim() not in (2, 4):
         return False, None
     if given.dim() == 2:
+        if given.is_floating_point():  # of ones, or additive: 0 and the lowest number
+            return True, torch.where((given < 0).any(), given > HIDDEN, given != 0)
         hides = name.endswith("padding_mask") and given.dtype == torch.bool
         return True, ~given if hides else given != 0
     seen = given if given.dtype == torch.bool else given > HIDDEN

@@ -59,13 +59,18 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name in plain:
             continue
-        if isinstance(value, Tensor):
-            yield name, value
-        inner: Any = value.items() if isinstance(value, dict) else ()
-        inner = enumerate(value) if isinstance(value, (list, tuple)) else inner
-        for key, each in inner:
-            if isinstance(each, (Tensor, nn.Module)):
-                yield f"{name}[{key!r}]", each
+        yield from _inside(name, value, 3)
+
+
+def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """Yield a tensor, or the tensors and modules in a container, with their places."""
+    if isinstance(value, Tensor) or (isinstance(value, nn.Module) and "[" in name):
+        yield name, value
+        return
+    inner: Any = value.items() if isinstance(value, dict) else ()
+    inner = enumerate(value) if isinstance(value, (list, tuple, set)) else inner
+    for key, each in inner if depth else ():
+        yield from _inside(f"{name}[{key!r}]", each, depth - 1)
 
 
 def _kind(value: Any) -> str:

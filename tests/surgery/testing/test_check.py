@@ -55,6 +55,17 @@ class Listed(nn.Module):
         return h + self.w + self.more[0]
 
 
+class Nested(nn.Module):
+    """``h + p`` with a parameter two lists deep."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.deep = [{"p": nn.Parameter(torch.zeros(width))}]
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.deep[0]["p"]
+
+
 class Constant(nn.Module):
     """``h + c w`` with a tensor c that is no buffer."""
 
@@ -107,7 +118,8 @@ class Sinks(surgery.Method):
 
 
 MODULES = {
-    "drawn": Drawn, "listed": Listed, "constant": Constant, "stuck": Stuck, "half": Half,
+    "drawn": Drawn, "listed": Listed, "nested": Nested, "constant": Constant, "stuck": Stuck,
+    "half": Half,
 }  # fmt: skip
 
 
@@ -157,6 +169,12 @@ def test_a_parameter_in_a_plain_list_is_named_with_the_mend() -> None:
     assert said(Inserts("listed"), "registered") == (
         "Listed: more[0] is a parameter that its module does not know of, so it is neither "
         "trained, moved nor saved. Hold the parameters of more in nn.ParameterList."
+    )
+
+
+def test_a_parameter_deep_in_containers_is_named() -> None:
+    assert said(Inserts("nested"), "registered").startswith(
+        "Nested: deep[0]['p'] is a parameter that its module does not know of"
     )
 
 
