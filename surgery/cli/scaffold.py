@@ -10,6 +10,7 @@ A template is the file itself, with METHOD for the method's name and CLASS for i
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def write_package(name: str, like: Kind = Kind.edit, folder: Path | None = None)
         folder: where to write it; ``surgery-NAME`` in the current folder by default.
 
     Raises:
-        MethodError: the name is no identifier in small letters, or a method has it already.
+        MethodError: the name is no identifier in small letters, makes no class, or a method has it
+            already.
         StoreError: the folder is there already and is not empty. Nothing has been written.
     """
     if not name.isidentifier() or name != name.lower():
@@ -57,7 +59,14 @@ def write_package(name: str, like: Kind = Kind.edit, folder: Path | None = None)
         "test_method.py.txt": f"test_{name}.py",
         f"{like.value}.py.txt": f"surgery_{name}.py",
     }
-    words = {"METHOD": name, "CLASS": "".join(part.title() for part in name.split("_"))}
+    made = "".join(part.title() for part in name.split("_"))
+    taken = re.findall(r"\b[A-Z]\w*", (TEMPLATES / f"{like.value}.py.txt").read_text())
+    if not made.isidentifier() or made in {*taken, "Any", "None", "True", "False"} - {"CLASS"}:
+        raise MethodError(
+            f"{name!r} cannot be the name of a method: its class would be {made or 'nameless'}, "
+            "which the file cannot have. Choose another name."
+        )
+    words = {"METHOD": name, "CLASS": made}
     for template, target in files.items():
         text = (TEMPLATES / template).read_text()
         for word, meaning in words.items():

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import ForwardError
-from surgery.interop import in_backward, on_trial
+from surgery.interop import described, in_backward, on_trial
 
 
 class AtPort(nn.Module):
@@ -140,7 +140,7 @@ def fitted(made: Any, y: Tensor, where: str, heads: bool) -> Tensor:
     if fits and made.numel() == y.numel():
         made_of_it: Tensor = made.to(y)
         return made_of_it
-    got = f"the shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"{made!r}"
+    got = f"the shape {tuple(made.shape)}" if isinstance(made, Tensor) else described(made)
     hint = " An edit in place needs a return, too." if made is None else ""
     raise ForwardError(
         f"{where}: what was inserted returns {got}, where the port has the shape "

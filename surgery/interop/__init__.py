@@ -4,6 +4,7 @@ from surgery.interop import encoder_fastpath, huggingface, preference_trainers
 from surgery.interop.arguments import (
     CONSTANT,
     arguments_with_names,
+    described,
     detached,
     detached_copy,
     input_key,
@@ -95,6 +96,7 @@ __all__ = [
     "carry_over",
     "checkpointed_region",
     "deliver",
+    "described",
     "detached",
     "detached_copy",
     "differentiable",

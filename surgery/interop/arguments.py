@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import shown
+
 CONSTANT = (bool, str, Enum, type, torch.dtype, torch.device)
 
 
@@ -145,6 +147,15 @@ def arguments_with_names(forward: Any, args: Any, kwargs: Any) -> dict[str, Any]
     Those that a forward takes as ``*args`` have none, and are left out.
     """
     return named_arguments(forward, args[: len(_parameters(forward)) - 1], kwargs)
+
+
+def described(value: Any) -> str:
+    """Say what a module has returned, without the numbers of its tensors."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {', '.join(map(described, value)) or 'nothing'}"
+    return shown(value)
 
 
 def is_integer_tensor(x: Any) -> bool:

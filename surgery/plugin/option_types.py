@@ -4,6 +4,7 @@
     bool, int, float, str   a value of that type; a whole number for float; no bool for a number
     Literal["a", "b"]       a value of the type of the choices; the method names the choices
     tuple[T, ...]           a tuple, a list (JSON has no tuples), or one text alone
+    tuple[T, U]             a tuple or a list of as many
     Mapping[K, V]           a dict
     X | Y                   what one of them accepts
     others                  anything
@@ -101,6 +102,11 @@ def _accepted(value: Any, wanted: Any) -> Any:
             raise TypeError
         made = tuple(_accepted(item, inner[0]) for item in items)
         return value if type(value) is tuple and made == value else made
+    elif kind is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(inner):
+            raise TypeError
+        made = tuple(_accepted(item, each) for item, each in zip(value, inner, strict=True))
+        return value if type(value) is tuple and made == value else made
     elif isinstance(kind, type) and issubclass(kind, Mapping):
         fits = isinstance(value, Mapping)
         for key, item in value.items() if fits else ():
@@ -135,6 +141,8 @@ def _words(wanted: Any) -> str:
         return " or ".join(map(_words, inner))
     if kind is Literal:
         return f"one of {', '.join(map(repr, inner))}"
+    if kind is tuple and inner[1:] != (...,):
+        return f"a list of {len(inner)}: {', '.join(map(_words, inner))}"
     if kind is tuple:
         return f"a list, each of it {_words(inner[0])}"
     if isinstance(kind, type) and issubclass(kind, Mapping):

@@ -17,7 +17,7 @@ from surgery.host import (
     run_graph,
     state_of,
 )
-from surgery.interop import detached_copy, draw_anew, silenced
+from surgery.interop import described, detached_copy, draw_anew, silenced
 from surgery.plugin import Edit
 
 
@@ -69,7 +69,7 @@ class Result:
                 *(d for _, d in wanted),
             )
         if not fits:
-            got = f"{tuple(made.shape)} {made.dtype}" if isinstance(made, Tensor) else repr(made)
+            got = described(made)
             shape, dtype = wanted[0]
             raise SpliceError(
                 f"{path}: {self.child} returns {got}, where port {self.edit.port!r} has "

@@ -121,3 +121,15 @@ def test_pytest_checks_a_method_that_is_named_and_tells_what_is_wrong(tmp_path: 
     )  # fmt: skip
     assert ended.returncode == 1
     assert "MethodError: no method 'lroa'. Did you mean 'lora'?" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [("_", "lora"), ("_2x", "prefix"), ("edit", "edit"), ("bottleneck", "ffn"), ("tensor", "edit")],
+)
+def test_a_name_whose_class_would_hide_another_is_refused(
+    name: str, like: str, tmp_path: Path
+) -> None:
+    with pytest.raises(surgery.MethodError, match="which the file cannot have"):
+        write_package(name, Kind(like), tmp_path / "made")
+    assert not (tmp_path / "made").exists()

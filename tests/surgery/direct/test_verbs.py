@@ -268,3 +268,10 @@ def test_no_file_holds_a_function(tmp_path: Path) -> None:
     with pytest.raises(surgery.SpliceError, match=f"^{re.escape(text)}$"):
         surgery.save(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_what_returns_a_tuple_is_told_by_shapes_not_by_numbers() -> None:
+    model = build("gpt2")
+    with pytest.raises(surgery.SurgeryError, match=r"a tuple of \(2, 7, 32\) torch\.float32, where"):
+        surgery.insert(model, surgery.locate(model).ffn, "output", lambda h: (h,))
+        model(**inputs("gpt2"))

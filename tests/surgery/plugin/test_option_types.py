@@ -29,6 +29,7 @@ class Typed(surgery.Method):
     choice: Literal["a", "b"] = "a"
     either: float | Literal["learned"] = 1.0
     several: tuple[str, ...] = ("a",)
+    size: tuple[int, float] = (1, 2.0)
     pairs: Mapping[str, int] = field(default_factory=dict)
     maybe: int | None = None
     anything: Any = None
@@ -55,6 +56,9 @@ class Typed(surgery.Method):
         ("several", 5, "a list, each of it a text"),
         ("several", [1], "a list, each of it a text"),
         ("several", {"a": 1}, "a list, each of it a text"),
+        ("size", ["x", 1.0], "a list of 2: a whole number, a finite number"),
+        ("size", [1], "a list of 2: a whole number, a finite number"),
+        ("size", 3, "a list of 2: a whole number, a finite number"),
         ("pairs", [("a", 1)], "a mapping from a text to a whole number"),
         ("pairs", {"a": "b"}, "a mapping from a text to a whole number"),
         ("maybe", "a", "a whole number or None"),
@@ -70,6 +74,7 @@ def test_another_type_is_refused_with_what_it_must_be(option: str, value: Any, w
 
 def test_values_of_the_type_are_accepted() -> None:
     assert Typed(several=["a", "b"]).several == ("a", "b")  # type: ignore[arg-type]
+    assert Typed(size=[3, 4.5]).size == (3, 4.5)  # type: ignore[arg-type]
     assert Typed(several="ab").several == ("ab",)  # type: ignore[arg-type]
     assert Typed(number=3, either="learned", maybe=2, anything=object).number == 3
     assert Typed(**json.loads(json.dumps(Typed().options()))) == Typed()
