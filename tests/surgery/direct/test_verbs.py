@@ -272,6 +272,8 @@ def test_no_file_holds_a_function(tmp_path: Path) -> None:
 
 def test_what_returns_a_tuple_is_told_by_shapes_not_by_numbers() -> None:
     model = build("gpt2")
-    with pytest.raises(surgery.SurgeryError, match=r"a tuple of \(2, 7, 32\) torch\.float32, where"):
-        surgery.insert(model, surgery.locate(model).ffn, "output", lambda h: (h,))
+    sites = surgery.locate(model).ffn
+    told = r"a tuple of \(2, 7, 32\) torch\.float32, where"
+    surgery.insert(model, sites, "output", lambda h: (h,))
+    with pytest.raises(surgery.ForwardError, match=told):
         model(**inputs("gpt2"))
