@@ -8,11 +8,11 @@ What adds a constant to y can be folded into such a bias.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from surgery.interop import silenced
 from surgery.locator.run_record import Observation, floats_in
@@ -84,6 +84,9 @@ def _is_added(module: nn.Module, bias: nn.Parameter, node: fx.Node) -> bool:
         return False
     if x.is_meta or bias.is_meta:
         return True
-    with silenced(module), torch.no_grad():
-        moved = functional_call(module, {"bias": bias + 1}, (x,))
+    with torch.no_grad():
+        twin = copy.copy(module)  # other threads may run the module itself
+        twin._parameters = {**module._parameters, "bias": nn.Parameter(bias + 1)}
+        with silenced(twin):
+            moved = twin(x)
     return bool(((moved - y) - 1).abs().max() <= 1e-2 * y.abs().max().clamp(min=1.0))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import surgery
 from tests.support.models import build, inputs, logits
-from tests.support.peft_cases import base
 from tests.support.peft_folders import BASE, CONFIG, Q, Tensors, folder, refused, tensors, unchanged
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -217,10 +216,3 @@ def test_a_prefix_needs_as_many_layers_and_a_prompt_the_width(tmp_path: Path) ->
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**9}
     path = folder(tmp_path, config, {"prompt_embeddings": torch.ones(3, 32)})
     refused(path, r"\(3, 32\), not \(1000000000, 32\)")
-
-
-def test_a_prefix_for_distances_is_refused(tmp_path: Path) -> None:
-    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
-    path = folder(tmp_path, config, {"prompt_embeddings": torch.ones(3, 128)})
-    with pytest.raises(surgery.StoreError, match="places tokens by their distances"):
-        surgery.load(base("t5"), path)
