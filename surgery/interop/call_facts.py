@@ -174,6 +174,8 @@ def _places(mask: Tensor, places: Tensor, past: Any) -> Tensor:
     they are the last.
     """
     m, n = mask.shape[1], places.shape[0]
+    if m == n:  # of the new tokens alone
+        return places
     if isinstance(past, Tensor):
         return (places + past).clamp(max=m - 1)
     return places + (past if m > past + n else m - n)
@@ -187,8 +189,9 @@ def _mask(arguments: Mapping[str, Any]) -> tuple[bool, Tensor | None]:
     if given is None:
         return True, None
     if isinstance(given, Mapping):  # one for each kind of layer
-        whole = "full_attention" if "full_attention" in given else next(iter(given), "")
-        given = given.get(whole)
+        if given and "full_attention" not in given:  # a window does not show all tokens
+            return all(x is None for x in given.values()), None
+        given = given.get("full_attention")
         if given is None:
             return True, None
     if not isinstance(given, Tensor) or given.dim() not in (2, 4):

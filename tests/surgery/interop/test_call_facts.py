@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from surgery.interop.call_facts import call_facts
@@ -30,3 +33,23 @@ def test_what_a_decoder_reads_of_an_encoder_is_not_its_own() -> None:
     assert facts is not None
     assert facts.positions is not None
     assert facts.positions.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("length", [5, torch.tensor(5)])
+def test_a_mask_of_the_new_tokens_alone_goes_on_behind_the_cache(length: Any) -> None:
+    class Cache:
+        def get_seq_length(self) -> Any:
+            return length
+
+    new = torch.ones(1, 3).long()
+    facts = call_facts({"input_ids": new, "attention_mask": new, "cache": Cache()}, "input_ids")
+    assert facts is not None
+    assert facts.positions is not None
+    assert facts.positions.tolist() == [[5, 6, 7]]
+
+
+def test_a_mask_of_a_window_alone_tells_nothing_of_the_tokens() -> None:
+    mask = {"sliding_attention": torch.ones(1, 1, 1, 10).bool()}
+    facts = call_facts({"input_ids": torch.ones(1, 1).long(), "attention_mask": mask}, "input_ids")
+    assert facts is not None
+    assert (facts.positions, facts.padding) == (None, None)
