@@ -19,6 +19,12 @@ import surgery
 from tests.support.models import build
 
 IDS = torch.arange(28).reshape(4, 7) % 25 + 3
+EVERYWHERE = ("query", "key", "value", "output", "up", "gate")
+
+
+def lora(**options: Any) -> surgery.Method:
+    """LoRA of rank 2 at every projection."""
+    return surgery.method("lora", **{"rank": 2, "ports": EVERYWHERE} | options)
 
 
 def fresh() -> Any:

@@ -252,7 +252,6 @@ def run(file: Path, *words: str) -> str:
 
 def test_a_users_file_trains_classes_and_is_scored_again(root: Path, tmp_path: Path) -> None:
     model, _ = tiny.prepared("sst2", root)
-    pytest.importorskip("sklearn")
     data = write(tmp_path / "news.csv", ROWS)
     content = {
         "model": str(model), "task": "classify", "output": str(tmp_path / "run"),

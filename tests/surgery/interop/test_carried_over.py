@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import surgery
 from surgery.interop import is_carried_over
@@ -23,22 +22,10 @@ from tests.support.sharding import (
     first_alone_writes,
     fresh,
     in_two_processes,
+    lora,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-EVERYWHERE = ("query", "key", "value", "output", "up", "gate")
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def lora(**options: Any) -> surgery.Method:
-    return surgery.method("lora", **{"rank": 2, "ports": EVERYWHERE} | options)
 
 
 def _own(model: Any) -> dict[str, Any]:
