@@ -27,7 +27,7 @@ from surgery_recipes.diagnosis import pictures
 from surgery_recipes.diagnosis.lengths import Bin, by_length
 from surgery_recipes.diagnosis.updates import Update, updates
 from surgery_recipes.diagnosis.virtual_mass import Mass, virtual_mass
-from surgery_recipes.run import Collator, LoadedRun, load_run, pad_id
+from surgery_recipes.run import Collator, LoadedRun, load_run, of_images, pad_id
 
 FIRST = 200  # steps whose loss is drawn
 
@@ -126,7 +126,7 @@ def _lengths(run: LoadedRun, minus: Path | None, trust: bool) -> dict[str, list[
         examples = run.prepared.examples[name]
         if minus and len(other.get(name, [])) != len(answers):
             raise RecipeError(f"{minus} did not answer the {len(answers)} examples of {name!r}.")
-        if task.kind == "image_classifier":  # images have no length
+        if of_images(task):  # they have no length
             continue
         sizes = [len(task.prompt(example, tokenizer)["input_ids"]) for example in examples]
         found[name] = by_length(task, sizes, answers, examples, other.get(name))

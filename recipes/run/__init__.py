@@ -6,6 +6,7 @@ from surgery_recipes.run.collate import Collator
 from surgery_recipes.run.counting import Counter
 from surgery_recipes.run.finetune import dry_run, evaluate, train
 from surgery_recipes.run.harness import evaluate_by_harness
+from surgery_recipes.run.kinds import of_images
 from surgery_recipes.run.loaded import LoadedRun, load_run
 from surgery_recipes.run.model_source import what_is_imported
 from surgery_recipes.run.prepare import Prepared, main_score, prepare_run
@@ -33,6 +34,7 @@ __all__ = [
     "finished",
     "load_run",
     "main_score",
+    "of_images",
     "pad_id",
     "planned_methods",
     "prepare_run",
